@@ -1,0 +1,144 @@
+"""Directories that are immutable once their manifest exists, and the files inside them.
+
+An artefact (dataset, checkpoint, generation, report) is a directory with a ``manifest.json``. It is built
+under a temporary sibling name, every file is flushed to disk, the manifest is written last, and one
+rename makes it visible. A reader refuses a directory without a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twotower.errors import ArtefactError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_BLOCK_BYTES = 1 << 20
+
+
+def fingerprint(value: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of ``value`` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_manifest(directory: Path, kind: str, content: dict[str, Any]) -> None:
+    """Write the manifest of an artefact: the last file of it to be written."""
+    write_json(directory / MANIFEST, {"kind": kind, "schema_version": SCHEMA_VERSION, **content})
+
+
+def has_manifest(directory: Path) -> bool:
+    """Return whether ``directory`` is a finished artefact."""
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
+    """Return the manifest of a finished artefact.
+
+    Raises:
+        ArtefactError: there is no manifest, it is not JSON, or it is of another kind or newer schema.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{directory} is not a finished {kind}: it has no {MANIFEST}. Run the job that makes it again."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}). Delete {directory} and make it again.") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ArtefactError(f"{directory} holds a {found}, not a {kind}. Give the path of a {kind}.")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{directory} has schema version {manifest.get('schema_version')}; this release reads "
+            f"{SCHEMA_VERSION}. Make it again, or use the release that wrote it."
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
+    """Build an artefact: yields a private directory that becomes ``directory`` when the block ends.
+
+    One process builds at a time (a file lock that dies with its holder). What a killed build left
+    behind is removed first, or kept where ``keep_partial`` says that the builder resumes from it. When
+    the block raises, ``directory`` is not touched.
+
+    Raises:
+        ArtefactError: the block ended without a manifest.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial")
+    with locked(directory.with_name(f".{directory.name}.lock")):
+        if partial.exists() and not keep_partial:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        yield partial
+        if not has_manifest(partial):
+            raise ArtefactError(f"the build of {directory} ended without a manifest")
+        sync_tree(partial)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
+        _sync_directory(directory.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock file; waits for the holder, and a killed holder frees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file and folder below ``directory`` to disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(Path(folder))
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,41 @@
+"""The errors a person is meant to read: each says which value, which rule and what to do."""
+
+
+class TwotowerError(Exception):
+    """Base of every error that a person can act on; jobs print its message without a stack trace."""
+
+    exit_code = 2
+
+
+class ConfigError(TwotowerError):
+    """A configuration value, or a combination of values, is not allowed."""
+
+
+class DataError(TwotowerError):
+    """Input data is missing, unreadable, or breaks a rule of the dataset."""
+
+
+class DownloadError(DataError):
+    """A data set could not be fetched, or what was fetched is damaged."""
+
+
+class ArtefactError(TwotowerError):
+    """A dataset, checkpoint or generation is missing, incomplete, damaged or of another format."""
+
+
+class ArtefactMismatchError(ArtefactError):
+    """Two artefacts that do not belong together were combined; both fingerprints are named."""
+
+
+class RequestError(TwotowerError):
+    """A retrieval request asks for something that is not allowed (HTTP 4xx)."""
+
+
+class TrainingError(TwotowerError):
+    """Training can not start or go on."""
+
+
+class RefusedError(TwotowerError):
+    """A gate refused to publish."""
+
+    exit_code = 3

@@ -1,0 +1,201 @@
+"""Feature declarations, and the fitted feature schema that travels inside every artefact.
+
+A feature is declared once, in the config. ``prepare`` fits what a declaration leaves open (vocabularies,
+means) and stores the result as a :class:`FeatureSchema`; training, encoding and serving read that.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+Kind = Literal["positive", "negative", "seen_only"]
+KINDS: dict[Kind, int] = {"positive": 0, "negative": 1, "seen_only": 2}
+"""Code of each kind of interaction in the ``kind`` column (int8) of a prepared dataset."""
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
+"""Code of each split in the ``split`` column (int8) of a prepared dataset."""
+
+UNKNOWN_ROW = 0
+"""Embedding row of an id or category that was not there when the dataset was prepared."""
+
+MAX_PROFILE_WIDTH = 1024
+
+
+class _Feature(BaseModel):
+    model_config = STRICT
+
+    name: Annotated[str, Field(min_length=1)]
+    """Name of the feature, unique on its side."""
+
+
+class _ColumnFeature(_Feature):
+    column: str | None = None
+    """Column of the item table (or user table) that holds it; the feature's name when not given."""
+
+    @property
+    def source_column(self) -> str:
+        """Column of the item or user table that the feature is read from."""
+        return self.column or self.name
+
+
+class IdFeature(_Feature):
+    """Embedding of the id itself: the user's on the query side, the item's on the item side."""
+
+    type: Literal["id"] = "id"
+    dim: Annotated[int, Field(ge=1)] = 64
+    """Width of the embedding."""
+    unknown_rate: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of training rows whose id is replaced by the unknown id, so that unknown ids are trained too."""
+
+
+class CategoricalFeature(_ColumnFeature):
+    """One value out of a vocabulary, embedded."""
+
+    type: Literal["categorical"] = "categorical"
+    dim: Annotated[int, Field(ge=1)] = 16
+    """Width of the embedding."""
+    max_values: Annotated[int, Field(ge=1)] = 100_000
+    """The most frequent values kept; all others share the unknown row."""
+
+
+class MultiHotFeature(_ColumnFeature):
+    """A set of values out of a vocabulary, embedded and averaged."""
+
+    type: Literal["multi_hot"] = "multi_hot"
+    dim: Annotated[int, Field(ge=1)] = 16
+    """Width of the embedding."""
+    separator: str = "|"
+    """Separates the values in a text column; a list column is taken as it is."""
+    max_values: Annotated[int, Field(ge=1)] = 100_000
+    """The most frequent values kept; all others share the unknown row."""
+    max_length: Annotated[int, Field(ge=1)] = 32
+    """The most values kept for one row."""
+
+
+class NumericFeature(_ColumnFeature):
+    """A number, standardised with the mean and deviation of its table; a missing value is 0 with a flag of 1."""
+
+    type: Literal["numeric"] = "numeric"
+    transform: Literal["none", "log1p"] = "none"
+    """Applied before standardising."""
+
+
+class TextFeature(_ColumnFeature):
+    """Words and character n-grams hashed into buckets, embedded and averaged; nothing is downloaded."""
+
+    type: Literal["text"] = "text"
+    dim: Annotated[int, Field(ge=1)] = 32
+    """Width of the embedding."""
+    buckets: Annotated[int, Field(ge=2)] = 16_384
+    """Rows of the embedding table."""
+    ngram: Annotated[int, Field(ge=1)] = 4
+    """Length of the character n-grams taken beside whole words."""
+    max_length: Annotated[int, Field(ge=1)] = 64
+    """The most hashed pieces kept for one row."""
+
+
+class VectorFeature(_ColumnFeature):
+    """A precomputed vector of fixed width, taken as it is."""
+
+    type: Literal["vector"] = "vector"
+    dim: Annotated[int, Field(ge=1)]
+    """Width of the vector in the column."""
+
+
+class HistoryFeature(_Feature):
+    """Item id embeddings of the user's latest items before the query's time, pooled."""
+
+    type: Literal["history"] = "history"
+    max_length: Annotated[int, Field(ge=1)] = 50
+    """The latest items kept."""
+    dim: Annotated[int, Field(ge=1)] = 64
+    """Width of the embedding; with ``share: true`` it must be that of the item id feature."""
+    share: bool = True
+    """Use the item tower's id embedding table (true) or a table of its own (false)."""
+    pooling: Literal["mean", "weighted", "recency"] = "mean"
+    """Mean; mean weighted by interaction weight; or mean weighted by ``decay ** (steps before the latest)``."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Weight of an item relative to the next later one, for ``recency``."""
+
+
+class ProfileFeature(_Feature):
+    """sum(w x) / max(count, 1) of an item feature x over the history, w clipped to [0, 1]."""
+
+    type: Literal["profile"] = "profile"
+    of: str
+    """Name of the categorical, multi_hot, numeric or vector item feature that is averaged."""
+    max_length: Annotated[int, Field(ge=1)] = 50
+    """The latest items kept."""
+
+
+QueryFeature = Annotated[
+    IdFeature
+    | CategoricalFeature
+    | MultiHotFeature
+    | NumericFeature
+    | TextFeature
+    | VectorFeature
+    | HistoryFeature
+    | ProfileFeature,
+    Field(discriminator="type"),
+]
+ItemFeature = Annotated[
+    IdFeature | CategoricalFeature | MultiHotFeature | NumericFeature | TextFeature | VectorFeature,
+    Field(discriminator="type"),
+]
+
+
+class FittedFeature(BaseModel):
+    """A declared feature with what ``prepare`` learned of it from the item or user table."""
+
+    model_config = STRICT
+
+    spec: QueryFeature
+    """The declaration."""
+    values: list[str] | None = None
+    """Vocabulary of a categorical or multi_hot feature; value i has embedding row i + 1."""
+    mean: float = 0.0
+    """Mean of a numeric feature after its transform, missing values left out."""
+    std: float = 1.0
+    """Standard deviation of a numeric feature after its transform; 1 where it would be 0."""
+
+
+class FeatureSchema(BaseModel):
+    """All features of both towers, fitted. Its JSON is stored in datasets, checkpoints and generations."""
+
+    model_config = STRICT
+
+    query: list[FittedFeature]
+    """Features of the query tower, in the order of its input."""
+    item: list[FittedFeature]
+    """Features of the item tower, in the order of its input."""
+    num_users: int
+    """Users in the vocabulary; a user's embedding row is its user_row + 1."""
+    num_items: int
+    """Items in the vocabulary, catalogue first, then items that only occur in interactions; embedding row = item_row + 1."""
+    num_catalogue_items: int
+    """Items that are indexed and recommended: item rows 0 to num_catalogue_items - 1."""
+
+    @property
+    def max_history(self) -> int:
+        """Longest history that any query feature looks at."""
+        lengths = [
+            f.spec.max_length
+            for f in self.query
+            if isinstance(f.spec, (HistoryFeature, ProfileFeature))
+        ]
+        return max(lengths, default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the schema as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> FeatureSchema:
+        """Return the schema that ``to_json`` wrote."""
+        return cls.model_validate(value)
