@@ -29,7 +29,7 @@ MAX_PROFILE_WIDTH = 1024
 class _Feature(BaseModel):
     model_config = STRICT
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
     """Name of the feature, unique on its side."""
 
 

@@ -1,0 +1,149 @@
+"""What each user did before a moment: the one place where training and serving look up histories.
+
+Positive interactions as compressed rows by user: the items of user u, oldest first, are
+``item_rows[offsets[u]:offsets[u + 1]]``. Training makes it from the dataset, serving opens the same
+arrays from a generation.
+
+Shapes: B queries, H history length, U users, n interactions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from twotower.errors import DataError
+from twotower.schema import KINDS
+
+if TYPE_CHECKING:
+    from twotower.data.dataset import Interactions
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+ALWAYS = np.iinfo(np.int64).max
+"""A time later than every interaction."""
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Positive interactions of each user, oldest first."""
+
+    offsets: npt.NDArray[np.int64]
+    """[U + 1] int64."""
+    item_rows: npt.NDArray[np.int32]
+    """[n] int32."""
+    times: npt.NDArray[np.int64]
+    """[n] int64, microseconds UTC; ascending inside a user."""
+    weights: npt.NDArray[np.float32]
+    """[n] float32."""
+
+    @property
+    def num_users(self) -> int:
+        """Number of users, with or without interactions."""
+        return len(self.offsets) - 1
+
+    @classmethod
+    def of(cls, interactions: Interactions, capped: int | None = None) -> Histories:
+        """Return the histories of interactions, of which only positive ones count.
+
+        Args:
+            interactions: sorted by user, time and file order.
+            capped: keep only so many of the latest of each user.
+        """
+        keep = interactions.kind == KINDS["positive"]
+        num_users = len(interactions.user_offsets) - 1
+        users = interactions.user_row[keep]
+        counts = np.bincount(users, minlength=num_users)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        arrays = [interactions.item_row[keep], interactions.time[keep], interactions.weight[keep]]
+        if capped is not None:
+            from_end = offsets[users + 1] - np.arange(len(users))
+            latest = from_end <= capped
+            arrays = [a[latest] for a in arrays]
+            offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, capped))]).astype(np.int64)
+        return cls(offsets, *arrays)
+
+    def before(
+        self, user_rows: npt.ArrayLike, times: npt.ArrayLike | None, length: int
+    ) -> tuple[IntArray, FloatArray]:
+        """Return the latest items of each user strictly before a time.
+
+        Args:
+            user_rows: [B] int; -1 is an unknown user, who has no history.
+            times: [B] int64 microseconds UTC; None takes all of each user's interactions.
+            length: H, the most items returned for each user.
+
+        Returns:
+            item rows [B, H] int64, the latest first, -1 behind the last; weights [B, H] float32, 0 behind it.
+        """
+        users = np.asarray(user_rows, dtype=np.int64)
+        begin, end = self._bounds(users)
+        if times is not None:
+            end = _first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
+        return self._take(begin, end, length, skipped=None)
+
+    def others(
+        self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int
+    ) -> tuple[IntArray, FloatArray]:
+        """Return each user's items other than the one at a position: the history where there are no times.
+
+        Args:
+            user_rows: [B] int, known users.
+            positions: [B] int, the position inside the user's own interactions that is left out.
+            length: H, the most items returned for each user.
+
+        Returns:
+            as ``before``, in reverse file order.
+
+        Raises:
+            DataError: a position is not one of the user's interactions.
+        """
+        begin, end = self._bounds(np.asarray(user_rows, dtype=np.int64))
+        skipped = begin + np.asarray(positions, dtype=np.int64)
+        if ((skipped < begin) | (skipped >= end)).any():
+            raise DataError("a position is outside the interactions of its user; use positions from these histories")
+        return self._take(begin, end, length, skipped)
+
+    def of_user(self, user_row: int) -> tuple[npt.NDArray[np.int32], IntArray, FloatArray]:
+        """Return all of one user's (item_rows [m], times [m], weights [m]), oldest first."""
+        part = slice(int(self.offsets[user_row]), int(self.offsets[user_row + 1]))
+        return self.item_rows[part], self.times[part], self.weights[part]
+
+    def _bounds(self, users: IntArray) -> tuple[IntArray, IntArray]:
+        known = users >= 0
+        row = np.where(known, users, 0)
+        begin = np.asarray(self.offsets[row])
+        end = np.where(known, self.offsets[row + 1], begin)
+        return begin, end
+
+    def _take(
+        self, begin: IntArray, end: IntArray, length: int, skipped: IntArray | None
+    ) -> tuple[IntArray, FloatArray]:
+        positions = end[:, None] - 1 - np.arange(length)
+        if skipped is not None:
+            # Past the skipped one everything moves one place towards the oldest.
+            positions -= positions <= skipped[:, None]
+        valid = positions >= begin[:, None]
+        if len(self.item_rows) == 0:
+            shape = positions.shape
+            return np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        safe = np.where(valid, positions, 0)
+        rows = np.where(valid, self.item_rows[safe], -1).astype(np.int64)
+        weights = np.where(valid, self.weights[safe], 0).astype(np.float32)
+        return rows, weights
+
+
+def _first_not_before(times: IntArray, begin: IntArray, end: IntArray, when: IntArray) -> IntArray:
+    """Return for each segment [begin, end) of ascending times the first position with time >= when."""
+    low, high = begin.copy(), end.copy()
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        earlier = np.zeros(len(low), bool)
+        earlier[open_] = times[middle[open_]] < when[open_]
+        low = np.where(open_ & earlier, middle + 1, low)
+        high = np.where(open_ & ~earlier, middle, high)
+    return low

@@ -1,0 +1,129 @@
+"""A trained model on disk: weights as safetensors, the feature schema, the configuration, the manifest last.
+
+No pickle is read: a checkpoint may come from a shared bucket.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from twotower.artefacts import read_manifest, sha256_file, write_json, write_manifest
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.model.towers import TwoTower
+from twotower.schema import FeatureSchema
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model with everything that is needed to feed it."""
+
+    path: Path
+    model: TwoTower
+    schema: FeatureSchema
+    config: Config
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def dataset_fingerprint(self) -> str:
+        """Fingerprint of the dataset it was trained on."""
+        return str(self.manifest["dataset_fingerprint"])
+
+    @property
+    def vocabulary_hash(self) -> str:
+        """Hash of the vocabularies that its embedding rows stand for."""
+        return str(self.manifest["vocabulary_hash"])
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of query and candidate embeddings."""
+        return self.model.embedding_dim
+
+    @classmethod
+    def open(cls, path: Path | str, device: str = "cpu") -> Checkpoint:
+        """Return the checkpoint of a directory, its model in evaluation mode.
+
+        Raises:
+            ArtefactError: the directory is no finished checkpoint, or a file of it is damaged.
+        """
+        path = Path(path)
+        manifest = read_manifest(path, "checkpoint")
+        weights = path / WEIGHTS
+        try:
+            found = sha256_file(weights)
+            schema = FeatureSchema.from_json(json.loads((path / "features.json").read_bytes()))
+            config = parse_config(json.loads((path / "config.json").read_bytes()))
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"checkpoint {path} is damaged: {error}. Train again.") from None
+        if found != manifest["fingerprint"]:
+            raise ArtefactError(
+                f"{weights} has SHA-256 {found[:16]}..., its manifest says {manifest['fingerprint'][:16]}...: "
+                "the file is damaged. Train again, or copy it anew."
+            )
+        model = TwoTower(schema, config.model, config.train.loss.temperature, seed=0)
+        try:
+            model.load_state_dict(safetensors.torch.load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise ArtefactError(f"{weights} does not fit its configuration: {error}") from None
+        return cls(path, model.to(device).eval(), schema, config, manifest)
+
+    def require_dataset(self, dataset: Dataset) -> None:
+        """Check that embedding rows and dataset rows mean the same ids.
+
+        Raises:
+            ArtefactMismatchError: the vocabularies differ.
+        """
+        if dataset.vocabulary_hash != self.vocabulary_hash:
+            raise ArtefactMismatchError(
+                f"checkpoint {self.path} was trained on vocabulary {self.vocabulary_hash}, dataset {dataset.path} "
+                f"has {dataset.vocabulary_hash}. Train on this dataset, or give the dataset "
+                f"{self.dataset_fingerprint} it was trained on."
+            )
+
+
+def weights_of(model: TwoTower) -> dict[str, torch.Tensor]:
+    """Return the model's tensors by name, on the CPU and contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def write_checkpoint(
+    directory: Path, weights: dict[str, torch.Tensor], dataset: Dataset, config: Config, facts: dict[str, Any]
+) -> None:
+    """Write a checkpoint's files into an existing directory, the manifest last.
+
+    Args:
+        directory: where to write.
+        weights: from ``weights_of``.
+        dataset: what it was trained on.
+        config: the resolved configuration.
+        facts: further content of the manifest, such as the training history.
+    """
+    # Sorted, so that equal weights give equal bytes.
+    safetensors.torch.save_file(dict(sorted(weights.items())), directory / WEIGHTS)
+    write_json(directory / "features.json", dataset.schema.to_json())
+    write_json(directory / "config.json", config.to_json())
+    write_manifest(
+        directory,
+        "checkpoint",
+        {
+            "fingerprint": sha256_file(directory / WEIGHTS),
+            "dataset_fingerprint": dataset.fingerprint,
+            "vocabulary_hash": dataset.vocabulary_hash,
+            **facts,
+        },
+    )

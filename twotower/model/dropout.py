@@ -1,0 +1,76 @@
+"""Dropout whose masks are a function of (seed, step, global row), for any number of workers and chunks.
+
+A counter-based generator (two rounds of a 64-bit multiply and xor-shift mix) turns a row's key and the
+column number into a uniform number, so a row gets the same mask wherever it is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Return the splitmix64 finaliser of an int64 tensor.
+
+    Source: Steele, Lea, Flood: Fast splittable pseudorandom number generators (2014), figure 16.
+    """
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def row_keys(seed: int, step: int, rows: torch.Tensor, stream: int) -> torch.Tensor:
+    """Return the keys [B] int64 of rows.
+
+    Args:
+        seed: of the run.
+        step: optimiser step.
+        rows: [B] int64, row numbers in the global batch.
+        stream: keeps uses apart that share (seed, step, row), such as the two towers.
+    """
+    key = mix(torch.tensor([seed * _wrap(stream + 1)], dtype=torch.int64) + _GOLDEN)
+    key = mix(key + step * _MIX_2)
+    return mix(key.to(rows.device) + (rows + 1) * _GOLDEN)
+
+
+def _wrap(number: int) -> int:
+    return number & 0x7FFFFFFF
+
+
+def uniform(keys: torch.Tensor, columns: int, stream: int = 0) -> torch.Tensor:
+    """Return uniform numbers in [0, 1), [B, columns] float32, a function of each row's key."""
+    counter = torch.arange(1, columns + 1, device=keys.device, dtype=torch.int64) + stream * (1 << 32)
+    bits = mix(keys[:, None] + counter * _GOLDEN)
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+class RowDropout(nn.Module):
+    """Dropout at a rate, with the masks of ``uniform``; off without keys."""
+
+    def __init__(self, rate: float, stream: int) -> None:
+        """Keep the rate, and the stream that sets this layer's masks apart from another layer's."""
+        super().__init__()
+        self.rate = rate
+        self.stream = stream
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        """Return [B, E], scaled by 1 / (1 - rate) where kept.
+
+        Args:
+            x: [B, E].
+            keys: [B] int64 or None, from ``row_keys``.
+        """
+        if keys is None or self.rate == 0.0 or not self.training:
+            return x
+        keep = uniform(keys, x.shape[1], self.stream) >= self.rate
+        return x * keep * (1.0 / (1.0 - self.rate))

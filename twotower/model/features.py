@@ -1,0 +1,344 @@
+"""Rows of users, items and histories to the inputs of the towers: one code path for training and serving.
+
+Static columns of the item and user tables are encoded once (``encode_columns``) and gathered by row.
+A query's batch is made of its user's row and columns and of a history that ends before the query's time;
+training takes both from the dataset, serving from a generation or the request.
+
+Shapes: B rows of a batch, L ids of a bag, H history length, N catalogue items, V width of a profile.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from twotower.errors import DataError
+from twotower.schema import (
+    MAX_PROFILE_WIDTH,
+    UNKNOWN_ROW,
+    CategoricalFeature,
+    FeatureSchema,
+    FittedFeature,
+    HistoryFeature,
+    IdFeature,
+    MultiHotFeature,
+    NumericFeature,
+    ProfileFeature,
+    TextFeature,
+    VectorFeature,
+)
+
+Columns = dict[str, npt.NDArray[Any]]
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Weighted embedding rows: the embedding of a bag is the weighted sum of its rows."""
+
+    ids: torch.Tensor
+    """[B, L] int64; -1 is padding."""
+    weights: torch.Tensor
+    """[B, L] float32; 0 at padding."""
+
+
+FeatureBatch = dict[str, Bag | torch.Tensor]
+"""By feature name: a bag, or a dense float32 [B, D] tensor."""
+
+
+def to_device(batch: FeatureBatch, device: torch.device | str) -> FeatureBatch:
+    """Return the batch on a device."""
+    return {
+        name: Bag(value.ids.to(device), value.weights.to(device)) if isinstance(value, Bag) else value.to(device)
+        for name, value in batch.items()
+    }
+
+
+def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Columns:
+    """Return the static columns of an item or user table.
+
+    Args:
+        features: of one side; id, history and profile features have no static column and are passed over.
+        table: one row an item or user; a column that is missing counts as missing in every row.
+
+    Returns:
+        by feature name: int32 ids [n, L] padded with -1 (categorical, multi_hot, text), or float32 [n, D]
+        (vector; numeric with D = 2, the standardised value and a flag of 1 where it is missing).
+
+    Raises:
+        DataError: a column can not be read as its feature's type.
+    """
+    columns: Columns = {}
+    for feature in features:
+        spec = feature.spec
+        if isinstance(spec, (IdFeature, HistoryFeature, ProfileFeature)):
+            continue
+        present = spec.source_column in table.column_names
+        column = table[spec.source_column] if present else pa.nulls(len(table))
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        try:
+            columns[spec.name] = _encode(feature, column)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
+            raise DataError(
+                f"column {spec.source_column!r} ({column.type}) can not be read as the {spec.type} feature "
+                f"{spec.name!r}: {error}"
+            ) from None
+    return columns
+
+
+def _encode(feature: FittedFeature, column: pa.Array) -> npt.NDArray[Any]:
+    spec = feature.spec
+    if isinstance(spec, CategoricalFeature):
+        return _value_ids(_as_text(column), feature.values or [])[:, None]
+    if isinstance(spec, MultiHotFeature):
+        return _multi_hot(spec, feature.values or [], column)
+    if isinstance(spec, TextFeature):
+        return _padded((text_buckets(t, spec) for t in _as_text(column).to_pylist()), len(column), spec.max_length)
+    if isinstance(spec, NumericFeature):
+        return _numeric(feature, column)
+    if isinstance(spec, VectorFeature):
+        return _vector(spec, column)
+    raise AssertionError(f"feature type {spec.type} has no static column")
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    if pa.types.is_null(column.type) or pa.types.is_string(column.type):
+        return column.cast(pa.string())
+    return pc.cast(column, pa.string())
+
+
+def _value_ids(column: pa.Array, values: list[str]) -> npt.NDArray[np.int32]:
+    """Return [n] int32: value i of the vocabulary is i + 1, another value is unknown, missing is -1."""
+    found = pc.index_in(column, value_set=pa.array(values, pa.string()))
+    ids = pc.fill_null(found, UNKNOWN_ROW - 1).to_numpy(zero_copy_only=False).astype(np.int32) + 1
+    ids[pc.is_null(column).to_numpy(zero_copy_only=False)] = -1
+    return ids
+
+
+def split_values(spec: MultiHotFeature, column: pa.Array) -> pa.ListArray:
+    """Return a multi_hot column as lists of text; blank pieces are left out."""
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), pa.list_(pa.string()))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column.cast(pa.list_(pa.string()))
+    return pc.split_pattern(_as_text(column), spec.separator)
+
+
+def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> npt.NDArray[np.int32]:
+    lists = split_values(spec, column)
+    flat = pc.utf8_trim_whitespace(lists.flatten())
+    ids = _value_ids(flat, values)
+    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
+    real = (pc.not_equal(pc.fill_null(flat, ""), "")).to_numpy(zero_copy_only=False)
+    ids, parents = ids[real], parents[real]
+    if len(ids):
+        # Each value counts once a row, in ascending order: a set has no order of its own.
+        _, first = np.unique(parents * (len(values) + 2) + ids, return_index=True)
+        ids, parents = ids[first], parents[first]
+    counts = np.bincount(parents, minlength=len(column))
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = int(min(max(counts.max(initial=1), 1), spec.max_length))
+    out = np.full((len(column), width), -1, np.int32)
+    kept = place < width
+    out[parents[kept], place[kept]] = ids[kept]
+    return out
+
+
+def _numeric(feature: FittedFeature, column: pa.Array) -> npt.NDArray[np.float32]:
+    values = numeric_values(feature.spec, column)
+    missing = ~np.isfinite(values)
+    scaled = np.where(missing, 0.0, (np.where(missing, 0.0, values) - feature.mean) / feature.std)
+    return np.stack([scaled, missing], axis=1).astype(np.float32)
+
+
+def numeric_values(spec: Any, column: pa.Array) -> npt.NDArray[np.float64]:
+    """Return a numeric column after its transform as [n] float64, NaN where it is missing."""
+    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+    if spec.transform == "log1p":
+        if (values < 0).any():
+            raise ValueError(f"log1p needs values >= 0; the smallest is {np.nanmin(values)}")
+        values = np.log1p(values)
+    return values
+
+
+def _vector(spec: VectorFeature, column: pa.Array) -> npt.NDArray[np.float32]:
+    out = np.zeros((len(column), spec.dim), np.float32)
+    if pa.types.is_null(column.type):
+        return out
+    valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
+    lists = column.filter(pa.array(valid)).cast(pa.list_(pa.float32()))
+    widths = np.unique(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+    if len(widths) and (widths != spec.dim).any():
+        raise ValueError(f"vectors have width {widths.tolist()}, declared is dim {spec.dim}")
+    out[valid] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, spec.dim)
+    if not np.isfinite(out).all():
+        raise ValueError("vectors hold NaN or infinity; repair the column")
+    return out
+
+
+def text_buckets(text: str | None, spec: TextFeature) -> list[int]:
+    """Return the hashed words and character n-grams of a text, at most ``max_length`` of them."""
+    if not text:
+        return []
+    words = _WORD.findall(text.lower())
+    pieces = [f"w:{w}" for w in words]
+    for word in words:
+        marked = f"<{word}>"
+        pieces += [marked[i : i + spec.ngram] for i in range(max(len(marked) - spec.ngram + 1, 1))]
+    return [zlib.crc32(p.encode()) % spec.buckets for p in pieces[: spec.max_length]]
+
+
+def _padded(rows: Iterable[list[int]], count: int, max_width: int) -> npt.NDArray[np.int32]:
+    out = np.full((count, max_width), -1, np.int32)
+    width = 1
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+        width = max(width, len(row))
+    return np.ascontiguousarray(out[:, :width])
+
+
+def item_batch(schema: FeatureSchema, item_rows: npt.ArrayLike, columns: Columns) -> FeatureBatch:
+    """Return the item tower's input.
+
+    Args:
+        schema: of the model.
+        item_rows: [B] int64; -1 is an item outside the vocabulary.
+        columns: static columns of these items, [B, ...] each.
+    """
+    rows = np.asarray(item_rows, dtype=np.int64)
+    return {f.spec.name: _static_input(f, rows, columns) for f in schema.item}
+
+
+def _static_input(feature: FittedFeature, rows: npt.NDArray[np.int64], columns: Columns) -> Bag | torch.Tensor:
+    spec = feature.spec
+    if isinstance(spec, IdFeature):
+        # A row of -1 becomes embedding row 0, the unknown one.
+        return Bag(torch.from_numpy(rows[:, None] + 1), torch.ones(len(rows), 1))
+    values = columns[spec.name]
+    if values.dtype == np.float32:
+        return torch.from_numpy(np.ascontiguousarray(values))
+    ids = torch.from_numpy(values.astype(np.int64))
+    valid = ids >= 0
+    return Bag(ids, valid / valid.sum(1, keepdim=True).clamp(min=1))
+
+
+def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, npt.NDArray[np.float32]]:
+    """Return what profiles average, by profile feature name: float32 [num_items, V], zeros outside the catalogue.
+
+    Raises:
+        DataError: the profile of a vocabulary wider than ``MAX_PROFILE_WIDTH``.
+    """
+    items = {f.spec.name: f for f in schema.item}
+    values: dict[str, npt.NDArray[np.float32]] = {}
+    for feature in schema.query:
+        spec = feature.spec
+        if not isinstance(spec, ProfileFeature):
+            continue
+        target = items[spec.of]
+        column = item_columns[spec.of]
+        width = profile_width(target)
+        if width > MAX_PROFILE_WIDTH:
+            raise DataError(
+                f"profile feature {spec.name!r} is {width} wide; at most {MAX_PROFILE_WIDTH} is allowed. "
+                f"Lower max_values of {spec.of!r} or take it out"
+            )
+        out = np.zeros((schema.num_items, width), np.float32)
+        if column.dtype == np.float32:
+            out[: len(column)] = column[:, :width]
+        else:
+            row, place = np.nonzero(column >= 0)
+            out[row, column[row, place]] = 1.0
+        values[spec.name] = out
+    return values
+
+
+def profile_width(target: FittedFeature) -> int:
+    """Return V, the width of the profile of an item feature."""
+    spec = target.spec
+    if isinstance(spec, NumericFeature):
+        return 1
+    if isinstance(spec, VectorFeature):
+        return spec.dim
+    return len(target.values or []) + 1
+
+
+class QueryFeatures:
+    """Makes the query tower's input, in training and in serving."""
+
+    def __init__(self, schema: FeatureSchema, profiles: dict[str, npt.NDArray[np.float32]]) -> None:
+        """Keep the schema and what profiles average.
+
+        Args:
+            schema: of the model.
+            profiles: from ``profile_values``; may be memory-mapped.
+        """
+        self.schema = schema
+        self._profiles = profiles
+
+    def __call__(
+        self,
+        user_rows: npt.ArrayLike,
+        user_columns: Columns,
+        history_rows: npt.ArrayLike,
+        history_weights: npt.ArrayLike,
+    ) -> FeatureBatch:
+        """Return the input of a batch of queries.
+
+        Args:
+            user_rows: [B] int64; -1 is an unknown user.
+            user_columns: static columns of these users, [B, ...] each.
+            history_rows: [B, H] int64 item rows, the latest first, -1 behind the last.
+            history_weights: [B, H] float32 interaction weights.
+        """
+        users = np.asarray(user_rows, dtype=np.int64)
+        items = np.asarray(history_rows, dtype=np.int64)
+        weights = np.asarray(history_weights, dtype=np.float32)
+        batch: FeatureBatch = {}
+        for feature in self.schema.query:
+            spec = feature.spec
+            if isinstance(spec, HistoryFeature):
+                batch[spec.name] = _history(spec, items[:, : spec.max_length], weights[:, : spec.max_length])
+            elif isinstance(spec, ProfileFeature):
+                batch[spec.name] = self._profile(
+                    spec, items[:, : spec.max_length], weights[:, : spec.max_length]
+                )
+            else:
+                batch[spec.name] = _static_input(feature, users, user_columns)
+        return batch
+
+    def _profile(
+        self, spec: ProfileFeature, items: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]
+    ) -> torch.Tensor:
+        """sum(w x) / max(count, 1) over the history, w clipped to [0, 1]."""
+        values = self._profiles[spec.name]
+        valid = items >= 0
+        clipped = np.clip(np.where(valid, weights, 0), 0, 1).astype(np.float32)
+        if items.shape[1] == 0:
+            return torch.zeros(len(items), values.shape[1])
+        x = values[np.where(valid, items, 0)]
+        total = np.einsum("bh,bhv->bv", clipped, x)
+        return torch.from_numpy(total / np.maximum(valid.sum(1, keepdims=True), 1).astype(np.float32))
+
+
+def _history(spec: HistoryFeature, items: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> Bag:
+    valid = items >= 0
+    if spec.pooling == "mean":
+        w = valid.astype(np.float32)
+    elif spec.pooling == "weighted":
+        w = np.where(valid, np.maximum(weights, 0), 0).astype(np.float32)
+    else:
+        w = (valid * spec.decay ** np.arange(items.shape[1])).astype(np.float32)
+    total = w.sum(1, keepdims=True)
+    # Item row r has embedding row r + 1; padding stays -1.
+    ids = np.where(valid, items + 1, -1)
+    return Bag(torch.from_numpy(ids), torch.from_numpy(w / np.where(total > 0, total, 1).astype(np.float32)))

@@ -1,0 +1,214 @@
+"""The two towers: embedding tables, one multi-layer perceptron a side, L2-normalised output.
+
+Tables and temperature are kept apart from the dense part (``Towers``): only the dense part is wrapped for
+data parallelism, tables are updated by row and the temperature's gradient is reduced explicitly.
+
+Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from twotower.config import ModelConfig, TowerConfig
+from twotower.model.dropout import RowDropout
+from twotower.model.features import Bag, FeatureBatch, profile_width
+from twotower.schema import (
+    CategoricalFeature,
+    FeatureSchema,
+    FittedFeature,
+    HistoryFeature,
+    IdFeature,
+    MultiHotFeature,
+    NumericFeature,
+    ProfileFeature,
+    TextFeature,
+    VectorFeature,
+)
+
+Side = Literal["query", "item"]
+Lookup = Callable[[str, Bag], torch.Tensor]
+"""Turns (table name, bag) into pooled embeddings [B, E]."""
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+}
+
+
+class Tower(nn.Module):
+    """Multi-layer perceptron from concatenated features [B, in_dim] to unit vectors [B, D]."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int], activation: str, norm: str, dropout: float,
+                 input_dropout: float, residual: bool) -> None:
+        """Build the layers; the arguments are those of ``TowerConfig``."""
+        super().__init__()
+        norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        self.input_dropout = RowDropout(input_dropout, stream=0)
+        self.layers = nn.ModuleList()
+        width = in_dim
+        for stream, size in enumerate(hidden, start=1):
+            self.layers += [
+                nn.Linear(width, size),
+                norms[norm](size),
+                _ACTIVATIONS[activation](),
+                RowDropout(dropout, stream),
+            ]
+            width = size
+        self.output = nn.Linear(width, out_dim)
+        self.skip = nn.Linear(in_dim, out_dim, bias=False) if residual else None
+
+    def forward(self, x: torch.Tensor, row_keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [B, D] float32, L2-normalised.
+
+        Args:
+            x: [B, in_dim] float32.
+            row_keys: [B] int64, the seeds of each row's dropout masks; None leaves dropout out.
+        """
+        h = self.input_dropout(x, row_keys)
+        first = h
+        for layer in self.layers:
+            h = layer(h, row_keys) if isinstance(layer, RowDropout) else layer(h)
+        out = self.output(h)
+        if self.skip is not None:
+            out = out + self.skip(first)
+        return F.normalize(out, dim=-1)
+
+
+class Towers(nn.Module):
+    """Both towers behind one forward, as DistributedDataParallel needs it."""
+
+    def __init__(self, query: Tower, item: Tower) -> None:
+        """Keep the two towers."""
+        super().__init__()
+        self.query = query
+        self.item = item
+
+    def forward(
+        self, query_x: torch.Tensor, item_x: torch.Tensor, query_keys: torch.Tensor | None,
+        item_keys: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query embeddings [Q, D] and candidate embeddings [C, D]."""
+        return self.query(query_x, query_keys), self.item(item_x, item_keys)
+
+
+class TwoTower(nn.Module):
+    """The whole model: tables, towers and temperature."""
+
+    def __init__(self, schema: FeatureSchema, config: ModelConfig, temperature: float, seed: int) -> None:
+        """Build a freshly initialised model.
+
+        Args:
+            schema: fitted features.
+            config: sizes.
+            temperature: initial temperature.
+            seed: of the initial weights; the same seed gives the same model.
+        """
+        super().__init__()
+        self.schema = schema
+        self.embedding_dim = config.embedding_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tables = nn.ParameterDict()
+            for name, (rows, width) in table_sizes(schema).items():
+                self.tables[name] = nn.Parameter(torch.randn(rows, width) * config.init_std)
+            self.towers = Towers(
+                _tower(schema, "query", config.query_tower, config.embedding_dim),
+                _tower(schema, "item", config.item_tower, config.embedding_dim),
+            )
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+
+    def inputs(self, side: Side, batch: FeatureBatch, lookup: Lookup | None = None) -> torch.Tensor:
+        """Return a side's concatenated features [B, in_dim] float32.
+
+        Args:
+            side: whose features.
+            batch: the features, by name.
+            lookup: how bags become embeddings; straight from the tables when not given.
+        """
+        lookup = lookup or self._lookup
+        features = self.schema.query if side == "query" else self.schema.item
+        parts = []
+        for feature in features:
+            value = batch[feature.spec.name]
+            parts.append(lookup(table_name(side, feature), value) if isinstance(value, Bag) else value)
+        return torch.cat(parts, dim=1)
+
+    def encode_queries(self, batch: FeatureBatch) -> torch.Tensor:
+        """Return query embeddings [B, D] float32, L2-normalised; without dropout or gradient."""
+        with torch.inference_mode():
+            return self.towers.query(self.inputs("query", batch))
+
+    def encode_items(self, batch: FeatureBatch) -> torch.Tensor:
+        """Return candidate embeddings [B, D] float32, L2-normalised; without dropout or gradient."""
+        with torch.inference_mode():
+            return self.towers.item(self.inputs("item", batch))
+
+    def _lookup(self, name: str, bag: Bag) -> torch.Tensor:
+        return pool(self.tables[name], bag.ids.clamp(min=0), bag.weights)
+
+
+def pool(table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return weighted sums of table rows [B, E]; padding has weight 0."""
+    if ids.shape[1] == 1:
+        return F.embedding(ids[:, 0], table) * weights
+    return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
+
+
+def table_name(side: Side, feature: FittedFeature) -> str:
+    """Return the name of the embedding table that a feature reads."""
+    spec = feature.spec
+    if isinstance(spec, HistoryFeature) and spec.share:
+        return "items"
+    if isinstance(spec, IdFeature):
+        return "users" if side == "query" else "items"
+    return f"{side}_{spec.name}"
+
+
+def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
+    """Return (rows, width) of every embedding table."""
+    sizes: dict[str, tuple[int, int]] = {}
+    sides: tuple[tuple[Side, list[FittedFeature]], ...] = (("item", schema.item), ("query", schema.query))
+    for side, features in sides:
+        for feature in features:
+            spec = feature.spec
+            if isinstance(spec, IdFeature):
+                rows = (schema.num_users if side == "query" else schema.num_items) + 1
+            elif isinstance(spec, HistoryFeature):
+                rows = schema.num_items + 1
+            elif isinstance(spec, (CategoricalFeature, MultiHotFeature)):
+                rows = len(feature.values or []) + 1
+            elif isinstance(spec, TextFeature):
+                rows = spec.buckets
+            else:
+                continue
+            sizes[table_name(side, feature)] = (rows, spec.dim)
+    return sizes
+
+
+def _tower(schema: FeatureSchema, side: Side, config: TowerConfig, out_dim: int) -> Tower:
+    features = schema.query if side == "query" else schema.item
+    items = {f.spec.name: f for f in schema.item}
+    width = 0
+    for feature in features:
+        spec = feature.spec
+        if isinstance(spec, NumericFeature):
+            width += 2
+        elif isinstance(spec, ProfileFeature):
+            width += profile_width(items[spec.of])
+        elif isinstance(spec, VectorFeature):
+            width += spec.dim
+        else:
+            width += spec.dim
+    return Tower(
+        width, out_dim, config.hidden, config.activation, config.norm, config.dropout, config.input_dropout,
+        config.residual,
+    )
