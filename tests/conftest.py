@@ -1,0 +1,196 @@
+"""Fixtures shared by all tiers. The folder of a test is its tier: tests/cluster/ has the marker cluster, and so on.
+
+Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Ray and Ray Serve read these when they are imported. Ray 2.60 would otherwise write a token into the
+    # home folder, join whatever cluster it finds, and send usage reports.
+    os.environ.update(
+        RAY_AUTH_MODE="disabled",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+        RAY_DATA_DISABLE_PROGRESS_BARS="1",
+        MPLBACKEND="Agg",
+    )
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Child processes and Ray workers import the tests' modules too.
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    from twotower.cluster.environment import apply_environment
+
+    apply_environment()
+    config.pluginmanager.register(_RealDataSummary(), "realdata-summary")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_missing = _gpu_missing() if any(item.get_closest_marker("gpu") for item in items) else None
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in TIERS:
+            item.add_marker(folder)
+        if "mirror" in getattr(item, "fixturenames", ()):
+            item.add_marker("realdata")
+        if gpu_missing and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=gpu_missing))
+
+
+def _gpu_missing() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "no GPU"
+
+
+class _RealDataSummary:
+    """Says at the end how many tests on real data ran, or why they did not."""
+
+    def __init__(self) -> None:
+        self.ran = 0
+        self.skipped: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "realdata" not in report.keywords:
+            return
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            reason = reason.removeprefix("Skipped: ")
+            self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        elif report.when == "call":
+            self.ran += 1
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        parts = [f"{self.ran} ran"]
+        parts += [f"{count} did not run: {reason}" for reason, count in self.skipped.items()]
+        if not self.ran and not self.skipped:
+            parts = ["none selected"]
+        terminalreporter.write_line(f"real-data tests: {'; '.join(parts)}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed."""
+    return np.random.default_rng(20_260_101)
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """Folder with the official MovieLens zip files; the test is skipped where there is none."""
+    value = os.environ.get("TWOTOWER_MIRROR", "")
+    if not value:
+        pytest.skip("TWOTOWER_MIRROR is not set")
+    folder = Path(value)
+    if not (folder / "ml-latest-small.zip").is_file():
+        pytest.skip(f"TWOTOWER_MIRROR={value} has no ml-latest-small.zip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_values() -> Callable[..., dict[str, Any]]:
+    """Function of (root, **sections) that returns the plain values of a small configuration."""
+
+    def values(root: Path | str, **sections: Any) -> dict[str, Any]:
+        # Widths and counts differ everywhere, so that swapped axes are noticed.
+        base: dict[str, Any] = {
+            "name": "small",
+            "seed": 11,
+            "storage": {"root": str(root)},
+            "data": {
+                "source": {
+                    "kind": "generated",
+                    "num_users": 300,
+                    "num_items": 210,
+                    "num_interactions": 7_000,
+                    "num_tastes": 6,
+                    "seed": 5,
+                }
+            },
+            "features": {
+                "query": [
+                    {"name": "user_id", "type": "id", "dim": 9},
+                    {"name": "history", "type": "history", "dim": 20, "max_length": 13},
+                    {"name": "genre_profile", "type": "profile", "of": "genres", "max_length": 17},
+                ],
+                "item": [
+                    {"name": "item_id", "type": "id", "dim": 20},
+                    {"name": "genres", "type": "multi_hot", "dim": 7},
+                    {"name": "title", "type": "text", "dim": 10, "buckets": 500},
+                ],
+            },
+            "model": {"embedding_dim": 24, "query_tower": {"hidden": [40]}, "item_tower": {"hidden": [36]}},
+            "train": {"epochs": 2, "global_batch_size": 256, "num_workers": 1, "fit": "train"},
+            "index": {"num_shards": 3, "recall_k": 20, "num_recall_queries": 30},
+            "evaluation": {"ks": [5, 10], "latency_requests": 25, "map_items": 60},
+            "recommend": {"k": 8},
+            "cluster": {"num_encoders": 1, "encode_batch_size": 64},
+        }
+        return {**base, **sections}
+
+    return values
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory, small_values: Callable[..., dict[str, Any]]) -> Any:
+    """A small configuration on generated data, with a root of its own."""
+    from twotower.config import parse_config
+
+    return parse_config(small_values(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="session")
+def small_dataset(small_config: Any) -> Any:
+    """The prepared dataset of ``small_config``; do not change it."""
+    from twotower.data.prepare import prepare
+
+    return prepare(small_config)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray with four logical CPUs for the whole run; it joins no other cluster."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield
+    finally:
+        if "ray.serve" in sys.modules:
+            from ray import serve
+
+            serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether to write the golden files instead of comparing with them."""
+    return bool(request.config.getoption("--update-golden"))
