@@ -1,0 +1,152 @@
+"""Ports, and the HAProxy processes of a Ray cluster that this process started.
+
+Serve runs HAProxy as a child of one of its actors, from a configuration file in a folder named after the
+Ray node. That name tells our processes from anybody else's: nothing is ever ended by program name.
+
+Run as ``python -m serve.processes NODE_ID...`` this module is the guard of ``serve.local``: it waits until
+its standard input closes, which also happens when ``serve.local`` is killed, and ends what is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_POLL_S = 0.05
+_GRACE_S = 3.0
+_PROC = Path("/proc")
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Return whether a TCP server could listen on ``host:port`` now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Connections of a stopped server in TIME_WAIT do not hold a port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError:
+            return False
+        return True
+
+
+def free_port(preferred: int | None = None, host: str = "") -> int:
+    """Return ``preferred`` if it is free, else a port that is free at this moment."""
+    if preferred is not None and port_is_free(host, preferred):
+        return preferred
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_free(addresses: Iterable[tuple[str, int]], timeout_s: float) -> list[int]:
+    """Return the ports that are still held after at most ``timeout_s`` seconds."""
+    deadline = time.monotonic() + timeout_s
+    held = list(addresses)
+    while held := [(host, port) for host, port in held if not port_is_free(host, port)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_S)
+    return [port for _, port in held]
+
+
+def haproxy_pids(node_ids: Iterable[str]) -> list[int]:
+    """Return the PIDs of HAProxy processes that serve these Ray nodes (hexadecimal node ids)."""
+    endings = tuple(f"/{node_id}/haproxy.cfg".encode() for node_id in node_ids)
+    pids = []
+    for entry in _PROC.iterdir() if _PROC.is_dir() else ():
+        if not entry.name.isdigit():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if endings and any(argument.endswith(endings) for argument in arguments):
+            pids.append(int(entry.name))
+    return pids
+
+
+def end_haproxy(node_ids: Iterable[str], grace_s: float = _GRACE_S) -> int:
+    """End the HAProxy processes of these Ray nodes, and return how many there were."""
+    node_ids = list(node_ids)
+    found = set(haproxy_pids(node_ids))
+    for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+        deadline = time.monotonic() + wait_s
+        while left := haproxy_pids(node_ids):
+            found.update(left)
+            for pid in left:
+                _signal(pid, number)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+    return len(found)
+
+
+def children(pid: int) -> list[int]:
+    """Return the PIDs of all descendants of a process (empty where there is no /proc)."""
+    parents: dict[int, int] = {}
+    for entry in _PROC.iterdir() if _PROC.is_dir() else ():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text()
+        except OSError:
+            continue
+        # The second field is the program's name in parentheses and may hold blanks.
+        parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    found, frontier = [], {pid}
+    while frontier := {child for child, parent in parents.items() if parent in frontier}:
+        found += sorted(frontier)
+    return found
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Return the PIDs that still run; a zombie does not."""
+    left = []
+    for pid in pids:
+        try:
+            state = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            left.append(pid)
+    return left
+
+
+def start_guard(node_ids: Iterable[str]) -> subprocess.Popen[bytes]:
+    """Start the guard process; close its ``stdin`` to end it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "serve.processes", *node_ids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[1],
+        # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
+        start_new_session=True,
+    )
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _guard(node_ids: list[str]) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    while sys.stdin.buffer.read(1):
+        pass
+    end_haproxy(node_ids)
+
+
+if __name__ == "__main__":
+    _guard(sys.argv[1:])
