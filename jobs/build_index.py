@@ -1,0 +1,43 @@
+"""Encode the whole catalogue, build and check the index shards, and publish the generation.
+
+python -m jobs.build_index --config configs/movielens.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jobs import command, stages
+from twotower.config import Config
+from twotower.progress import say, stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    stages.add_dataset(parser)
+    stages.add_checkpoint(parser)
+    parser.add_argument("--no-publish", action="store_true", help="leave CURRENT as it is")
+
+
+def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    from twotower.cluster.build import build_generation
+
+    dataset = stages.dataset_for(config, arguments.dataset)
+    with stages.on_ray(config):
+        checkpoint = arguments.checkpoint or stages.checkpoints_for(config, dataset).served
+        stage("encode the catalogue and build the index")
+        generation = build_generation(config, dataset, checkpoint)
+    if not arguments.no_publish:
+        stages.store_of(config).publish(generation.name)
+        say(f"published {generation.name}")
+    details = {"generation": generation.name, "published": not arguments.no_publish, "checkpoint": str(checkpoint)}
+    return command.Result(path=generation, metrics=stages.index_metrics(generation), details=details)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run("build_index", __doc__, work, add_arguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

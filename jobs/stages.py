@@ -1,0 +1,101 @@
+"""Where a job's inputs come from: the paths given to it, or what the same configuration makes.
+
+``prepare`` and ``train`` recognise finished work, so asking them for an input costs nothing when it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twotower.artefacts import read_manifest
+from twotower.config import Config
+from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
+from twotower.errors import ArtefactError, ConfigError
+from twotower.progress import stage
+
+if TYPE_CHECKING:
+    from twotower.retrieval.store import Store
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoint whose quality is measured, and the one that is served; the same for ``train.fit: train``."""
+
+    evaluated: Path
+    served: Path
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dataset``."""
+    parser.add_argument("--dataset", metavar="DIR", type=Path, help="a prepared dataset (made or found by the configuration)")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add ``--checkpoint``."""
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a trained checkpoint (made or found by the configuration)")
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Add ``--generation``."""
+    parser.add_argument("--generation", metavar="ID", help="id of a generation (the published one)")
+
+
+def dataset_for(config: Config, path: Path | None = None) -> Dataset:
+    """Return the dataset at ``path``, or the one that the configuration makes, preparing it where it is missing."""
+    if path is not None:
+        return Dataset.open(path)
+    stage("prepare")
+    return prepare(config)
+
+
+def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
+    """Return the checkpoints that the configuration makes, training those that are missing; needs Ray."""
+    from twotower.cluster.train import train
+
+    stage("train on the train split")
+    evaluated = train(config, dataset, fit="train")
+    if config.train.fit == "train":
+        return Checkpoints(evaluated, evaluated)
+    epochs = int(read_manifest(evaluated, "checkpoint")["best_epoch"])
+    stage(f"refit on every interaction for {epochs} epochs")
+    return Checkpoints(evaluated, train(config, dataset, fit="all", epochs=epochs))
+
+
+def store_of(config: Config) -> Store:
+    """Return the store of generations of the configuration."""
+    from twotower.retrieval.store import Store
+
+    return Store(config.store)
+
+
+def generation_for(config: Config, generation: str | None = None) -> Path:
+    """Return the folder of the named generation, or of the published one.
+
+    Raises:
+        ArtefactError: nothing is published, or there is no generation of that name.
+    """
+    store = store_of(config)
+    name = generation or store.current()
+    if name is None:
+        raise ArtefactError(
+            f"{config.store} has no published generation; run python -m jobs.pipeline with this configuration first"
+        )
+    if name not in store.generations():
+        known = ", ".join(store.generations()) or "none"
+        raise ConfigError(f"--generation {name}: {config.store} has no such generation (it has: {known})")
+    return store.path(name)
+
+
+@contextmanager
+def on_ray(config: Config) -> Iterator[None]:
+    """Join the running Ray cluster, or start Ray on this machine and stop it at the end."""
+    from twotower.cluster.session import session
+
+    with session(config):
+        yield

@@ -1,0 +1,35 @@
+"""Train the two towers, on the train split and, with `train.fit: all`, once more on every interaction.
+
+python -m jobs.train --config configs/movielens.yaml --set train.epochs=5 train.loss.temperature=0.1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jobs import command, stages
+from twotower.artefacts import read_manifest
+from twotower.config import Config
+
+
+def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    dataset = stages.dataset_for(config, arguments.dataset)
+    with stages.on_ray(config):
+        checkpoints = stages.checkpoints_for(config, dataset)
+    manifest = read_manifest(checkpoints.evaluated, "checkpoint")
+    details = {
+        "evaluated_checkpoint": str(checkpoints.evaluated),
+        "best_epoch": manifest["best_epoch"],
+        "dataset": str(dataset.path),
+    }
+    return command.Result(path=checkpoints.served, metrics=manifest["metrics"], details=details)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run("train", __doc__, work, stages.add_dataset, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
