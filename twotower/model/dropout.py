@@ -38,13 +38,10 @@ def row_keys(seed: int, step: int, rows: torch.Tensor, stream: int) -> torch.Ten
         rows: [B] int64, row numbers in the global batch.
         stream: keeps uses apart that share (seed, step, row), such as the two towers.
     """
-    key = mix(torch.tensor([seed * _wrap(stream + 1)], dtype=torch.int64) + _GOLDEN)
-    key = mix(key + step * _MIX_2)
-    return mix(key.to(rows.device) + (rows + 1) * _GOLDEN)
-
-
-def _wrap(number: int) -> int:
-    return number & 0x7FFFFFFF
+    key = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    for part in (seed, stream, step):
+        key = mix(key + part + _GOLDEN)
+    return mix(key + (rows + 1) * _GOLDEN)
 
 
 def uniform(keys: torch.Tensor, columns: int, stream: int = 0) -> torch.Tensor:

@@ -1,0 +1,88 @@
+"""Histories against a plain loop over each user's interactions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twotower.data.histories import Histories
+from twotower.data.interactions import Interactions
+from twotower.errors import DataError
+from twotower.schema import KINDS, SPLITS
+
+
+def make_interactions(rng: np.random.Generator, num_users: int, n: int) -> Interactions:
+    user = np.sort(rng.integers(0, num_users, n)).astype(np.int32)
+    time = rng.integers(0, 9, n).astype(np.int64)  # few distinct times: many ties
+    order = np.lexsort((time, user))
+    return Interactions.of(
+        num_users,
+        user_row=user,
+        item_row=rng.integers(0, 50, n).astype(np.int32),
+        time=time[order],
+        weight=rng.random(n).astype(np.float32),
+        kind=rng.choice([KINDS["positive"], KINDS["negative"], KINDS["seen_only"]], n).astype(np.int8),
+        split=np.full(n, SPLITS["train"], np.int8),
+    )
+
+
+def loop_before(data: Interactions, user: int, time: int | None, length: int) -> list[tuple[int, float]]:
+    found = [
+        (int(data.item_row[i]), float(data.weight[i]))
+        for i in range(len(data))
+        if data.user_row[i] == user
+        and data.kind[i] == KINDS["positive"]
+        and (time is None or data.time[i] < time)
+    ]
+    return found[::-1][:length]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 60), st.integers(1, 12))
+def test_before_takes_the_latest_strictly_earlier_positives(seed: int, users: int, n: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    data = make_interactions(rng, users, n)
+    histories = Histories.of(data)
+    wanted_users = rng.integers(-1, users, 20)
+    times = rng.integers(-1, 11, 20)
+    rows, weights = histories.before(wanted_users, times, length)
+    everything, _ = histories.before(wanted_users, None, length)
+    assert rows.shape == weights.shape == (20, length)
+    for b, (user, time) in enumerate(zip(wanted_users, times, strict=True)):
+        expected = loop_before(data, user, time, length)
+        assert rows[b, : len(expected)].tolist() == [item for item, _ in expected]
+        assert np.allclose(weights[b, : len(expected)], [w for _, w in expected])
+        assert (rows[b, len(expected) :] == -1).all()
+        assert (weights[b, len(expected) :] == 0).all()
+        latest = loop_before(data, user, None, length)
+        assert everything[b, : len(latest)].tolist() == [item for item, _ in latest]
+
+
+def test_capped_histories_answer_like_complete_ones_up_to_the_cap(rng: np.random.Generator) -> None:
+    data = make_interactions(rng, 11, 300)
+    complete, capped = Histories.of(data), Histories.of(data, capped=5)
+    assert len(capped.item_rows) < len(complete.item_rows)
+    users = np.arange(11)
+    for got, expected in zip(capped.before(users, None, 5), complete.before(users, None, 5), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_others_leaves_out_exactly_the_position(rng: np.random.Generator) -> None:
+    data = make_interactions(rng, 5, 80)
+    histories = Histories.of(data)
+    checked = 0
+    for user in range(5):
+        items, _, _ = histories.of_user(user)
+        for position in range(len(items)):
+            rows, _ = histories.others([user], [position], len(items) + 2)
+            expected = np.delete(items, position)[::-1]
+            np.testing.assert_array_equal(rows[0, : len(expected)], expected)
+            assert (rows[0, len(expected) :] == -1).all()
+            checked += 1
+    assert checked > 10
+
+
+def test_others_refuses_a_position_of_another_user(rng: np.random.Generator) -> None:
+    histories = Histories.of(make_interactions(rng, 5, 80))
+    with pytest.raises(DataError, match="outside the interactions of its user"):
+        histories.others([1], [1000], 3)
