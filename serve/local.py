@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -80,7 +79,7 @@ def running(config: Config, pointer: str = "CURRENT") -> Iterator[str]:
             )
         )
 
-    with serving(make, config.serve.host, config.serve.port, config.cluster.local_num_cpus) as url:
+    with serving(make, config) as url:
         yield url
 
 
@@ -105,58 +104,37 @@ def check_published(config: Config, pointer: str = "CURRENT") -> str:
 
 
 @contextlib.contextmanager
-def serving(
-    make: Callable[[], Application], host: str, port: int, num_cpus: int, wait_for: str = "/readyz"
-) -> Iterator[str]:
-    """Run an application on Ray Serve while the block runs; yields the base URL.
+def serving(make: Callable[[], Application], config: Config) -> Iterator[str]:
+    """Run an application on Ray Serve while the block runs; yields the base URL once ``/readyz`` answers 200.
 
     Ray is used if this process is connected to it, else joined if it runs, else started. Only what was
     started here is stopped afterwards.
 
     Args:
         make: makes the application; called when Ray is there.
-        host: address to listen on.
-        port: port to listen on.
-        num_cpus: logical CPUs of Ray where it has to be started.
-        wait_for: path that must answer 200 before the block starts.
+        config: its ``serve`` section says where to listen.
     """
     apply_environment()
-    with _ray(num_cpus) as started_ray, _serve(make, host, port, started_ray):
+    host, port = config.serve.host, config.serve.port
+    with _ray(config) as started_ray, _serve(make, host, port, started_ray):
         url = f"http://{_url_host(host)}:{port}"
-        _wait_until_ready(url + wait_for)
+        _wait_until_ready(url + "/readyz")
         yield url
 
 
 @contextlib.contextmanager
-def _ray(num_cpus: int) -> Iterator[bool]:
+def _ray(config: Config) -> Iterator[bool]:
     """Connect to Ray; yields whether it was started here."""
-    import ray
-    from ray._private.utils import read_ray_address
+    from twotower.cluster.session import session
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if ray.is_initialized():
-        yield False
-        return
-    wanted = os.environ.get("RAY_ADDRESS")
-    address = wanted or read_ray_address(None)
-    joined = False
-    if address and address != "local":
-        try:
-            ray.init(address=address, **quiet)
-            joined = True
-        except ConnectionError:
-            if wanted:
-                raise ConfigError(
-                    f"no Ray cluster answers at RAY_ADDRESS={wanted}; start it, or unset RAY_ADDRESS"
-                ) from None
-    if not joined:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-    before = [] if joined else children(os.getpid())
+    before = set(children(os.getpid()))
+    started: list[int] = []
     try:
-        yield not joined
+        with session(config):
+            started = sorted(set(children(os.getpid())) - before)
+            yield bool(started)
     finally:
-        ray.shutdown()
-        _wait_until_gone(before)
+        _wait_until_gone(started)
 
 
 @contextlib.contextmanager
@@ -164,7 +142,6 @@ def _serve(make: Callable[[], Application], host: str, port: int, started_ray: b
     import ray
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     client = _existing_client()
     ports = {}
     if client is None:

@@ -1,0 +1,63 @@
+"""What is asked of a retriever, and what it answers. Loads neither torch nor faiss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from twotower.errors import RequestError
+
+Strategy = Literal["personal", "history", "features", "popular", "similar"]
+
+
+class UnknownItemError(RequestError):
+    """An item that is asked about is not in the catalogue (HTTP 404)."""
+
+
+@dataclass(frozen=True)
+class HistoryItem:
+    """One item of a history that comes with a query."""
+
+    item_id: str
+    """External id; one that is not in the vocabulary is passed over."""
+    time: int | None = None
+    """Microseconds UTC; an item without a time counts at every moment."""
+    weight: float = 1.0
+    """Weight of the interaction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """The question "which k items for this user, now?"."""
+
+    k: int
+    """Number of items wanted, 1 or more."""
+    user_id: str | None = None
+    """External id; None or an unknown one is served from history or features, and with neither from popularity."""
+    history: Sequence[HistoryItem] | None = None
+    """The user's items, oldest first; None takes the stored history."""
+    features: dict[str, Any] = field(default_factory=dict)
+    """Values by column of the user table; each replaces the stored value, None stands for missing."""
+    at: int | None = None
+    """Microseconds UTC; only what happened strictly before it counts. None is now."""
+    exclude_seen: bool = True
+    """Leave out what the user has already had, and the items of ``history``."""
+    exclude_items: Sequence[str] = ()
+    """Further external ids to leave out; unknown ones are passed over."""
+    fields: Sequence[str] = ()
+    """Item columns to return with each item."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The items of one query."""
+
+    generation: str
+    """Id of the generation that answered."""
+    items: list[dict[str, Any]]
+    """Best first: item_id, score, and the fields that were asked for."""
+    strategy: Strategy
+    """What the answer was made from."""
+    timing_ms: dict[str, float]
+    """Milliseconds by stage: encode, search, total."""
