@@ -1,0 +1,222 @@
+"""The searcher: merging, exclusion, exactness where an approximate index finds too little, threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from twotower.errors import ArtefactError, ConfigError, RequestError
+from twotower.index.build import build_shard
+from twotower.index.recall import index_recall_at_k, least_effort
+from twotower.index.search import Hits, Searcher, Shard, exact_top_k
+from twotower.index.spec import Effort
+
+DIM = 20
+
+
+def unit_vectors(rng: np.random.Generator, count: int) -> np.ndarray:
+    vectors = rng.normal(size=(count, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def searcher_of(
+    vectors: np.ndarray, shards: np.ndarray, num_shards: int, factory: str, **effort: int
+) -> Searcher:
+    parts = []
+    for s in range(num_shards):
+        rows = np.flatnonzero(shards == s)
+        parts.append(Shard(build_shard(vectors[rows], factory), rows))
+    return Searcher(parts, Effort(**effort))
+
+
+def brute_force(vectors: np.ndarray, query: np.ndarray, k: int, excluded: list[int]) -> list[int]:
+    scores = vectors @ query
+    ranked = sorted(range(len(vectors)), key=lambda row: (-scores[row], row))
+    return [row for row in ranked if row not in set(excluded)][:k]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 40])
+def test_sharded_flat_equals_brute_force(num_shards: int, rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 61)
+    shards = rng.integers(0, num_shards, len(vectors))
+    searcher = searcher_of(vectors, shards, num_shards, "Flat")
+    assert searcher.num_items == 61
+    queries = unit_vectors(rng, 11)
+    for k in (1, 5, 60, 61, 200):
+        for q, hits in enumerate(searcher.search(queries, k)):
+            assert hits.item_rows.tolist() == brute_force(vectors, queries[q], k, [])
+            assert hits.item_rows.dtype == np.int64
+            assert hits.scores.dtype == np.float32
+            np.testing.assert_allclose(hits.scores, vectors[hits.item_rows] @ queries[q], atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF8,Flat"])
+def test_excluded_items_are_left_out_and_replaced(factory: str, rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 150)
+    searcher = searcher_of(vectors, np.arange(150) % 3, 3, factory, nprobe=8, ef_search=400)
+    queries = unit_vectors(rng, 4)
+    best = brute_force(vectors, queries[0], 150, [])
+    # The best ones twice, none, all but three, and rows that are nowhere.
+    exclude = [best[:90] + best[:5], [], best[3:], [150, 10_000, -1]]
+    found = searcher.search(queries, 10, exclude)
+    for q, hits in enumerate(found):
+        assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 10, exclude[q])
+    assert [len(h.item_rows) for h in found] == [10, 10, 3, 10]
+
+
+def test_everything_excluded_leaves_nothing(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 12)
+    searcher = searcher_of(vectors, np.arange(12) % 2, 2, "Flat")
+    (hits,) = searcher.search(unit_vectors(rng, 1), 4, [np.arange(12)])
+    assert hits.item_rows.shape == (0,)
+
+
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "HNSW4", "IVF32,SQ8"])
+def test_k_items_come_though_the_index_returns_fewer(factory: str, rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 400)
+    searcher = searcher_of(vectors, np.arange(400) % 2, 2, factory, nprobe=1, ef_search=16)
+    queries = unit_vectors(rng, 6)
+    exclude = [rng.choice(400, 30 * q, replace=False) for q in range(6)]
+    raw = searcher.shards[0].index.search(queries, 200)[1]
+    assert (raw < 0).any() or factory == "HNSW4"
+    for q, hits in enumerate(searcher.search(queries, 300, exclude)):
+        assert len(hits.item_rows) == min(300, 400 - 30 * q)
+        assert len(set(hits.item_rows.tolist())) == len(hits.item_rows)
+        assert not set(hits.item_rows.tolist()) & set(exclude[q].tolist())
+        assert hits.item_rows.min() >= 0
+        assert (np.diff(hits.scores) <= 0).all()
+        if factory == "IVF32,Flat":
+            assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 300, exclude[q].tolist())
+
+
+def test_equal_scores_come_by_item_row(rng: np.random.Generator) -> None:
+    vectors = np.repeat(unit_vectors(rng, 5), 6, axis=0)
+    shards = rng.integers(0, 4, 30)
+    searcher = searcher_of(vectors, shards, 4, "Flat")
+    (hits,) = searcher.search(vectors[:1], 30)
+    expected = brute_force(vectors, vectors[0], 30, [])
+    assert hits.item_rows.tolist() == expected
+    assert hits.item_rows[:6].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_negative_and_zero_scores_are_ordered() -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    searcher = Searcher([Shard(build_shard(vectors, "Flat"), np.array([4, 7, 9]))])
+    (hits,) = searcher.search(np.array([[-0.5, -0.0, -0.25]], np.float32), 3)
+    assert hits.item_rows.tolist() == [7, 9, 4]
+    assert hits.scores.tolist() == [0.0, -0.25, -0.5]
+
+
+def test_large_batches_with_lists_of_any_length(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 90)
+    searcher = searcher_of(vectors, np.arange(90) % 2, 2, "Flat")
+    queries = unit_vectors(rng, 1_100)
+    exclude = [rng.choice(90, int(rng.integers(0, 80)), replace=False) for _ in queries]
+    for q, hits in enumerate(searcher.search(queries, 7, exclude)):
+        assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 7, exclude[q].tolist())
+
+
+def test_an_index_without_items_answers_with_nothing(rng: np.random.Generator) -> None:
+    empty = Shard(build_shard(np.zeros((0, DIM), np.float32), "Flat"), np.zeros(0, np.int64))
+    for searcher in (Searcher([]), Searcher([empty, empty])):
+        assert [len(h.item_rows) for h in searcher.search(unit_vectors(rng, 2), 3)] == [0, 0]
+    vectors = unit_vectors(rng, 8)
+    searcher = Searcher([empty, Shard(build_shard(vectors, "Flat"), np.arange(8)), empty])
+    assert len(searcher.search(vectors[:1], 3)[0].item_rows) == 3
+
+
+def test_bad_calls_say_what_is_wrong(rng: np.random.Generator) -> None:
+    searcher = searcher_of(unit_vectors(rng, 20), np.zeros(20), 1, "Flat")
+    query = unit_vectors(rng, 1)
+    with pytest.raises(RequestError, match=r"k \(0\)"):
+        searcher.search(query, 0)
+    with pytest.raises(RequestError, match=r"\(1, 4\); it must be \(number, 20\)"):
+        searcher.search(query[:, :4], 3)
+    with pytest.raises(RequestError, match="NaN"):
+        searcher.search(np.full((1, DIM), np.nan, np.float32), 3)
+    with pytest.raises(RequestError, match="1 queries have 2 exclude lists"):
+        searcher.search(query, 3, [[], []])
+    with pytest.raises(RequestError, match="item row 20 is not in the index"):
+        searcher.vectors([3, 20])
+
+
+def test_shards_that_do_not_fit_together_are_refused(rng: np.random.Generator) -> None:
+    one = build_shard(unit_vectors(rng, 3), "Flat")
+    with pytest.raises(ArtefactError, match="item row 5 is in two shards"):
+        Searcher([Shard(one, np.array([1, 5, 6])), Shard(one, np.array([2, 3, 5]))])
+    with pytest.raises(ConfigError, match="item row 5 occurs twice"):
+        Searcher([Shard(one, np.array([1, 5, 5]))])
+    with pytest.raises(ArtefactError, match="3 vectors and 2 item rows"):
+        Searcher([Shard(one, np.array([1, 5]))])
+    with pytest.raises(ArtefactError, match=r"\[9, 20\] dimensions"):
+        Searcher(
+            [
+                Shard(one, np.arange(3)),
+                Shard(build_shard(np.eye(9, dtype=np.float32), "Flat"), np.arange(3, 12)),
+            ]
+        )
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8", "HNSW8"])
+def test_threads_share_a_searcher(factory: str, rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 500)
+    searcher = searcher_of(vectors, np.arange(500) % 3, 3, factory)
+    queries = unit_vectors(rng, 40)
+    efforts = [Effort(nprobe=1 + q % 16, ef_search=16 + q) for q in range(40)]
+
+    def ask(q: int) -> tuple[list[int], list[float]]:
+        (hits,) = searcher.search(queries[q : q + 1], 9, [np.arange(q)], efforts[q])
+        return hits.item_rows.tolist(), hits.scores.tolist()
+
+    alone = [ask(q) for q in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, [q for _ in range(5) for q in range(40)]))
+    assert together == alone * 5
+
+
+def test_effort_is_of_the_call_and_never_of_the_index(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 900)
+    searcher = searcher_of(vectors, np.zeros(900), 1, "IVF32,Flat", nprobe=1)
+    queries = unit_vectors(rng, 60)
+    exact = exact_top_k(queries, 30, iter([(np.arange(900), vectors)]))
+    recalls = [
+        index_recall_at_k(searcher.search(queries, 10, effort=Effort(nprobe=n)), exact, 10)
+        for n in (1, 4, 32)
+    ]
+    assert recalls[0] < recalls[1] < recalls[2] == 1.0
+    assert index_recall_at_k(searcher.search(queries, 10), exact, 10) == recalls[0]
+    assert searcher.shards[0].index.nprobe == 1
+
+
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "HNSW8", "IVF8,PQ4x4,RFlat", "PQ4x4fs,RFlat"])
+def test_least_effort_reaches_the_target(factory: str, rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 900)
+    searcher = searcher_of(vectors, np.arange(900) % 2, 2, factory)
+    queries = unit_vectors(rng, 60)
+    exact = exact_top_k(queries, 30, iter([(np.arange(900), vectors)]))
+    low, high = (least_effort(searcher, queries, exact, 10, target) for target in (0.5, 0.97))
+    assert index_recall_at_k(searcher.search(queries, 10, effort=low), exact, 10) >= 0.5
+    assert low != high
+
+
+def test_index_recall_counts_near_ties_and_short_lists() -> None:
+    def hits(rows: list[int], scores: list[float]) -> Hits:
+        return Hits(np.array(rows, np.int64), np.array(scores, np.float32))
+
+    exact = hits([1, 2, 3, 4], [0.9, 0.8, 0.8 - 5e-7, 0.1])
+    assert index_recall_at_k([hits([1, 3], [0.9, 0.8])], [exact], 2) == 1.0
+    assert index_recall_at_k([hits([1, 4], [0.9, 0.1])], [exact], 2) == 0.5
+    assert index_recall_at_k([hits([3, 2], [0.8, 0.8])], [exact], 1) == 0.0
+    assert index_recall_at_k([hits([1, 2, 3, 4], [1, 1, 1, 1])], [exact], 10) == 1.0
+    assert index_recall_at_k([hits([], [])], [hits([], [])], 10) == 1.0
+
+
+def test_exact_search_over_blocks_equals_brute_force(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 130)
+    order = rng.permutation(130)
+    blocks = [(order[start : start + 37], vectors[order[start : start + 37]]) for start in range(0, 130, 37)]
+    queries = unit_vectors(rng, 5)
+    for q, hits in enumerate(exact_top_k(queries, 12, iter(blocks))):
+        assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 12, [])

@@ -1,0 +1,190 @@
+"""Vectors to FAISS indexes, and index files.
+
+Files hold CPU indexes. A shard without items is an empty Flat index. Building holds the vectors given and
+one index; the index is filled in one call, so that its storage is allocated once.
+
+Symbols: D embedding_dim, n vectors of a shard.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from twotower.errors import ArtefactError, ConfigError
+from twotower.index.spec import Effort, empty_index, innermost, ivf_of
+
+# FAISS's type hints leave out some classes.
+_faiss: Any = faiss
+
+_EMPTY = "Flat"
+_CHECKED_ROWS = 65_536
+_MIN_NORM = 1e-12
+_READ_LOCK = threading.Lock()
+
+
+def build_shard(vectors: npt.NDArray[np.float32], factory: str, threads: int = 1) -> Any:
+    """Return a trained, filled FAISS index; label i is row i of ``vectors``.
+
+    Args:
+        vectors: [n, D] float32; n may be 0.
+        factory: FAISS index factory string.
+        threads: FAISS threads used.
+
+    Raises:
+        ConfigError: an unknown factory string, too few vectors to train it, a vector that is zero or not
+            finite, or an index that can not give its vectors back.
+    """
+    dim = vectors.shape[1]
+    index = empty_index(factory, dim)
+    check_vectors(vectors)
+    if len(vectors) == 0:
+        return empty_index(_EMPTY, dim)
+    _check_enough(index, factory, len(vectors))
+    faiss.omp_set_num_threads(threads)
+    data = np.ascontiguousarray(vectors, dtype=np.float32)
+    try:
+        if not index.is_trained:
+            index.train(data)
+        index.add(data)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"index.factory {factory!r} can not be built from {len(data)} vectors of {dim} dimensions: "
+            f"{_last_line(error)}. Use Flat, a smaller index, or fewer shards"
+        ) from None
+    _probe(index, factory, data)
+    return index
+
+
+def check_vectors(vectors: npt.NDArray[np.float32]) -> None:
+    """Refuse vectors that are zero or not finite.
+
+    Raises:
+        ConfigError: with the first such row.
+    """
+    for start in range(0, len(vectors), _CHECKED_ROWS):
+        block = vectors[start : start + _CHECKED_ROWS]
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            row = start + int(np.argmin(finite))
+            raise ConfigError(f"vector {row} holds NaN or infinity; the item tower is broken, train again")
+        norms = np.einsum("nd,nd->n", block, block)
+        if (norms < _MIN_NORM).any():
+            row = start + int(np.argmax(norms < _MIN_NORM))
+            raise ConfigError(f"vector {row} is zero; train again or leave its item out")
+
+
+def check_item_rows(item_rows: npt.NDArray[np.int64]) -> None:
+    """Refuse the item rows of a shard unless they are ascending without repeats, 0 or more.
+
+    Raises:
+        ConfigError: with the first row that breaks the order.
+    """
+    if len(item_rows) and item_rows[0] < 0:
+        raise ConfigError(f"item row {item_rows[0]} is negative; item rows start at 0")
+    steps = np.diff(item_rows)
+    if (steps <= 0).any():
+        at = int(np.argmax(steps <= 0))
+        what = "occurs twice" if steps[at] == 0 else f"comes before {item_rows[at + 1]}"
+        raise ConfigError(f"item row {item_rows[at]} {what} in a shard; give each item once and in order")
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write an index file so that a reader sees a whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    faiss.write_index(index, str(temporary))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_index(path: Path, factory: str, dim: int, rows: int) -> Any:
+    """Return the index of a file, memory-mapped where its kind allows, ready for search and reconstruction.
+
+    Args:
+        path: written by ``write_index``; check its SHA-256 first when it comes from elsewhere.
+        factory: the factory string that it was built with.
+        dim: D that it must have.
+        rows: n that it must have.
+
+    Raises:
+        ArtefactError: the file is damaged, or holds another index than the one described.
+    """
+    expected = type(empty_index(factory if rows else _EMPTY, dim))
+    index = _read_limited(path)
+    if not isinstance(index, expected) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ArtefactError(f"{path} holds a {type(index).__name__}, {factory!r} is a {expected.__name__}")
+    if index.d != dim or index.ntotal != rows:
+        raise ArtefactError(
+            f"{path} holds {index.ntotal} vectors of {index.d} dimensions; its manifest says {rows} of {dim}"
+        )
+    prepare(index)
+    return index
+
+
+def prepare(index: Any) -> None:
+    """Let an index give back single vectors (an IVF index needs a map from labels to its lists)."""
+    ivf = ivf_of(index)
+    if ivf is not None:
+        ivf.make_direct_map()
+
+
+def _read_limited(path: Path) -> Any:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing; build the generation again") from None
+    # No vector inside a file is larger than the file, and no loop runs once for less than a byte.
+    with _READ_LOCK:
+        limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(size)
+        try:
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except (RuntimeError, MemoryError) as error:
+            raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
+        finally:
+            faiss.set_deserialization_vector_byte_limit(limits[0])
+            faiss.set_deserialization_loop_limit(limits[1])
+
+
+def _check_enough(index: Any, factory: str, count: int) -> None:
+    ivf, inner = ivf_of(index), innermost(index)
+    if ivf is not None and count < ivf.nlist:
+        raise ConfigError(
+            f"index.factory {factory!r} has {ivf.nlist} centroids, but a shard has only {count} vectors; "
+            f"use at most IVF{max(count // 39, 1)}, fewer shards (index.num_shards), or Flat"
+        )
+    # FAISS prints a warning for each clustering below 39 points a centroid; recall is measured instead.
+    for trained in (ivf, getattr(inner, "pq", None)):
+        if trained is not None:
+            trained.cp.min_points_per_centroid = 1
+
+
+def _probe(index: Any, factory: str, data: npt.NDArray[np.float32]) -> None:
+    """Find out now, not in the service, what the index can not do."""
+    prepare(index)
+    try:
+        vector = index.reconstruct(0)
+        index.search(data[:1], 1, params=Effort().parameters(index))
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"index.factory {factory!r} can not be searched with parameters or give back its vectors "
+            f"({_last_line(error)}); use Flat, HNSW or IVF"
+        ) from None
+    if not np.isfinite(vector).all():
+        raise ConfigError(f"index.factory {factory!r} gives back NaN or infinity; use another kind")
+    ivf = ivf_of(index)
+    if ivf is not None:
+        # The map is rebuilt when the file is opened; it is no part of the file.
+        ivf.set_direct_map_type(_faiss.DirectMap.NoMap)
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1].rsplit(".cpp:", 1)[-1].split(": ", 1)[-1]

@@ -1,0 +1,138 @@
+"""What an index is asked to be: its FAISS factory string, an item's shard, and how hard a search looks.
+
+Symbols: D embedding_dim, N items, S shards.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from twotower.errors import ConfigError
+
+# FAISS's type hints leave out the fields of search parameters.
+_faiss: Any = faiss
+
+KNOWN_GOOD = "Flat, HNSW32, HNSW32,SQ8, IVF256,Flat, IVF256,SQ8 or IVF256,PQ16"
+
+
+def shard_of(item_ids: Iterable[str], num_shards: int) -> npt.NDArray[np.int32]:
+    """Return the shard of each item id, [N] int32 in [0, num_shards).
+
+    It depends on the id's text and the number of shards alone, so that an item stays where it is when the
+    catalogue around it changes.
+    """
+    if num_shards < 1:
+        raise ConfigError(f"index.num_shards ({num_shards}) must be at least 1")
+    hashes = np.fromiter((zlib.crc32(i.encode()) for i in item_ids), dtype=np.uint64)
+    # CRC-32 is linear: similar ids would fill some shards more than others without this mix (splitmix64).
+    hashes ^= hashes >> np.uint64(30)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(27)
+    hashes *= np.uint64(0x94D049BB133111EB)
+    hashes ^= hashes >> np.uint64(31)
+    return (hashes % np.uint64(num_shards)).astype(np.int32)
+
+
+def empty_index(factory: str, dim: int) -> Any:
+    """Return the untrained inner-product index of a factory string.
+
+    Raises:
+        ConfigError: FAISS does not know the string, or the kind can not hold inner products or plain vectors.
+    """
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"index.factory {factory!r} is no index for inner products that FAISS can make with "
+            f"{dim} dimensions ({_reason(error)}); use for example {KNOWN_GOOD}"
+        ) from None
+    if isinstance(index, (faiss.IndexIDMap, faiss.IndexIDMap2)):
+        raise ConfigError(
+            f"index.factory {factory!r} keeps ids of its own, but shards number their vectors themselves; "
+            "take IDMap out of it"
+        )
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ConfigError(f"index.factory {factory!r} has no inner products; use for example {KNOWN_GOOD}")
+    ivf = ivf_of(index)
+    if ivf is not None and ivf.nlist < 1:
+        raise ConfigError(f"index.factory {factory!r} has {ivf.nlist} centroids; at least 1 is needed")
+    return index
+
+
+def ivf_of(index: Any) -> Any | None:
+    """Return the inverted-file index inside an index, or None when it has none."""
+    index = innermost(index)
+    return index if isinstance(index, faiss.IndexIVF) else None
+
+
+def innermost(index: Any) -> Any:
+    """Return the index that is inside refinements and vector transforms, often the index itself."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return innermost(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return innermost(index.base_index)
+    return index
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rsplit("Error: ", 1)[-1].rsplit(": ", 1)[-1].strip()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a search looks; a part that an index does not have is not used."""
+
+    nprobe: int = 1
+    """Inverted lists visited, of an IVF index."""
+    ef_search: int = 64
+    """Candidates kept while walking the graph, of an HNSW index."""
+    k_factor: float = 4.0
+    """Candidates taken for each result, of an index with a refinement."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+    def parameters(self, index: Any) -> Any | None:
+        """Return fresh FAISS search parameters for one call on an index; None when it takes none.
+
+        They belong to the caller: FAISS writes into them in some calls, so threads can not share them.
+        """
+        index = faiss.downcast_index(index)
+        if isinstance(index, faiss.IndexPreTransform):
+            inner = self.parameters(index.index)
+            return None if inner is None else _faiss.SearchParametersPreTransform(index_params=inner)
+        if isinstance(index, faiss.IndexRefine):
+            inner = self.parameters(index.base_index)
+            if inner is None:
+                return _faiss.IndexRefineSearchParameters(k_factor=self.k_factor)
+            return _faiss.IndexRefineSearchParameters(k_factor=self.k_factor, base_index_params=inner)
+        if isinstance(index, faiss.IndexIVFRaBitQ):
+            return _faiss.IVFRaBitQSearchParameters(nprobe=min(self.nprobe, index.nlist))
+        if isinstance(index, faiss.IndexIVF):
+            return _faiss.SearchParametersIVF(nprobe=min(self.nprobe, index.nlist))
+        if isinstance(index, faiss.IndexHNSW):
+            # bounded_queue stays on: without it FAISS 1.15 ignores selectors.
+            return _faiss.SearchParametersHNSW(efSearch=self.ef_search, bounded_queue=True)
+        return None
+
+
+def efforts(index: Any) -> list[Effort]:
+    """Return the efforts worth trying on an index, from the least to the most; one when it has no choice."""
+    inner = innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        steps = [1 << i for i in range(int(inner.nlist).bit_length())]
+        return [Effort(nprobe=n) for n in sorted({*steps, int(inner.nlist)})]
+    if isinstance(inner, faiss.IndexHNSW):
+        return [Effort(ef_search=1 << i) for i in range(4, 12)]
+    if isinstance(faiss.downcast_index(index), faiss.IndexRefine):
+        return [Effort(k_factor=float(1 << i)) for i in range(8)]
+    return [Effort()]
