@@ -39,7 +39,9 @@ def loop_before(data: Interactions, user: int, time: int | None, length: int) ->
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 60), st.integers(1, 12))
-def test_before_takes_the_latest_strictly_earlier_positives(seed: int, users: int, n: int, length: int) -> None:
+def test_before_takes_the_latest_strictly_earlier_positives(
+    seed: int, users: int, n: int, length: int
+) -> None:
     rng = np.random.default_rng(seed)
     data = make_interactions(rng, users, n)
     histories = Histories.of(data)

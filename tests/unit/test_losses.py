@@ -54,9 +54,14 @@ def test_masking_equals_deleting_the_column() -> None:
     b = batch()
     masked = in_batch_softmax(**b, mask_accidental_hits=True)[0]  # positive 2 has id 12, as column 4 has
     keep = torch.arange(C) != 4
-    cut = {**b, **{k: b[k][keep] for k in ("candidates_CD", "log_q_C", "candidate_ids_C", "candidate_valid_C")}}
+    cut = {
+        **b,
+        **{k: b[k][keep] for k in ("candidates_CD", "log_q_C", "candidate_ids_C", "candidate_valid_C")},
+    }
     cut |= {"queries_QD": b["queries_QD"][:1], "positive_Q": b["positive_Q"][:1]}
-    assert masked.item() == pytest.approx(in_batch_softmax(**cut, mask_accidental_hits=False).item(), rel=1e-6)
+    assert masked.item() == pytest.approx(
+        in_batch_softmax(**cut, mask_accidental_hits=False).item(), rel=1e-6
+    )
 
 
 def test_a_constant_in_log_q_changes_nothing_and_a_single_one_does() -> None:

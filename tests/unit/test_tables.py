@@ -16,7 +16,11 @@ def make_bags() -> list[tuple[str, Bag]]:
     ids = torch.randint(-1, R - 9, (8, 5), generator=g)
     weights = torch.rand(8, 5, generator=g) * (ids >= 0)
     single = torch.randint(0, R - 9, (8, 1), generator=g)
-    return [("t", Bag(ids, weights)), ("t", Bag(single, torch.ones(8, 1))), ("empty", Bag(-torch.ones(8, 2).long(), torch.zeros(8, 2)))]
+    return [
+        ("t", Bag(ids, weights)),
+        ("t", Bag(single, torch.ones(8, 1))),
+        ("empty", Bag(-torch.ones(8, 2).long(), torch.zeros(8, 2))),
+    ]
 
 
 def test_gradients_of_touched_rows_equal_dense_autograd() -> None:
@@ -25,7 +29,11 @@ def test_gradients_of_touched_rows_equal_dense_autograd() -> None:
     touched = TouchedRows(tables, bags)
     sum((touched.lookup(name, bag).sin() * 1.7).sum() for name, bag in bags).backward()
     dense = tables["t"].clone().requires_grad_()
-    sum((pool(dense, bag.ids.clamp(min=0), bag.weights).sin() * 1.7).sum() for name, bag in bags if name == "t").backward()
+    sum(
+        (pool(dense, bag.ids.clamp(min=0), bag.weights).sin() * 1.7).sum()
+        for name, bag in bags
+        if name == "t"
+    ).backward()
     ids, grad = touched.gradients(World())["t"]
     assert dense.grad is not None
     assert 5 < len(ids) < R

@@ -98,7 +98,7 @@ def wants_gpu(config: Config) -> bool:
 
 
 def quiet() -> None:
-    """Keep Ray's own log lines and warnings off the screen; errors still raise, and its log files have all."""
+    """Keep Ray's log lines and warnings off the screen; errors still raise, and its log files have all."""
     for name in ("ray", "ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")

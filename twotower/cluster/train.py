@@ -85,8 +85,12 @@ def _fit(config: Config, dataset: Dataset, fit: Fit, epochs: int, name: str) -> 
     resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
     environment = {"OMP_NUM_THREADS": threads}
     if len([node for node in ray.nodes() if node["Alive"]]) == 1:
-        # Gloo asks the resolver for this machine's address, which is often wrong on a laptop or in a container.
+        # Gloo asks the resolver for this machine's address, often a wrong one on a laptop or in a container.
         environment["GLOO_SOCKET_IFNAME"] = "lo"
+    # Without a limit Ray Train retries for ever where the cluster has too few CPUs.
+    failures = FailureConfig(  # type: ignore[call-arg]
+        max_failures=config.train.max_failures, controller_failure_limit=3
+    )
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -103,8 +107,8 @@ def _fit(config: Config, dataset: Dataset, fit: Fit, epochs: int, name: str) -> 
             name=name,
             storage_path=str(_run_path(config)),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=3),
-            worker_runtime_env={"env_vars": environment},
+            failure_config=failures,
+            worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"
@@ -237,7 +241,9 @@ class _Watch:
                 if progress is None:
                     progress = bar(total, "train", unit="examples")
                 progress.n = (state["epoch"] - 1) * state["total"] + state["done"]
-                progress.set_postfix(epoch=f"{state['epoch']}/{self._epochs}", loss=f"{state['loss']:.3f}", refresh=False)
+                progress.set_postfix(
+                    epoch=f"{state['epoch']}/{self._epochs}", loss=f"{state['loss']:.3f}", refresh=False
+                )
                 progress.update(0)
                 for report in state["history"][shown:]:
                     say(_line(EpochReport(**report)))

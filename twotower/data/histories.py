@@ -19,7 +19,7 @@ from twotower.errors import DataError
 from twotower.schema import KINDS
 
 if TYPE_CHECKING:
-    from twotower.data.dataset import Interactions
+    from twotower.data.interactions import Interactions
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -105,7 +105,9 @@ class Histories:
         begin, end = self._bounds(np.asarray(user_rows, dtype=np.int64))
         skipped = begin + np.asarray(positions, dtype=np.int64)
         if ((skipped < begin) | (skipped >= end)).any():
-            raise DataError("a position is outside the interactions of its user; use positions from these histories")
+            raise DataError(
+                "a position is outside the interactions of its user; use positions from these histories"
+            )
         return self._take(begin, end, length, skipped)
 
     def of_user(self, user_row: int) -> tuple[npt.NDArray[np.int32], IntArray, FloatArray]:

@@ -72,8 +72,8 @@ class Checkpoint:
             raise ArtefactError(f"checkpoint {path} is damaged: {error}. Train again.") from None
         if found != manifest["fingerprint"]:
             raise ArtefactError(
-                f"{weights} has SHA-256 {found[:16]}..., its manifest says {manifest['fingerprint'][:16]}...: "
-                "the file is damaged. Train again, or copy it anew."
+                f"{weights} has SHA-256 {found[:16]}..., its manifest says "
+                f"{manifest['fingerprint'][:16]}...: the file is damaged. Train again, or copy it anew."
             )
         model = TwoTower(schema, config.model, config.train.loss.temperature, seed=0)
         try:
@@ -90,8 +90,8 @@ class Checkpoint:
         """
         if dataset.vocabulary_hash != self.vocabulary_hash:
             raise ArtefactMismatchError(
-                f"checkpoint {self.path} was trained on vocabulary {self.vocabulary_hash}, dataset {dataset.path} "
-                f"has {dataset.vocabulary_hash}. Train on this dataset, or give the dataset "
+                f"checkpoint {self.path} was trained on vocabulary {self.vocabulary_hash}, "
+                f"dataset {dataset.path} has {dataset.vocabulary_hash}. Train on this dataset, or give the dataset "
                 f"{self.dataset_fingerprint} it was trained on."
             )
 

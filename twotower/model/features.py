@@ -58,7 +58,9 @@ FeatureBatch = dict[str, Bag | torch.Tensor]
 def to_device(batch: FeatureBatch, device: torch.device | str) -> FeatureBatch:
     """Return the batch on a device."""
     return {
-        name: Bag(value.ids.to(device), value.weights.to(device)) if isinstance(value, Bag) else value.to(device)
+        name: Bag(value.ids.to(device), value.weights.to(device))
+        if isinstance(value, Bag)
+        else value.to(device)
         for name, value in batch.items()
     }
 
@@ -103,7 +105,9 @@ def _encode(feature: FittedFeature, column: pa.Array) -> npt.NDArray[Any]:
     if isinstance(spec, MultiHotFeature):
         return _multi_hot(spec, feature.values or [], column)
     if isinstance(spec, TextFeature):
-        return _padded((text_buckets(t, spec) for t in _as_text(column).to_pylist()), len(column), spec.max_length)
+        return _padded(
+            (text_buckets(t, spec) for t in _as_text(column).to_pylist()), len(column), spec.max_length
+        )
     if isinstance(spec, NumericFeature):
         return _numeric(feature, column)
     if isinstance(spec, VectorFeature):
@@ -219,7 +223,9 @@ def item_batch(schema: FeatureSchema, item_rows: npt.ArrayLike, columns: Columns
     return {f.spec.name: _static_input(f, rows, columns) for f in schema.item}
 
 
-def _static_input(feature: FittedFeature, rows: npt.NDArray[np.int64], columns: Columns) -> Bag | torch.Tensor:
+def _static_input(
+    feature: FittedFeature, rows: npt.NDArray[np.int64], columns: Columns
+) -> Bag | torch.Tensor:
     spec = feature.spec
     if isinstance(spec, IdFeature):
         # A row of -1 becomes embedding row 0, the unknown one.
@@ -233,7 +239,7 @@ def _static_input(feature: FittedFeature, rows: npt.NDArray[np.int64], columns: 
 
 
 def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, npt.NDArray[np.float32]]:
-    """Return what profiles average, by profile feature name: float32 [num_items, V], zeros outside the catalogue.
+    """Return what profiles average, by profile feature name: float32 [num_items, V], 0 outside the catalogue.
 
     Raises:
         DataError: the profile of a vocabulary wider than ``MAX_PROFILE_WIDTH``.

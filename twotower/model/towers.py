@@ -47,8 +47,17 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 class Tower(nn.Module):
     """Multi-layer perceptron from concatenated features [B, in_dim] to unit vectors [B, D]."""
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int], activation: str, norm: str, dropout: float,
-                 input_dropout: float, residual: bool) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: Sequence[int],
+        activation: str,
+        norm: str,
+        dropout: float,
+        input_dropout: float,
+        residual: bool,
+    ) -> None:
         """Build the layers; the arguments are those of ``TowerConfig``."""
         super().__init__()
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
@@ -93,7 +102,10 @@ class Towers(nn.Module):
         self.item = item
 
     def forward(
-        self, query_x: torch.Tensor, item_x: torch.Tensor, query_keys: torch.Tensor | None,
+        self,
+        query_x: torch.Tensor,
+        item_x: torch.Tensor,
+        query_keys: torch.Tensor | None,
         item_keys: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return query embeddings [Q, D] and candidate embeddings [C, D]."""
@@ -209,6 +221,12 @@ def _tower(schema: FeatureSchema, side: Side, config: TowerConfig, out_dim: int)
         else:
             width += spec.dim
     return Tower(
-        width, out_dim, config.hidden, config.activation, config.norm, config.dropout, config.input_dropout,
+        width,
+        out_dim,
+        config.hidden,
+        config.activation,
+        config.norm,
+        config.dropout,
+        config.input_dropout,
         config.residual,
     )

@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from twotower.data.dataset import Dataset, Interactions
+from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
+from twotower.data.interactions import Interactions
 from twotower.errors import TrainingError
 from twotower.model.features import (
     Columns,

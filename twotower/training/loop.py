@@ -71,8 +71,8 @@ class Trainer:
         self._batch = config.train.global_batch_size
         if self._batch > len(self.examples):
             raise TrainingError(
-                f"train.global_batch_size ({self._batch}) is above the {len(self.examples)} training interactions; "
-                f"use at most {len(self.examples) // world.size * world.size}"
+                f"train.global_batch_size ({self._batch}) is above the {len(self.examples)} training "
+                f"interactions; use at most {len(self.examples) // world.size * world.size}"
             )
         loss = config.train.loss
         self.model = TwoTower(dataset.schema, config.model, loss.temperature, config.seed).to(world.device)
@@ -83,6 +83,8 @@ class Trainer:
             self._towers = DistributedDataParallel(
                 self.model.towers, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        # Loading a checkpoint copies into these tensors, so they stay the model's own.
+        self._table_weights = dict(self.model.tables.items())
         settings = config.train.optimizer
         self.dense_parameters = list(self.model.towers.parameters())
         self._dense = torch.optim.AdamW(
@@ -92,7 +94,7 @@ class Trainer:
             ],
             lr=settings.learning_rate,
         )
-        self._tables = TableOptimizer(self.model.tables, settings.table_kind)
+        self._tables = TableOptimizer(self._table_weights, settings.table_kind)
         self.table_gradients: dict[str, RowGradient] = {}
         probability = np.maximum(self.examples.counts, 1) / len(self.examples)
         self._log_q = torch.from_numpy(np.log(probability).astype(np.float32) * loss.log_q)
@@ -138,7 +140,7 @@ class Trainer:
         self._forget_some_ids("item", items, keys["item"])
         queries, items = to_device(queries, world.device), to_device(items, world.device)
 
-        touched = TouchedRows(self.model.tables, self._bags("query", queries) + self._bags("item", items))
+        touched = TouchedRows(self._table_weights, self._bags("query", queries) + self._bags("item", items))
         device = world.device
         q, c = self._towers(
             self.model.inputs("query", queries, touched.lookup),

@@ -90,7 +90,9 @@ class TableOptimizer:
         """Apply one update; the gradients are those of ``TouchedRows.gradients``."""
         self._steps += 1
         for name, (ids, grad) in gradients.items():
-            update = self._adam(name, ids, grad) if self._kind == "lazy_adam" else self._adagrad(name, ids, grad)
+            update = (
+                self._adam(name, ids, grad) if self._kind == "lazy_adam" else self._adagrad(name, ids, grad)
+            )
             self._tables[name].index_add_(0, ids, update, alpha=-learning_rate)
 
     def _adam(self, name: str, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

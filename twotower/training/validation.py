@@ -56,4 +56,3 @@ def _encode_catalogue(model: TwoTower, examples: Examples, world: World) -> np.n
 def _part(offsets: np.ndarray, rows: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the compressed rows of queries [first, last)."""
     return offsets[first : last + 1] - offsets[first], rows[offsets[first] : offsets[last]]
-

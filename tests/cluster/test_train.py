@@ -1,0 +1,176 @@
+"""Training end to end through Ray Train's TorchTrainer on a local Ray."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from tests.parity.workers import assert_close, step_results
+from twotower.artefacts import has_manifest
+from twotower.cluster.train import train
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.errors import ArtefactError, ArtefactMismatchError, TrainingError
+from twotower.model.checkpoint import Checkpoint
+from twotower.training.collectives import World
+from twotower.training.loop import Trainer
+
+
+def variant(config: Config, root: Path, **train: object) -> Config:
+    values = copy.deepcopy(config.to_json())
+    values["storage"]["root"] = str(root)
+    values["train"] |= train
+    return parse_config(values)
+
+
+def _gradients_worker(settings: dict) -> None:
+    torch.set_num_threads(1)
+    dataset = Dataset.open(settings["dataset"])
+    trainer = Trainer(parse_config(settings["config"]), dataset, World.current(), "train")
+    results = step_results(trainer, [0])
+    if trainer.world.rank == 0:
+        torch.save(results[0] | {"size": torch.tensor(trainer.world.size)}, settings["out"])
+
+
+def test_two_workers_equal_one_through_torch_trainer(
+    ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    found = {}
+    for workers in (1, 2):
+        config = variant(small_config, tmp_path, num_workers=workers)
+        out = tmp_path / f"{workers}.pt"
+        TorchTrainer(
+            _gradients_worker,
+            train_loop_config={
+                "config": config.to_json(),
+                "dataset": str(small_dataset.path),
+                "out": str(out),
+            },
+            scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name=f"parity-{workers}",
+                storage_path=str(tmp_path / "ray"),
+                worker_runtime_env={"env_vars": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}},
+            ),
+        ).fit()
+        found[workers] = torch.load(out, weights_only=True)
+        assert found[workers].pop("size") == workers
+    assert_close(found[2], found[1])
+
+
+@pytest.fixture(scope="module")
+def trained(
+    ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path_factory
+) -> tuple[Config, Path]:
+    config = variant(small_config, tmp_path_factory.mktemp("trained"), num_workers=2)
+    return config, train(config, small_dataset)
+
+
+def test_a_finished_run_leaves_best_and_last_checkpoints(
+    trained: tuple[Config, Path], small_dataset: Dataset
+) -> None:
+    config, path = trained
+    best, last = Checkpoint.open(path), Checkpoint.open(path.with_name(f"{path.name}-last"))
+    history = best.manifest["history"]
+    assert [h["epoch"] for h in history] == [1, 2]
+    assert all(0 < h["validation_recall"] <= 1 for h in history)
+    recalls = [h["validation_recall"] for h in history]
+    assert best.manifest["epoch"] == recalls.index(max(recalls)) + 1
+    assert last.manifest["epoch"] == 2
+    assert best.config == config
+    best.require_dataset(small_dataset)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.json",
+        "features.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+    assert train(config, small_dataset) == path  # recognised, not trained again
+
+
+def test_the_same_seed_data_and_workers_give_the_same_hash(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config, path = trained
+    again = train(variant(config, tmp_path), small_dataset)
+    assert again != path
+    assert Checkpoint.open(again).fingerprint == Checkpoint.open(path).fingerprint
+
+
+def test_a_wrong_byte_and_another_vocabulary_are_named(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(trained[1], copied)
+    weights = copied / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtefactError, match="model.safetensors has SHA-256 .* the file is damaged"):
+        Checkpoint.open(copied)
+    with pytest.raises(ArtefactError, match="has no manifest.json"):
+        Checkpoint.open(tmp_path)
+
+    checkpoint = Checkpoint.open(trained[1])
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    other = Dataset(
+        small_dataset.path, small_dataset.manifest | {"vocabulary_hash": "feed"}, small_dataset.schema
+    )
+    with pytest.raises(ArtefactMismatchError, match=f"{manifest['vocabulary_hash']}.*feed"):
+        checkpoint.require_dataset(other)
+
+
+def test_a_refit_on_everything_runs_the_chosen_epochs(
+    trained: tuple[Config, Path], small_dataset: Dataset
+) -> None:
+    path = train(trained[0], small_dataset, fit="all", epochs=1)
+    manifest = Checkpoint.open(path).manifest
+    assert manifest["fit"] == "all"
+    assert [h["epoch"] for h in manifest["history"]] == [1]
+    assert manifest["history"][0]["validation_recall"] is None
+
+
+def test_a_worker_s_own_error_reaches_the_person(
+    ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config = variant(small_config, tmp_path, global_batch_size=500_000, max_failures=0)
+    with pytest.raises(TrainingError, match="global_batch_size .500000. is above"):
+        train(config, small_dataset)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_and_ends_as_if_undisturbed(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config, undisturbed = trained
+    values = variant(config, tmp_path).to_json()
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(file)]
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    runs = tmp_path / "small" / "checkpoints" / ".runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/checkpoint_*/state.pt")):
+        assert job.poll() is None, job.stderr.read().decode() if job.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    path = tmp_path / "small" / "checkpoints" / undisturbed.name
+    assert not has_manifest(path)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed).fingerprint
