@@ -91,8 +91,8 @@ class Checkpoint:
         if dataset.vocabulary_hash != self.vocabulary_hash:
             raise ArtefactMismatchError(
                 f"checkpoint {self.path} was trained on vocabulary {self.vocabulary_hash}, "
-                f"dataset {dataset.path} has {dataset.vocabulary_hash}. Train on this dataset, or give the dataset "
-                f"{self.dataset_fingerprint} it was trained on."
+                f"dataset {dataset.path} has {dataset.vocabulary_hash}. Train on this dataset, "
+                f"or give the dataset {self.dataset_fingerprint} that it was trained on."
             )
 
 
