@@ -1,4 +1,4 @@
-"""Slow reference implementations, written from the definitions. They import nothing from the code they check."""
+"""Slow reference implementations from the definitions. They import nothing from the code they check."""
 
 import math
 

@@ -38,7 +38,8 @@ def test_metric_equals_the_slow_loop(lists, relevant, name, k):
     expected = [
         getattr(oracles, name)(r, s, k) if s else math.nan for r, s in zip(lists, relevant, strict=True)
     ]
-    assert values.shape == (NUM_QUERIES,) and values.dtype == np.float64
+    assert values.shape == (NUM_QUERIES,)
+    assert values.dtype == np.float64
     np.testing.assert_allclose(values, expected, rtol=1e-12)
     assert 0 < np.nanmean(values) < 1 or name == "hit_rate_at_k"
 

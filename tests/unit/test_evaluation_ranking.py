@@ -35,7 +35,8 @@ def test_rank_block_equals_sorting(rng, masked, spread, k, block_scores, block_i
     ranked = ranking.rank_block(
         queries, items, *oracles.csr(masked), k, block_scores=block_scores, block_items=block_items
     )
-    assert ranked.shape == (NUM_QUERIES, k) and ranked.dtype == np.int64
+    assert ranked.shape == (NUM_QUERIES, k)
+    assert ranked.dtype == np.int64
     np.testing.assert_array_equal(ranked, oracles.pad(oracles.top_k(queries, items, masked, k), k))
 
 

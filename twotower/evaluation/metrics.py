@@ -76,7 +76,7 @@ def ndcg_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int)
 
 
 def mrr_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
-    """Return per query 1 / rank of the first relevant item, 0 where the top k has none: [Q] float64 in [0, 1]."""
+    """Return per query 1 / rank of the first relevant item, 0 where the top k has none: [Q] float64."""
     return _one(_mrr, ranked, relevant_offsets, relevant_rows, k)
 
 
@@ -93,7 +93,7 @@ def catalogue_coverage(ranked: Ints, num_items: int, k: int) -> float:
 
 
 def share_same_top10(ranked: Ints) -> float:
-    """Return the share of lists whose first ten items, in order, are the most common ones; NaN without lists."""
+    """Return the share of lists whose ten items, in order, are the most common ones; NaN without lists."""
     stats = ListStats(int(np.max(ranked, initial=-1)) + 1, [])
     stats.add(ranked)
     return stats.result()["same_top10"]
@@ -254,13 +254,12 @@ def _recall(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
 
 
 def _ndcg(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.cumsum(discounts)[np.minimum(num_relevant, k) - 1]
-    # Summed in the order of cumsum, a perfect list gives exactly 1.
-    found = (
-        np.cumsum(hits * discounts[: hits.shape[1]], axis=1)[:, -1] if hits.shape[1] else np.zeros(len(hits))
-    )
-    return np.asarray(found / ideal, dtype=np.float64)
+    discounts: Floats = 1.0 / np.log2(np.arange(2, k + 2))
+    ideal: Floats = np.cumsum(discounts)[np.minimum(num_relevant, k) - 1]
+    # Summed in the same order as the ideal, so that a perfect list scores exactly 1.
+    gains = np.cumsum(hits * discounts[: hits.shape[1]], axis=1)
+    found: Floats = gains[:, -1] if hits.shape[1] else np.zeros(len(hits))
+    return found / ideal
 
 
 def _mrr(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
@@ -270,7 +269,7 @@ def _mrr(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
 
 
 def _hit_rate(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    return hits.any(axis=1).astype(np.float64)
+    return np.asarray(hits.any(axis=1), dtype=np.float64)
 
 
 _METRICS: dict[str, _Metric] = {"recall": _recall, "ndcg": _ndcg, "mrr": _mrr, "hit_rate": _hit_rate}

@@ -2,7 +2,7 @@
 
 The order is score descending, then item row ascending, so that a ranking does not depend on how the work
 was cut into blocks. Masked items are given as arrays: those of query q are
-``masked_rows[masked_offsets[q]:masked_offsets[q + 1]]``; repeats, and rows beyond the catalogue, change nothing.
+``masked_rows[masked_offsets[q]:masked_offsets[q + 1]]``; repeats and rows beyond the catalogue are fine.
 
 Legend: Q queries, N items, D embedding_dim, k items of a list.
 """
@@ -182,7 +182,7 @@ def _masks(masked_offsets: Ints, masked_rows: Ints, num_queries: int, num_items:
     fits = offsets.shape == (num_queries + 1,) and offsets[0] == 0 and offsets[-1] == len(rows)
     if not fits or (np.diff(offsets) < 0).any():
         raise ValueError(
-            f"masked_offsets has shape {offsets.shape} for {num_queries} queries and {len(rows)} masked rows; "
+            f"masked_offsets has shape {offsets.shape} for {num_queries} queries and {len(rows)} rows; "
             f"it must be [{num_queries + 1}] and rise from 0 to {len(rows)}"
         )
     if len(rows) and rows.min() < 0:

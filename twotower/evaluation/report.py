@@ -1,0 +1,242 @@
+"""The report of an evaluation: numbers as JSON, a page of Markdown, and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from twotower.artefacts import write_bytes, write_json
+from twotower.data.dataset import Dataset
+from twotower.evaluation import plots
+from twotower.model.features import split_values
+from twotower.schema import CategoricalFeature, MultiHotFeature
+
+TITLES = {"model": "model", "popularity": "popularity", "true_model": "true model"}
+_NAMES = {
+    "recall": "Recall",
+    "ndcg": "NDCG",
+    "mrr": "MRR",
+    "hit_rate": "Hit rate",
+    "coverage": "Catalogue coverage",
+}
+
+
+@dataclass(frozen=True)
+class ItemMap:
+    """Items on a map, the most popular first."""
+
+    points: NDArray[np.float64]
+    """[M, 2] float64."""
+    groups: list[str]
+    """[M], such as the main genre."""
+    titles: list[str | None]
+    """[M]."""
+    group_name: str
+    """Column that the groups come from; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report tells."""
+
+    inputs: dict[str, Any]
+    """Names and fingerprints of what was evaluated."""
+    counts: dict[str, int]
+    """Users, from ``Holdout.counts``, and ``items`` of the catalogue."""
+    metrics: dict[str, dict[str, float]]
+    """By ranker (keys of ``TITLES``), then by metric."""
+    history: list[dict[str, Any]]
+    """Of the training, one mapping an epoch."""
+    best_epoch: int | None
+    """The epoch whose weights were evaluated."""
+    validation_k: int
+    """Cut-off of the metrics in ``history``."""
+    latencies_ms: NDArray[np.float64] | None
+    """[n] float64, single requests; None where no generation was given."""
+    latency_k: int
+    """Items asked for by those requests."""
+    map: ItemMap | None
+    """None where the catalogue is too small for one."""
+
+
+def latency_facts(milliseconds: NDArray[np.float64], k: int) -> dict[str, float]:
+    """Return the facts of single requests made one at a time: percentiles in ms, and requests per second."""
+    p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
+    return {
+        "requests": len(milliseconds),
+        "k": k,
+        "mean_ms": float(milliseconds.mean()),
+        "p50_ms": float(p50),
+        "p95_ms": float(p95),
+        "p99_ms": float(p99),
+        "max_ms": float(milliseconds.max()),
+        "qps": float(1000.0 / milliseconds.mean()),
+        "share_within_10_ms": float((milliseconds <= plots.LATENCY_GOAL_MS).mean()),
+    }
+
+
+def flat_metrics(results: Results) -> dict[str, float]:
+    """Return all numbers by one name: ``recall@10`` (model), ``popularity_recall@10``, ``latency_p50_ms``."""
+    flat = {
+        (name if ranker == "model" else f"{ranker}_{name}"): value
+        for ranker, values in results.metrics.items()
+        for name, value in values.items()
+    }
+    if results.latencies_ms is not None:
+        facts = latency_facts(results.latencies_ms, results.latency_k)
+        flat |= {f"latency_{name}": facts[name] for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "qps")}
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
+
+
+def write_report(directory: Path, results: Results) -> None:
+    """Write report.json, report.md and the pictures into an existing directory."""
+    pictures: list[tuple[str, str]] = []
+    if results.history:
+        pictures.append(("training.png", "Loss and validation metrics by epoch"))
+        plots.training_curves(
+            directory / "training.png", results.history, results.validation_k, results.best_epoch
+        )
+    latency = None
+    if results.latencies_ms is not None and len(results.latencies_ms):
+        latency = latency_facts(results.latencies_ms, results.latency_k)
+        pictures.append(("latency.png", "Retrieval latency"))
+        plots.latency_histogram(directory / "latency.png", results.latencies_ms, latency)
+    if results.map is not None:
+        pictures.append(("item_map.png", "Map of the item vectors"))
+        plots.item_map(
+            directory / "item_map.png",
+            results.map.points,
+            results.map.groups,
+            results.map.titles,
+            results.map.group_name,
+        )
+    content = {
+        "inputs": results.inputs,
+        "counts": results.counts,
+        "metrics": results.metrics,
+        "latency": latency,
+        "best_epoch": results.best_epoch,
+        "validation_k": results.validation_k,
+        "history": results.history,
+        "pictures": [name for name, _ in pictures],
+    }
+    write_json(directory / "report.json", _finite(content))
+    write_bytes(directory / "report.md", _markdown(results, latency, pictures).encode())
+
+
+def metric_table(metrics: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Return the rows of the comparison, the heading first: metric, then each ranker's value."""
+    rankers = [name for name in TITLES if name in metrics]
+    rows = [["metric", *(TITLES[name] for name in rankers)]]
+    for name in metrics[rankers[0]]:
+        rows.append([_label(name), *(_number(metrics[ranker].get(name)) for ranker in rankers)])
+    return rows
+
+
+def _label(name: str) -> str:
+    if name == "same_top10":
+        return "Users with the most common top 10"
+    metric, _, k = name.partition("@")
+    return f"{_NAMES.get(metric, metric)}@{k}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _markdown(results: Results, latency: dict[str, float] | None, pictures: Sequence[tuple[str, str]]) -> str:
+    counts = results.counts
+    drawn = f" {counts['not_drawn']:,} more were not drawn." if counts["not_drawn"] else ""
+    heading, *rows = metric_table(results.metrics)
+    lines = [
+        f"# Evaluation of {results.inputs['name']}",
+        "",
+        f"{counts['evaluated']:,} test users, each with the whole catalogue of {counts['items']:,} items "
+        "ranked. What a user had in train and validation is left out of his list; what he took in test is "
+        f"relevant. {counts['without_relevant']:,} of {counts['users']:,} users have no relevant item and are "
+        f"left out.{drawn}",
+        "",
+        f"| {' | '.join(heading)} |",
+        f"|---|{'---:|' * (len(heading) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        "Recall is hits over all relevant items; NDCG is binary, its ideal over min(k, relevant items). "
+        "Popularity ranks by positives in train and validation.",
+    ]
+    if "true_model" in results.metrics:
+        lines += [
+            "The true model ranks by the probabilities that the data was drawn from, the best that a model "
+            "can be expected to do.",
+        ]
+    if latency is not None:
+        lines += [
+            "",
+            f"Retrieval, {latency['requests']:,.0f} single requests of k = {latency['k']:.0f}, one after the "
+            f"other and without HTTP: mean {latency['mean_ms']:.2f} ms, p50 {latency['p50_ms']:.2f} ms, p95 "
+            f"{latency['p95_ms']:.2f} ms, p99 {latency['p99_ms']:.2f} ms, {latency['qps']:,.0f} requests per "
+            f"second; {latency['share_within_10_ms']:.1%} within 10 ms.",
+        ]
+    for name, title in pictures:
+        lines += ["", f"## {title}", "", f"![{title}]({name})"]
+    named = {key: value for key, value in results.inputs.items() if key != "name"}
+    lines += ["", "## What was evaluated", "", *(f"- {key}: `{value}`" for key, value in named.items()), ""]
+    return "\n".join(lines)
+
+
+def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], str]:
+    """Return the main group of items [M] and the column it comes from.
+
+    It is the first value of the first multi_hot item feature (or else the value of the first categorical
+    one); an item without a value is ``other``.
+    """
+    specs = [feature.spec for feature in dataset.schema.item]
+    kinds: tuple[type[MultiHotFeature] | type[CategoricalFeature], ...] = (
+        MultiHotFeature,
+        CategoricalFeature,
+    )
+    for kind in kinds:
+        for spec in specs:
+            if isinstance(spec, kind) and spec.source_column in dataset.item_table().column_names:
+                column = (
+                    dataset.item_table([spec.source_column]).column(0).take(pa.array(rows)).combine_chunks()
+                )
+                return _first_values(spec, column), spec.source_column
+    return [plots.OTHER] * len(rows), ""
+
+
+def _first_values(spec: MultiHotFeature | CategoricalFeature, column: pa.Array) -> list[str]:
+    if isinstance(spec, CategoricalFeature):
+        return [plots.OTHER if value is None else str(value) for value in column.to_pylist()]
+    lists = split_values(spec, column).to_pylist()
+    kept = ([str(v).strip() for v in values or [] if v is not None and str(v).strip()] for values in lists)
+    return [values[0] if values else plots.OTHER for values in kept]
+
+
+def place_items(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
+    """Return a t-SNE map [M, 2] float64 of vectors [M, D] float32, M at least 10."""
+    from sklearn.manifold import TSNE
+
+    if len(vectors) < 10:
+        raise ValueError(f"{len(vectors)} vectors are too few for a map; give at least 10")
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    # PCA to start from, and a seed, so that the same vectors give the same map.
+    tsne = TSNE(n_components=2, init="pca", perplexity=perplexity, max_iter=600, random_state=seed, n_jobs=1)
+    return np.asarray(tsne.fit_transform(np.asarray(vectors)), dtype=np.float64)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
