@@ -99,3 +99,9 @@ def on_ray(config: Config) -> Iterator[None]:
 
     with session(config):
         yield
+
+
+def index_metrics(generation: Path) -> dict[str, float]:
+    """Return the measured index recall of a generation, by the metric's name."""
+    index = read_manifest(generation, "generation")["index"]
+    return {f"index_recall@{index['recall_k']}": index["index_recall"]}

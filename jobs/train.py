@@ -19,12 +19,18 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
     manifest = read_manifest(checkpoints.evaluated, "checkpoint")
+    k, best = config.train.validation.k, manifest["metrics"]
+    metrics = {
+        f"validation_recall@{k}": best["validation_recall"],
+        f"validation_ndcg@{k}": best["validation_ndcg"],
+        "loss": best["loss"],
+    }
     details = {
         "evaluated_checkpoint": str(checkpoints.evaluated),
         "best_epoch": manifest["best_epoch"],
         "dataset": str(dataset.path),
     }
-    return command.Result(path=checkpoints.served, metrics=manifest["metrics"], details=details)
+    return command.Result(path=checkpoints.served, metrics=metrics, details=details)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

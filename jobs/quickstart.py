@@ -1,0 +1,138 @@
+"""MovieLens in, recommendations out over HTTP, on this machine: what `make quickstart` runs.
+
+It runs the pipeline of configs/movielens.yaml (ml-latest-small), starts the service, asks it for three users,
+and stops it again. Where MovieLens can not be downloaded and no mirror is given, it goes on with the generated
+catalogue of configs/generated.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs import command, pipeline, stages
+from twotower.config import Config, MovieLensSource, load_config
+from twotower.data.dataset import Dataset
+from twotower.errors import DownloadError
+from twotower.progress import say, stage
+from twotower.schema import KINDS
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_NUM_USERS = 3
+_NUM_LIKED = 5
+_K = 10
+_LIKED_WEIGHT = 0.7
+_TIMEOUT_S = 30
+
+
+def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    from serve.local import running
+
+    begin = time.monotonic()
+    config, path = _with_data(config, arguments)
+    result = pipeline.work(config, arguments)
+    dataset = stages.dataset_for(config)
+
+    stage("serve")
+    with running(config) as url:
+        say(f"the service answers at {url}")
+        for user_row in _users(dataset):
+            _ask(url, dataset, user_row)
+    say("the service is stopped")
+
+    stage(f"done in {time.monotonic() - begin:.0f} s")
+    report = Path(result.details["report"])
+    say(f"report      {report / 'report.md'}")
+    say(f"generation  {result.path}")
+    say("next:")
+    say(f"  make serve CONFIG={path}        keep it running; then http://{config.serve.host}:{config.serve.port}/docs")
+    say(f"  .venv/bin/python -m jobs.recommend --config {path}")
+    say("  .venv/bin/python -m jobs.pipeline --config configs/own-data.yaml    with your own files (see README.md)")
+    return result
+
+
+def _with_data(config: Config, arguments: argparse.Namespace) -> tuple[Config, str]:
+    """Return the configuration to go on with, and its file: the generated one where a download fails."""
+    path = _shown(Path(arguments.config))
+    try:
+        stages.dataset_for(config)
+    except DownloadError as error:
+        if config.mirror or not isinstance(config.data.source, MovieLensSource):
+            raise
+        say(f"{error}")
+        say("")
+        say("MovieLens could not be downloaded and no mirror is given (TWOTOWER_MIRROR or --set data.mirror=).")
+        say("Going on with the generated catalogue: users and items with planted tastes, not real ones.")
+        path = _shown(_CONFIGS / "generated.yaml")
+        overrides = [item for group in arguments.set for item in group if not item.startswith(("data.", "features."))]
+        return load_config(_CONFIGS / "generated.yaml", overrides), path
+    return config, path
+
+
+def _users(dataset: Dataset) -> list[int]:
+    """Return rows of users with a history, spread over the vocabulary."""
+    counts = np.diff(dataset.interactions.user_offsets)
+    candidates = np.flatnonzero(counts >= min(_NUM_LIKED, counts.max()))
+    places = np.linspace(0, len(candidates) - 1, _NUM_USERS + 2)[1:-1].astype(np.int64)
+    return [int(row) for row in candidates[np.unique(places)]]
+
+
+def _ask(url: str, dataset: Dataset, user_row: int) -> None:
+    user_id = dataset.user_ids.id(user_row)
+    liked = _liked_titles(dataset, user_row)
+    answer, round_trip_ms = _post(f"{url}/v1/retrieve", {"user_id": user_id, "k": _K, "fields": ["title"]})
+    say("")
+    say(f"user {user_id} liked last: {'; '.join(liked)}")
+    timing = answer["timing_ms"]
+    say(
+        f"recommended ({answer['strategy']}; {timing['total']:.2f} ms in the service, of it encode "
+        f"{timing['encode']:.2f} and search {timing['search']:.2f}; {round_trip_ms:.2f} ms round trip):"
+    )
+    for rank, item in enumerate(answer["items"], 1):
+        say(f"{rank:>4}. {item['score']:.3f}  {item.get('title') or item['item_id']}")
+
+
+def _liked_titles(dataset: Dataset, user_row: int) -> list[str]:
+    """Return titles (or ids) of the latest catalogue items that the user gave a high weight, latest first."""
+    interactions = dataset.interactions
+    begin, end = interactions.user_offsets[user_row : user_row + 2]
+    rows = interactions.item_row[begin:end]
+    positive = (interactions.kind[begin:end] == KINDS["positive"]) & (rows < dataset.num_catalogue_items)
+    high = positive & (interactions.weight[begin:end] >= _LIKED_WEIGHT)
+    latest = rows[high if high.any() else positive][::-1][:_NUM_LIKED]
+    table = dataset.item_table(["item_id", "title"]).take(latest)
+    return [row["title"] or row["item_id"] for row in table.to_pylist()]
+
+
+def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Return the JSON answer and the round trip in milliseconds of the second of two equal requests."""
+    request = urllib.request.Request(
+        url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    # The first request of a fresh process warms caches; the second shows the steady state.
+    for _ in range(2):
+        begin = time.perf_counter()
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            answer = json.load(response)
+        elapsed_ms = (time.perf_counter() - begin) * 1e3
+    return answer, elapsed_ms
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run("quickstart", __doc__, work, argv=argv, default_config=str(_CONFIGS / "movielens.yaml"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
