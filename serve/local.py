@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -142,6 +143,8 @@ def _serve(make: Callable[[], Application], host: str, port: int, started_ray: b
     import ray
     from ray import serve
 
+    # Importing serve sets its logger to INFO. Its log files keep everything.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     client = _existing_client()
     ports = {}
     if client is None:

@@ -11,7 +11,17 @@ from twotower.errors import RequestError
 Strategy = Literal["personal", "history", "features", "popular", "similar"]
 
 
-class UnknownItemError(RequestError):
+class NotAllowedError(RequestError):
+    """A value of a query that is not allowed, and what is."""
+
+    def __init__(self, message: str, allowed: str) -> None:
+        """Keep both parts apart, for an answer that shows them apart."""
+        super().__init__(f"{message}; allowed: {allowed}")
+        self.message = message
+        self.allowed = allowed
+
+
+class UnknownItemError(NotAllowedError):
     """An item that is asked about is not in the catalogue (HTTP 404)."""
 
 

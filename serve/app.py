@@ -1,0 +1,44 @@
+"""The Serve application: ``serve run serve.app:build store=/data/runs/movielens/store``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray.serve import Application
+
+
+class BuildArgs(BaseModel):
+    """Arguments of the application, from a command line or from ``serve/config.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    store: str
+    """Path of the store, the same on every node; ``STORE/CURRENT`` names what is served."""
+    pointer: str = "CURRENT"
+    """Pointer of the store to serve."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of the query tower and of a search."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Requests that a replica works on at the same time; others wait."""
+    max_k: Annotated[int, Field(ge=1)] = 1000
+    """Largest k of a request."""
+    num_replicas: Annotated[int, Field(ge=1)] = 1
+    """Replicas of the fused deployment."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 0.25
+    """Logical CPUs that Ray reserves for a replica."""
+
+
+def build(args: BuildArgs) -> Application:
+    """Return the application in the fused topology."""
+    from serve.deployments import Retrieval
+
+    # OpenMP reads its variables when it is loaded, before any code of ours runs in the replica.
+    variables = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    deployment = Retrieval.options(
+        num_replicas=args.num_replicas,
+        ray_actor_options={"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": variables}},
+    )
+    store = str(Path(args.store).expanduser().absolute())
+    return deployment.bind(store, args.pointer, args.threads, args.workers, args.max_k)

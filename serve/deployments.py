@@ -1,0 +1,70 @@
+"""Ray Serve deployments. Fused topology: one deployment holds the query tower and all shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve.api import Service, make_api
+from twotower.cluster.environment import read_settings
+from twotower.errors import ArtefactError
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.store import Store
+
+logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment(
+    max_ongoing_requests=64,
+    max_queued_requests=256,
+    # A replica that can not open its generation will not do so at a later try either.
+    max_constructor_retry_count=1,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=5,
+)
+@serve.ingress()
+class Retrieval:
+    """Answers requests from the generation that a pointer of a store names when the replica starts."""
+
+    def __init__(self, store: str, pointer: str, threads: int, workers: int, max_k: int) -> None:
+        """Open and verify the generation, and answer a first query.
+
+        Args:
+            store: path of the store.
+            pointer: name of the pointer.
+            threads: CPU threads of the query tower and of a search.
+            workers: requests worked on at the same time.
+            max_k: largest k of a request.
+
+        Raises:
+            ArtefactError: nothing is published, or what is published is damaged.
+        """
+        found = Store(store)
+        generation_id = found.current(pointer)
+        if generation_id is None:
+            raise ArtefactError(f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first")
+        retriever = Retriever.open(found.path(generation_id), threads=threads)
+        self._service = Service(retriever, max_k, workers, serve_settings())
+        if missing := self._service.settings["missing"]:
+            logger.warning("settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing)))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the HTTP application; called by Serve after the constructor."""
+        return make_api(self._service)
+
+
+def serve_settings() -> dict[str, dict[str, str]]:
+    """Return the Serve settings of deploy/ray.env that this process runs with, and those it does not.
+
+    Returns:
+        "active": value by variable; "missing": wanted value by variable that is not set.
+    """
+    wanted = {name: value for name, value in read_settings().items() if name.startswith("RAY_SERVE_")}
+    active = {name: os.environ[name] for name in wanted if os.environ.get(name)}
+    return {
+        "active": active,
+        "missing": {name: value for name, value in wanted.items() if name not in active},
+    }

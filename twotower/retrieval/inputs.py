@@ -1,0 +1,254 @@
+"""From queries to what the query tower and the search need: rows, columns, histories, exclusions.
+
+Features are made by the same code as in training (``QueryFeatures`` and ``Histories``); this module decides
+which of the stored and the given values go in.
+
+Shapes: B queries, H longest history that a feature looks at, U users, N catalogue items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.data.histories import Histories
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import DataError
+from twotower.model.features import Columns, encode_columns
+from twotower.retrieval.query import HistoryItem, NotAllowedError, Query, Strategy
+from twotower.schema import (
+    CategoricalFeature,
+    FeatureSchema,
+    FittedFeature,
+    HistoryFeature,
+    IdFeature,
+    MultiHotFeature,
+    NumericFeature,
+    ProfileFeature,
+    VectorFeature,
+)
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class UserTable:
+    """What is known of every user; the arrays may be memory-mapped."""
+
+    ids: Vocabulary
+    """The users, in row order."""
+    histories: Histories
+    """Positive interactions, at least the latest H of each user."""
+    seen_offsets: npt.NDArray[np.int64]
+    """[U + 1] int64: user u has had ``seen_item_rows[seen_offsets[u]:seen_offsets[u + 1]]``."""
+    seen_item_rows: npt.NDArray[np.integer[Any]]
+    """Item rows, of every kind of interaction."""
+    columns: Columns
+    """Static columns by feature name, [U, ...]."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One query in rows."""
+
+    strategy: Strategy
+    user_row: int
+    """-1 is an unknown user."""
+    history_rows: IntArray
+    """[H] int64, the latest first, -1 behind the last."""
+    history_weights: FloatArray
+    """[H] float32."""
+    columns: Columns
+    """Static columns by feature name, [1, ...]."""
+    excluded: IntArray
+    """[e] int64 catalogue rows that must not be answered, ascending."""
+
+
+class Inputs:
+    """Resolves queries against the user table and the item vocabulary of one generation."""
+
+    def __init__(self, schema: FeatureSchema, users: UserTable, item_ids: Vocabulary) -> None:
+        """Keep the tables.
+
+        Args:
+            schema: of the model.
+            users: the user table.
+            item_ids: catalogue items first, then items that only occur in interactions.
+        """
+        self.schema = schema
+        self.users = users
+        self.item_ids = item_ids
+        self._static = [
+            f for f in schema.query if not isinstance(f.spec, (IdFeature, HistoryFeature, ProfileFeature))
+        ]
+        self._missing = _encoded(self._static, {})
+
+    @property
+    def user_columns(self) -> list[str]:
+        """Names of the user columns that a query may give values for."""
+        return sorted({_column(f) for f in self._static})
+
+    def resolve(self, query: Query, now: int) -> Input:
+        """Return one query in rows.
+
+        Args:
+            query: the query.
+            now: microseconds UTC, for a query that names no moment.
+
+        Raises:
+            NotAllowedError: a feature of the query is not known or not readable.
+        """
+        given = self._given_columns(query.features)
+        user = self.users.ids.row(query.user_id) if query.user_id is not None else None
+        row = -1 if user is None else user
+        at = now if query.at is None else query.at
+        listed = self._listed_rows(query)
+        if query.history is None:
+            rows, weights = self.users.histories.before([row], [at], self.schema.max_history)
+            rows, weights = rows[0], weights[0]
+        else:
+            rows, weights = self._given_history(query.history, listed, at)
+        stored = self._missing if row < 0 else {n: c[row : row + 1] for n, c in self.users.columns.items()}
+        strategy: Strategy
+        if row >= 0:
+            strategy = "personal"
+        elif (rows >= 0).any():
+            strategy = "history"
+        elif any(value is not None for value in query.features.values()):
+            strategy = "features"
+        else:
+            strategy = "popular"
+        return Input(strategy, row, rows, weights, {**stored, **given}, self._excluded(query, row, listed))
+
+    def batch(self, inputs: Sequence[Input]) -> tuple[IntArray, Columns, IntArray, FloatArray]:
+        """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H] twice."""
+        columns = {f.spec.name: _stacked([i.columns[f.spec.name] for i in inputs]) for f in self._static}
+        return (
+            np.array([i.user_row for i in inputs], dtype=np.int64),
+            columns,
+            np.stack([i.history_rows for i in inputs]),
+            np.stack([i.history_weights for i in inputs]),
+        )
+
+    def _listed_rows(self, query: Query) -> IntArray:
+        """Return the rows of the items of the query's history, -1 for those that are not in the vocabulary."""
+        if not query.history:
+            return np.zeros(0, np.int64)
+        return self.item_ids.rows([h.item_id for h in query.history], missing="negative")
+
+    def _given_history(
+        self, history: Sequence[HistoryItem], listed: IntArray, at: int
+    ) -> tuple[IntArray, FloatArray]:
+        length = self.schema.max_history
+        counted = [
+            (int(row), item.weight)
+            for row, item in zip(listed, history, strict=True)
+            if row >= 0 and (item.time is None or item.time < at)
+        ]
+        latest = counted[::-1][:length]
+        rows = np.full(length, -1, np.int64)
+        weights = np.zeros(length, np.float32)
+        rows[: len(latest)] = [row for row, _ in latest]
+        weights[: len(latest)] = [weight for _, weight in latest]
+        return rows, weights
+
+    def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:
+        parts = []
+        if query.exclude_seen:
+            parts.append(listed)
+            if user_row >= 0:
+                begin, end = self.users.seen_offsets[user_row], self.users.seen_offsets[user_row + 1]
+                parts.append(np.asarray(self.users.seen_item_rows[begin:end], dtype=np.int64))
+        if query.exclude_items:
+            parts.append(self.item_ids.rows(query.exclude_items, missing="negative"))
+        if not parts:
+            return np.zeros(0, np.int64)
+        rows = np.unique(np.concatenate(parts))
+        return rows[(rows >= 0) & (rows < self.schema.num_catalogue_items)]
+
+    def _given_columns(self, values: dict[str, Any]) -> Columns:
+        if not values:
+            return {}
+        known = self.user_columns
+        for name in values:
+            if name not in known:
+                raise NotAllowedError(
+                    f"features: the model has no user column {name!r}",
+                    ", ".join(known) if known else "none: this model has no features of users beside id and history",
+                )
+        return _encoded([f for f in self._static if _column(f) in values], values)
+
+
+def _column(feature: FittedFeature) -> str:
+    spec = feature.spec
+    assert not isinstance(spec, (IdFeature, HistoryFeature, ProfileFeature))
+    return spec.source_column
+
+
+def _encoded(features: Sequence[FittedFeature], values: dict[str, Any]) -> Columns:
+    """Return the static columns [1, ...] of one user; a column without a value is missing."""
+    columns: Columns = {}
+    for feature in features:
+        name = _column(feature)
+        value = _checked(feature, values.get(name))
+        try:
+            # The name of the spare column can not be that of a feature: it makes the table one row long.
+            table = pa.table({name: pa.array([value]), "": pa.nulls(1)})
+            columns.update(encode_columns([feature], table))
+        except DataError as error:
+            raise NotAllowedError(f"features: {error}", _allowed(feature)) from None
+    return columns
+
+
+def _checked(feature: FittedFeature, value: Any) -> Any:
+    """Return a value in a form that Arrow reads as the feature's type.
+
+    Raises:
+        NotAllowedError: it is of another type.
+    """
+    spec = feature.spec
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(spec, NumericFeature):
+        if number:
+            return float(value)
+    elif isinstance(spec, VectorFeature):
+        if isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+            return [float(v) for v in value]
+    elif isinstance(spec, MultiHotFeature) and isinstance(value, list):
+        if all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in value):
+            return [str(v) for v in value]
+    elif isinstance(value, str):
+        return value
+    elif isinstance(spec, (CategoricalFeature, MultiHotFeature)) and isinstance(value, (int, float)):
+        # Booleans and fractions are cast to text as Arrow casts the same column of a table.
+        return value if isinstance(value, (bool, float)) else str(value)
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:60] + "..."
+    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown}", _allowed(feature))
+
+
+def _allowed(feature: FittedFeature) -> str:
+    spec = feature.spec
+    if isinstance(spec, NumericFeature):
+        return "a number" + (" of 0 or more" if spec.transform == "log1p" else "") + ", or null"
+    if isinstance(spec, VectorFeature):
+        return f"a list of {spec.dim} numbers, or null"
+    if isinstance(spec, MultiHotFeature):
+        return f"a list of texts, or one text separated by {spec.separator!r}, or null"
+    return "a text or a number, or null" if isinstance(spec, CategoricalFeature) else "a text, or null"
+
+
+def _stacked(columns: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return columns [1, L] below each other, ids padded with -1 to the longest."""
+    width = max(c.shape[1] for c in columns)
+    out = np.full((len(columns), width), -1, columns[0].dtype)
+    for i, column in enumerate(columns):
+        out[i, : column.shape[1]] = column[0]
+    return out

@@ -1,0 +1,215 @@
+"""Answers "which k items for this user, now?" from one generation.
+
+A retriever holds one generation and never changes, so that threads can share it. Every answer comes from
+the same path: a query becomes rows (``Inputs``), rows become features and an embedding (the query tower),
+and the searcher ranks the allowed items. Scores are inner products of unit vectors.
+
+Shapes: B queries, D embedding_dim, K results, N catalogue items.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twotower.index.search import Hits
+from twotower.model.features import QueryFeatures
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.inputs import Input, Inputs, UserTable
+from twotower.retrieval.query import Answer, HistoryItem, NotAllowedError, Query, UnknownItemError
+
+__all__ = ["Answer", "HistoryItem", "Query", "Retriever"]
+
+
+class Retriever:
+    """The query tower, the user table, the item table and the shards of one generation."""
+
+    def __init__(self, generation: Generation, threads: int = 1) -> None:
+        """Load what answers need.
+
+        Args:
+            generation: an opened generation.
+            threads: CPU threads of the query tower and of a search.
+        """
+        self._generation = generation
+        self._threads = threads
+        checkpoint = generation.checkpoint()
+        self._model = checkpoint.model
+        self._item_ids = generation.item_ids
+        self._items = generation.items
+        self._searcher = generation.searcher(threads)
+        self._popularity = generation.popularity
+        users = UserTable(
+            generation.user_ids,
+            generation.histories,
+            generation.seen_offsets,
+            generation.seen_item_rows,
+            generation.user_columns,
+        )
+        self._inputs = Inputs(checkpoint.schema, users, generation.item_ids)
+        self._features = QueryFeatures(checkpoint.schema, generation.profiles)
+        self.prepare_thread()
+
+    @classmethod
+    def open(cls, generation_dir: Path | str, threads: int = 1, verify: bool = True) -> Self:
+        """Open a generation.
+
+        Args:
+            generation_dir: the directory of one generation.
+            threads: CPU threads of the query tower and of a search.
+            verify: check size and SHA-256 of every file.
+
+        Raises:
+            ArtefactError: the generation is not finished, or a file of it is damaged.
+        """
+        return cls(Generation.open(Path(generation_dir), verify=verify), threads)
+
+    @property
+    def generation_id(self) -> str:
+        """Id of the generation."""
+        return self._generation.id
+
+    def prepare_thread(self) -> None:
+        """Set the number of torch threads for the calling thread; call it once in each thread that retrieves."""
+        torch.set_num_threads(self._threads)
+
+    def warm_up(self) -> None:
+        """Answer a query from a history, so that the first real one finds everything loaded."""
+        first = self._item_ids.id(0)
+        self.retrieve(Query(k=10, history=[HistoryItem(first)], fields=self.item_fields))
+
+    @property
+    def item_fields(self) -> list[str]:
+        """Item columns that a query may ask for."""
+        return self._items.fields
+
+    @property
+    def user_columns(self) -> list[str]:
+        """User columns that a query may give values for."""
+        return self._inputs.user_columns
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of the generation that a client may want, as plain JSON values without paths."""
+        manifest = self._generation.manifest
+        names = (
+            "id", "created", "checkpoint_fingerprint", "dataset_fingerprint", "vocabulary_hash", "embedding_dim",
+            "metric", "num_items", "as_of", "index",
+        )
+        facts = {name: manifest[name] for name in names}
+        return {
+            **facts,
+            "num_users": len(self._generation.user_ids),
+            "item_fields": self.item_fields,
+            "user_columns": self.user_columns,
+        }
+
+    def retrieve(self, query: Query) -> Answer:
+        """Return the best allowed items for one query.
+
+        Raises:
+            RequestError: the query asks for something that is not allowed.
+        """
+        return self.retrieve_batch([query])[0]
+
+    def retrieve_batch(self, queries: Sequence[Query]) -> list[Answer]:
+        """Return the best allowed items for each query; timings are those of the whole batch.
+
+        Raises:
+            RequestError: a query asks for something that is not allowed.
+        """
+        start = time.perf_counter()
+        now = time.time_ns() // 1000
+        for query in queries:
+            self._check(query.k, query.fields)
+        inputs = [self._inputs.resolve(query, now) for query in queries]
+        ranked = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
+        vectors = self._encode([inputs[i] for i in ranked])
+        encoded = time.perf_counter()
+        hits = [self._popular(each.excluded, query.k) if each.strategy == "popular" else None
+                for each, query in zip(inputs, queries, strict=True)]
+        for k in sorted({queries[i].k for i in ranked}):
+            places = [place for place, i in enumerate(ranked) if queries[i].k == k]
+            excluded = [inputs[ranked[place]].excluded for place in places]
+            for place, found in zip(places, self._searcher.search(vectors[places], k, excluded), strict=True):
+                hits[ranked[place]] = found
+        searched = time.perf_counter()
+        items = [
+            self._described(found, query.fields) for found, query in zip(hits, queries, strict=True) if found is not None
+        ]
+        timing = _timing(start, encoded, searched)
+        return [
+            Answer(self.generation_id, found, each.strategy, timing)
+            for found, each in zip(items, inputs, strict=True)
+        ]
+
+    def similar(self, item_id: str, k: int, fields: Sequence[str] = ()) -> Answer:
+        """Return the items whose vectors are nearest to an item's own, without the item itself.
+
+        Raises:
+            UnknownItemError: the item is not in the catalogue.
+            RequestError: k or a field is not allowed.
+        """
+        start = time.perf_counter()
+        self._check(k, fields)
+        row = self._item_ids.row(item_id)
+        if row is None or row >= len(self._popularity):
+            reason = "is not known" if row is None else "only occurs in interactions, it is not in the catalogue"
+            shown = item_id if len(item_id) <= 60 else item_id[:60] + "..."
+            raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
+        vector = self._searcher.vectors([row])
+        encoded = time.perf_counter()
+        hits = self._searcher.search(vector, k, [np.array([row])])[0]
+        searched = time.perf_counter()
+        items = self._described(hits, fields)
+        return Answer(self.generation_id, items, "similar", _timing(start, encoded, searched))
+
+    def _check(self, k: int, fields: Sequence[str]) -> None:
+        if k < 1:
+            raise NotAllowedError(f"k is {k}", "an integer of 1 or more")
+        for name in fields:
+            if name not in self.item_fields:
+                raise NotAllowedError(
+                    f"fields: items have no column {name!r}", ", ".join(self.item_fields) or "none: items have ids only"
+                )
+
+    def _encode(self, inputs: Sequence[Input]) -> npt.NDArray[np.float32]:
+        """Return the query embeddings [B, D]."""
+        if not inputs:
+            return np.zeros((0, self._searcher.dim), np.float32)
+        batch = self._features(*self._inputs.batch(inputs))
+        return np.asarray(self._model.encode_queries(batch).numpy(), dtype=np.float32)
+
+    def _popular(self, excluded: npt.NDArray[np.int64], k: int) -> Hits:
+        """Return the most popular items that are not excluded."""
+        # Of the first k + e at most e are excluded.
+        first = self._popularity[: k + len(excluded)]
+        kept = np.flatnonzero(~np.isin(first, excluded))[:k]
+        # A score that falls with the rank in the whole ranking, in (0, 1].
+        scores = 1 - kept / len(self._popularity)
+        return Hits(first[kept].astype(np.int64), scores.astype(np.float32))
+
+    def _described(self, hits: Hits, fields: Sequence[str]) -> list[dict[str, Any]]:
+        ids = self._item_ids.ids(hits.item_rows)
+        scores = hits.scores.tolist()
+        if not fields:
+            return [{"item_id": i, "score": s} for i, s in zip(ids, scores, strict=True)]
+        values = self._items.take(hits.item_rows, fields)
+        return [
+            {"item_id": ids[m], "score": scores[m], **{name: values[name][m] for name in fields}}
+            for m in range(len(ids))
+        ]
+
+
+def _timing(start: float, encoded: float, searched: float) -> dict[str, float]:
+    end = time.perf_counter()
+    return {
+        "encode": (encoded - start) * 1e3,
+        "search": (searched - encoded) * 1e3,
+        "total": (end - start) * 1e3,
+    }
