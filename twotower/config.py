@@ -23,6 +23,7 @@ from twotower.schema import (
     ProfileFeature,
     QueryFeature,
     VectorFeature,
+    residual_feature,
 )
 
 MovieLensName = Literal[
@@ -261,8 +262,10 @@ class TowerConfig(Section):
     """Dropout after each activation."""
     input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the concatenated features."""
-    residual: bool = False
-    """Add a linear map of the input to the output."""
+    residual: Literal["none", "linear", "id"] = "none"
+    """Added to the output: nothing; a linear map of the input; or the embedding of the id feature (the history
+    on the query side where there is one), scaled by a learned number. ``id`` needs that feature to be
+    ``embedding_dim`` wide."""
 
 
 class ModelConfig(Section):
@@ -291,6 +294,8 @@ class LossConfig(Section):
     """Strength of the logQ correction: 1 is the full one, 0 is off."""
     mask_accidental_hits: bool = True
     """Leave out in-batch negatives that are the positive item itself."""
+    mask_known_positives: bool = True
+    """Leave out in-batch negatives that the user has interacted with elsewhere in the fitted data."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -479,6 +484,8 @@ class Config(Section):
         if self.split.kind == "given" and isinstance(self.data.source, FilesSource):
             if self.data.source.columns.split is None:
                 raise ValueError("split.kind: given needs data.source.columns.split, the column that says so")
+        self._check_residual("query", self.model.query_tower)
+        self._check_residual("item", self.model.item_tower)
         timeless = isinstance(self.data.source, LightGCNSource) or (
             isinstance(self.data.source, FilesSource) and self.data.source.columns.time is None
         )
@@ -487,6 +494,22 @@ class Config(Section):
                 f"split.kind: {self.split.kind} needs times, and the source has none; use random or given"
             )
         return self
+
+    def _check_residual(self, side: Literal["query", "item"], tower: TowerConfig) -> None:
+        if tower.residual != "id":
+            return
+        features = self.features.query if side == "query" else self.features.item
+        feature = residual_feature(features)
+        if feature is None:
+            raise ValueError(
+                f"model.{side}_tower.residual: id needs an id or history feature in features.{side}; "
+                "add one or use linear"
+            )
+        if feature.dim != self.model.embedding_dim:
+            raise ValueError(
+                f"model.{side}_tower.residual: id needs feature {feature.name!r} (dim {feature.dim}) to be as wide as "
+                f"model.embedding_dim ({self.model.embedding_dim}); make them equal or use linear"
+            )
 
     @property
     def home(self) -> Path:
@@ -543,7 +566,9 @@ def load_config(path: Path | str | None = None, overrides: list[str] | None = No
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path} is not YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"config file {path} holds a {type(loaded).__name__}; it must hold keys and values")
+            raise ConfigError(
+                f"config file {path} holds a {type(loaded).__name__}; it must hold keys and values"
+            )
         values = loaded or {}
     for override in overrides or []:
         _apply(values, override)
@@ -639,7 +664,11 @@ def _members(model: Any) -> list[Any]:
     """The alternatives of a union (through Annotated), or the type itself."""
     if hasattr(model, "__metadata__"):
         return _members(model.__origin__)
-    if hasattr(model, "__args__") and not isinstance(model, type) and getattr(model, "__origin__", None) is not list:
+    if (
+        hasattr(model, "__args__")
+        and not isinstance(model, type)
+        and getattr(model, "__origin__", None) is not list
+    ):
         return [m for a in model.__args__ for m in _members(a)]
     return [model]
 

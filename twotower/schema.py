@@ -6,6 +6,7 @@ means) and stores the result as a :class:`FeatureSchema`; training, encoding and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -150,6 +151,15 @@ ItemFeature = Annotated[
 ]
 
 
+def residual_feature(features: Sequence[QueryFeature]) -> HistoryFeature | IdFeature | None:
+    """Return the feature that ``residual: id`` adds: the first history, else the id, else none."""
+    for kind in (HistoryFeature, IdFeature):
+        for feature in features:
+            if isinstance(feature, kind):
+                return feature
+    return None
+
+
 class FittedFeature(BaseModel):
     """A declared feature with what ``prepare`` learned of it from the item or user table."""
 
@@ -185,9 +195,7 @@ class FeatureSchema(BaseModel):
     def max_history(self) -> int:
         """Longest history that any query feature looks at."""
         lengths = [
-            f.spec.max_length
-            for f in self.query
-            if isinstance(f.spec, (HistoryFeature, ProfileFeature))
+            f.spec.max_length for f in self.query if isinstance(f.spec, (HistoryFeature, ProfileFeature))
         ]
         return max(lengths, default=0)
 

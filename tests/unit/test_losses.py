@@ -91,3 +91,19 @@ def test_padding_has_no_weight_and_no_gradient() -> None:
     assert candidates.grad is not None
     assert (candidates.grad[8] == 0).all()
     assert (candidates.grad[:8].abs().sum(1) > 0).all()
+
+
+def test_known_positives_have_no_gradient_and_the_positive_itself_stays() -> None:
+    b = batch()
+    candidates = b["candidates_CD"].clone().requires_grad_()
+    known = torch.zeros(Q, C, dtype=torch.bool)
+    known[:, 7] = True
+    known[torch.arange(Q), b["positive_Q"]] = True  # a user's own positive is known too
+    losses = in_batch_softmax(
+        **{**b, "candidates_CD": candidates}, mask_accidental_hits=False, known_QC=known
+    )
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert candidates.grad is not None
+    assert (candidates.grad[7] == 0).all()
+    assert (candidates.grad[2:7].abs().sum(1) > 0).all()

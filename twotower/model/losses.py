@@ -18,6 +18,7 @@ def in_batch_softmax(
     candidate_ids_C: torch.Tensor,
     candidate_valid_C: torch.Tensor,
     mask_accidental_hits: bool,
+    known_QC: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of each query's positive among all candidates, [Q] float32.
 
@@ -33,6 +34,7 @@ def in_batch_softmax(
         candidate_ids_C: [C] int64, equal for equal items.
         candidate_valid_C: [C] bool, false at padding.
         mask_accidental_hits: leave out other candidates with the positive's id.
+        known_QC: [Q, C] bool, true where the candidate is another known positive of the query; left out.
 
     Source: Yi et al.: Sampling-bias-corrected neural modeling for large corpus item recommendations
         (RecSys 2019), section 3 (logQ correction).
@@ -41,6 +43,8 @@ def in_batch_softmax(
     left_out = ~candidate_valid_C[None, :]
     if mask_accidental_hits:
         left_out = left_out | (candidate_ids_C[None, :] == candidate_ids_C[positive_Q][:, None])
+    if known_QC is not None:
+        left_out = left_out | known_QC
     left_out = left_out.expand(len(queries_QD), -1).clone()
     left_out[torch.arange(len(positive_Q), device=positive_Q.device), positive_Q] = False
     return F.cross_entropy(logits.masked_fill(left_out, float("-inf")), positive_Q, reduction="none")

@@ -8,7 +8,7 @@ Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from twotower.schema import (
     NumericFeature,
     ProfileFeature,
     TextFeature,
-    VectorFeature,
+    residual_feature,
 )
 
 Side = Literal["query", "item"]
@@ -48,32 +48,35 @@ class Tower(nn.Module):
     """Multi-layer perceptron from concatenated features [B, in_dim] to unit vectors [B, D]."""
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        hidden: Sequence[int],
-        activation: str,
-        norm: str,
-        dropout: float,
-        input_dropout: float,
-        residual: bool,
+        self, in_dim: int, out_dim: int, config: TowerConfig, residual_columns: slice | None
     ) -> None:
-        """Build the layers; the arguments are those of ``TowerConfig``."""
+        """Build the layers.
+
+        Args:
+            in_dim: width of the concatenated features.
+            out_dim: D.
+            config: sizes and kinds.
+            residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide.
+        """
         super().__init__()
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
-        self.input_dropout = RowDropout(input_dropout, stream=0)
+        self.input_dropout = RowDropout(config.input_dropout, stream=0)
         self.layers = nn.ModuleList()
         width = in_dim
-        for stream, size in enumerate(hidden, start=1):
+        for stream, size in enumerate(config.hidden, start=1):
             self.layers += [
                 nn.Linear(width, size),
-                norms[norm](size),
-                _ACTIVATIONS[activation](),
-                RowDropout(dropout, stream),
+                norms[config.norm](size),
+                _ACTIVATIONS[config.activation](),
+                RowDropout(config.dropout, stream),
             ]
             width = size
         self.output = nn.Linear(width, out_dim)
-        self.skip = nn.Linear(in_dim, out_dim, bias=False) if residual else None
+        self.residual_columns = residual_columns if config.residual == "id" else None
+        if config.residual == "linear":
+            self.skip = nn.Linear(in_dim, out_dim, bias=False)
+        if config.residual == "id":
+            self.skip_scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor, row_keys: torch.Tensor | None = None) -> torch.Tensor:
         """Return [B, D] float32, L2-normalised.
@@ -82,13 +85,15 @@ class Tower(nn.Module):
             x: [B, in_dim] float32.
             row_keys: [B] int64, the seeds of each row's dropout masks; None leaves dropout out.
         """
-        h = self.input_dropout(x, row_keys)
-        first = h
+        x = self.input_dropout(x, row_keys)
+        h = x
         for layer in self.layers:
             h = layer(h, row_keys) if isinstance(layer, RowDropout) else layer(h)
         out = self.output(h)
-        if self.skip is not None:
-            out = out + self.skip(first)
+        if self.residual_columns is not None:
+            out = out + self.skip_scale * x[:, self.residual_columns]
+        elif hasattr(self, "skip"):
+            out = out + self.skip(x)
         return F.normalize(out, dim=-1)
 
 
@@ -209,24 +214,17 @@ def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
 def _tower(schema: FeatureSchema, side: Side, config: TowerConfig, out_dim: int) -> Tower:
     features = schema.query if side == "query" else schema.item
     items = {f.spec.name: f for f in schema.item}
+    added = residual_feature([f.spec for f in features])
     width = 0
+    columns = None
     for feature in features:
-        spec = feature.spec
+        start, spec = width, feature.spec
         if isinstance(spec, NumericFeature):
             width += 2
         elif isinstance(spec, ProfileFeature):
             width += profile_width(items[spec.of])
-        elif isinstance(spec, VectorFeature):
-            width += spec.dim
         else:
             width += spec.dim
-    return Tower(
-        width,
-        out_dim,
-        config.hidden,
-        config.activation,
-        config.norm,
-        config.dropout,
-        config.input_dropout,
-        config.residual,
-    )
+        if spec == added:
+            columns = slice(start, width)
+    return Tower(width, out_dim, config, columns)

@@ -103,6 +103,29 @@ class Examples:
             rows, weights = self.histories.others(users, positions - self.histories.offsets[users], length)
         return self.query_features(users, self._user_columns(users), rows, weights)
 
+    def known_positives(
+        self, examples: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Return which candidates the examples' users have in the fitted split, [B, C] bool.
+
+        Args:
+            examples: [B] int64.
+            candidates: [C] int64 item rows, repeats allowed.
+        """
+        users = self._user_of[self._examples[examples]]
+        begin, end = self.histories.offsets[users], self.histories.offsets[users + 1]
+        lengths = end - begin
+        # All positions of all users of the batch, one after the other.
+        query = np.repeat(np.arange(len(users)), lengths)
+        positions = np.arange(lengths.sum()) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
+        distinct, column = np.unique(candidates, return_inverse=True)
+        items = self.histories.item_rows[positions]
+        place = np.minimum(np.searchsorted(distinct, items), len(distinct) - 1)
+        found = distinct[place] == items
+        known = np.zeros((len(users), len(distinct)), bool)
+        known[query[found], place[found]] = True
+        return known[:, column]
+
     def items(self, item_rows: npt.NDArray[np.int64]) -> FeatureBatch:
         """Return the item tower's input for catalogue items [B]."""
         return item_batch(self.schema, item_rows, {n: c[item_rows] for n, c in self.item_columns.items()})

@@ -149,6 +149,9 @@ class Trainer:
             keys["item"].to(device),
         )
         ids = torch.from_numpy(all_items)
+        known = None
+        if self.config.train.loss.mask_known_positives:
+            known = torch.from_numpy(self.examples.known_positives(padded[mine], all_items)).to(device)
         losses = in_batch_softmax(
             q,
             gather_with_gradient(c, world),
@@ -158,6 +161,7 @@ class Trainer:
             ids.to(device),
             valid.to(device),
             self.config.train.loss.mask_accidental_hits,
+            known,
         )
         local = torch.where(valid[mine].to(device), losses, 0.0).sum() / len(rows)
         self._dense.zero_grad(set_to_none=True)
