@@ -1,0 +1,360 @@
+"""A generation: everything that is needed to answer queries, in one immutable directory.
+
+It holds both towers, the users' histories and seen sets, and the index shards of one catalogue. Its towers
+and its shards are of one checkpoint. ``write_tables`` and ``finish`` make it, ``Generation.open`` reads it
+memory-mapped; the manifest is the last file written and lists the bytes and SHA-256 of all others.
+
+Symbols: U users, N catalogue items, n items of a shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json, write_manifest
+from twotower.config import Config
+from twotower.data.dataset import Dataset
+from twotower.data.histories import Histories
+from twotower.data.sampling import popularity
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.index.build import read_index
+from twotower.index.parts import save_array
+from twotower.index.search import Searcher, Shard
+from twotower.index.spec import Effort
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.features import Columns, encode_columns, profile_values
+from twotower.retrieval.items import ItemTables
+from twotower.schema import FeatureSchema
+
+KIND = "generation"
+METRIC = "inner_product"
+_HISTORY = ("offsets", "item_rows", "times", "weights")
+_COLUMN = "column-"
+_PROFILE = "profile-"
+
+
+class Generation:
+    """A finished generation; its arrays are memory-mapped when first asked for."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take what ``open`` has checked."""
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path | str, verify: bool = True) -> Generation:
+        """Return the generation of a directory.
+
+        Args:
+            path: the directory.
+            verify: check the bytes and SHA-256 of every file.
+
+        Raises:
+            ArtefactMismatchError: its query tower and a shard are of different checkpoints.
+            ArtefactError: it is not finished, or a file is missing or not as it was written.
+        """
+        path = Path(path)
+        generation = cls(path, read_manifest(path, KIND))
+        generation._check_fingerprints()
+        if verify:
+            verify_files(path, generation.manifest["files"])
+        return generation
+
+    @property
+    def id(self) -> str:
+        """Its name in the store."""
+        return str(self.manifest["id"])
+
+    @property
+    def num_items(self) -> int:
+        """Indexed items, N: item rows 0 to N - 1."""
+        return int(self.manifest["num_items"])
+
+    @property
+    def as_of(self) -> int | None:
+        """Time of the latest interaction it knows, microseconds UTC; None without times."""
+        value = self.manifest["as_of"]
+        return None if value is None else int(value)
+
+    @property
+    def effort(self) -> Effort:
+        """How hard a search has to look for the index recall in the manifest."""
+        return Effort(**self.manifest["index"]["effort"])
+
+    def checkpoint(self) -> Checkpoint:
+        """Return both towers, loaded anew."""
+        return Checkpoint.open(self.path / "model")
+
+    @functools.cached_property
+    def schema(self) -> FeatureSchema:
+        """Features of the towers."""
+        return FeatureSchema.from_json(json.loads((self.path / "model" / "features.json").read_bytes()))
+
+    @functools.cached_property
+    def user_ids(self) -> Vocabulary:
+        """User ids in row order."""
+        return Vocabulary.open(self.path / "user_ids.arrow")
+
+    @functools.cached_property
+    def item_ids(self) -> Vocabulary:
+        """Item ids in row order: N of the catalogue, then items that only occur in interactions."""
+        return Vocabulary.open(self.path / "item_ids.arrow")
+
+    @functools.cached_property
+    def histories(self) -> Histories:
+        """Each user's latest positive interactions of all splits, as many as a feature looks at."""
+        return Histories(*(self._array(f"users/history_{name}.npy") for name in _HISTORY))
+
+    def seen(self, user_row: int) -> npt.NDArray[np.int32]:
+        """Return all items a user ever had, of every kind and split, ascending [m] int32."""
+        return self.seen_item_rows[int(self.seen_offsets[user_row]) : int(self.seen_offsets[user_row + 1])]
+
+    @functools.cached_property
+    def seen_offsets(self) -> npt.NDArray[np.int64]:
+        """Where each user's seen item rows begin: [U + 1] int64."""
+        return self._array("users/seen_offsets.npy")
+
+    @functools.cached_property
+    def seen_item_rows(self) -> npt.NDArray[np.int32]:
+        """Item rows that users ever had, of every kind and split, ascending for each user: [m] int32."""
+        return self._array("users/seen_item_rows.npy")
+
+    @functools.cached_property
+    def user_columns(self) -> Columns:
+        """Static columns of all users by feature name, [U, ...] each."""
+        return self._named("users", _COLUMN)
+
+    @functools.cached_property
+    def profiles(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What profile features average, by query feature name."""
+        return self._named("items", _PROFILE)
+
+    @functools.cached_property
+    def popularity(self) -> npt.NDArray[np.int32]:
+        """Catalogue item rows by positive interactions, most first, then by row: [N] int32."""
+        return self._array("popularity.npy")
+
+    @functools.cached_property
+    def items(self) -> ItemTables:
+        """Item ids, titles and feature source columns."""
+        return ItemTables([(self._shard_path(s) / "items.arrow", self._item_rows(s)) for s in self._shards])
+
+    def searcher(self, threads: int = 1) -> Searcher:
+        """Return a searcher over all shards, at the effort that the index recall was measured with.
+
+        Args:
+            threads: FAISS threads of a search.
+        """
+        factory, dim = self.manifest["index"]["factory"], self.manifest["embedding_dim"]
+        shards = [
+            Shard(
+                read_index(self._shard_path(s) / "index.faiss", factory, dim, s["rows"]), self._item_rows(s)
+            )
+            for s in self._shards
+        ]
+        return Searcher(shards, self.effort, threads)
+
+    @property
+    def _shards(self) -> list[dict[str, Any]]:
+        return list(self.manifest["shards"])
+
+    def _shard_path(self, shard: dict[str, Any]) -> Path:
+        return self.path / "shards" / str(shard["name"])
+
+    def _item_rows(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
+        # In memory: every search gathers from it.
+        return np.array(self._array(f"shards/{shard['name']}/item_rows.npy"))
+
+    def _named(self, folder: str, prefix: str) -> dict[str, npt.NDArray[Any]]:
+        names = [p.name for p in sorted((self.path / folder).glob(f"{prefix}*.npy"))]
+        return {
+            unquote(n.removeprefix(prefix).removesuffix(".npy")): self._array(f"{folder}/{n}") for n in names
+        }
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        try:
+            array: npt.NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{self.path / name} can not be read ({error}); {_AGAIN}") from None
+        return array
+
+    def _check_fingerprints(self) -> None:
+        expected = self.manifest["checkpoint_fingerprint"]
+        model = read_manifest(self.path / "model", "checkpoint")["fingerprint"]
+        found = [("model", model)] + [
+            (f"shard {s['name']}", s["checkpoint_fingerprint"]) for s in self._shards
+        ]
+        for shard in self._shards:
+            own = read_shard_facts(self._shard_path(shard))
+            found.append((f"shards/{shard['name']}", own["checkpoint_fingerprint"]))
+        for what, fingerprint in found:
+            if fingerprint != expected:
+                raise ArtefactMismatchError(
+                    f"generation {self.path} is of checkpoint {expected}, but its {what} is of checkpoint "
+                    f"{fingerprint}: a query tower and an index of different trainings do not fit. {_AGAIN}"
+                )
+
+
+_AGAIN = "Delete the generation and build it again."
+
+
+def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Write everything of a generation but its shards and its manifest.
+
+    Args:
+        directory: of the generation, unfinished.
+        config: resolved, stored beside the rest.
+        dataset: all its interactions count, whatever split they are in.
+        checkpoint: must be trained on the dataset's vocabulary.
+    """
+    checkpoint.require_dataset(dataset)
+    schema = checkpoint.schema
+    write_json(directory / "config.json", config.to_json())
+    shutil.copytree(checkpoint.path, directory / "model")
+    dataset.user_ids.write(directory / "user_ids.arrow")
+    dataset.item_ids.write(directory / "item_ids.arrow")
+
+    users = directory / "users"
+    users.mkdir()
+    histories = Histories.of(dataset.interactions, capped=schema.max_history)
+    for name in _HISTORY:
+        save_array(users / f"history_{name}.npy", getattr(histories, name))
+    offsets, item_rows = seen_sets(dataset)
+    save_array(users / "seen_offsets.npy", offsets)
+    save_array(users / "seen_item_rows.npy", item_rows)
+    for name, column in encode_columns(schema.query, dataset.user_table()).items():
+        save_array(users / f"{_COLUMN}{quote(name, safe='')}.npy", column)
+
+    items = directory / "items"
+    items.mkdir()
+    for name, values in profile_values(schema, encode_columns(schema.item, dataset.item_table())).items():
+        save_array(items / f"{_PROFILE}{quote(name, safe='')}.npy", values)
+    counts = popularity(dataset.interactions, dataset.num_items)[: dataset.num_catalogue_items]
+    save_array(directory / "popularity.npy", np.argsort(-counts, kind="stable").astype(np.int32))
+
+
+def seen_sets(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return what each user ever had, of every kind and split: offsets [U + 1], ascending item rows [m]."""
+    log = dataset.interactions
+    pairs = np.unique((log.user_row.astype(np.int64) << 32) | log.item_row)
+    counts = np.bincount(pairs >> 32, minlength=dataset.num_users)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return offsets, (pairs & 0xFFFF_FFFF).astype(np.int32)
+
+
+def finish(
+    directory: Path,
+    generation_id: str,
+    created: str,
+    dataset: Dataset,
+    checkpoint: Checkpoint,
+    index: dict[str, Any],
+) -> None:
+    """Write the manifest, after which the directory is a generation.
+
+    Args:
+        directory: complete but for the manifest.
+        generation_id: its name in the store.
+        created: ISO 8601 time.
+        dataset: what it was made from.
+        checkpoint: what encoded its shards.
+        index: factory, num_shards, effort, index_recall, target_index_recall, recall_k, num_queries and more.
+    """
+    shards = []
+    for path in sorted((directory / "shards").iterdir()):
+        facts = read_shard_facts(path)
+        shards.append(
+            {
+                "name": path.name,
+                "rows": facts["rows"],
+                "checkpoint_fingerprint": facts["checkpoint_fingerprint"],
+            }
+        )
+    write_manifest(
+        directory,
+        KIND,
+        {
+            "id": generation_id,
+            "created": created,
+            "checkpoint_fingerprint": checkpoint.fingerprint,
+            "dataset_fingerprint": dataset.fingerprint,
+            "vocabulary_hash": dataset.vocabulary_hash,
+            "embedding_dim": checkpoint.embedding_dim,
+            "metric": METRIC,
+            "num_items": dataset.num_catalogue_items,
+            "as_of": dataset.as_of,
+            "shards": shards,
+            "files": list_files(directory),
+            "index": index,
+        },
+    )
+
+
+def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str) -> None:
+    """Write which checkpoint the vectors of a shard came from."""
+    write_json(directory / "shard.json", {"rows": rows, "checkpoint_fingerprint": checkpoint_fingerprint})
+
+
+def read_shard_facts(directory: Path) -> dict[str, Any]:
+    """Return what ``write_shard_facts`` wrote."""
+    path = directory / "shard.json"
+    try:
+        facts = json.loads(path.read_bytes())
+        return {"rows": int(facts["rows"]), "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} can not be read ({error}). {_AGAIN}") from None
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 of each file below a directory, its manifest left out, by relative path."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST:
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return files
+
+
+def verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Refuse a directory whose files are not those of the list.
+
+    Raises:
+        ArtefactError: naming the first file that is missing or differs.
+    """
+    for name, facts in files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
+            raise ArtefactError(
+                f"the manifest of {directory} lists {name!r}, which is outside of it. {_AGAIN}"
+            )
+        path = directory / name
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise ArtefactError(f"{path} can not be read ({error.strerror}). {_AGAIN}") from None
+        if size != facts["bytes"]:
+            raise ArtefactError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {_AGAIN}")
+        found = sha256_file(path)
+        if found != facts["sha256"]:
+            raise ArtefactError(
+                f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
+                f"{str(facts['sha256'])[:16]}... {_AGAIN}"
+            )
+
+
+def write_item_table(path: Path, table: pa.Table) -> None:
+    """Write a shard's item table as an Arrow file of one batch, so that it can be memory-mapped whole."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        if len(table):
+            writer.write_table(table.combine_chunks(), max_chunksize=len(table))
