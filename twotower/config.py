@@ -277,7 +277,7 @@ class ModelConfig(Section):
     """The query tower."""
     item_tower: TowerConfig = TowerConfig()
     """The item tower."""
-    init_std: Annotated[float, Field(gt=0)] = 0.05
+    init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of fresh embedding tables."""
 
 
@@ -315,7 +315,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of the towers."""
     table_kind: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
     """Optimiser of embedding rows; only the rows of a batch are touched."""
-    table_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    table_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate of embedding rows."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rates after warm-up, down to 0 for linear and cosine."""
