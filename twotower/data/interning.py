@@ -1,0 +1,95 @@
+"""Ids as the source has them to dense rows, in first-appearance order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower.data.chunks import BoolArray
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import DataError
+
+_WHOLE_FLOAT = r"^[+-]?\d+\.0*$"
+
+
+class IdColumn:
+    """A column of ids: every distinct value once, and where it is.
+
+    Ids are text, or integers that become decimal text. A number with a decimal point such as 42.0 is an
+    integer that went through a float column on its way, and could equal several ids: it is refused.
+    """
+
+    def __init__(self, array: pa.Array, side: str) -> None:
+        """Take ids as text, integers or floats.
+
+        Raises:
+            DataError: the column has another type.
+        """
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        kind = array.type
+        textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        self._floats = pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        if not (textual or self._floats or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise DataError(f"the {side} id column has type {kind}; ids are text or integers")
+        self.array = array
+        self.side = side
+        if pa.types.is_null(kind):
+            array = array.cast(pa.string())
+        encoded = array.dictionary_encode()
+        self.codes: npt.NDArray[np.int64] = np.asarray(encoded.indices.fill_null(-1)).astype(np.int64)
+        self.values: pa.StringArray = encoded.dictionary.cast(pa.string())
+
+    def problems(self) -> Iterator[tuple[BoolArray, str]]:
+        """Yield [n] bool masks of bad rows, each with its reason."""
+        empty = np.append(np.asarray(pc.equal(pc.utf8_trim_whitespace(self.values), "")), True)
+        yield empty[self.codes], f"without a {self.side} id"
+        if self._floats:
+            broken = np.ones(len(self.values), dtype=np.bool_)
+        else:
+            broken = np.asarray(pc.match_substring_regex(self.values, _WHOLE_FLOAT))
+        yield np.append(broken, False)[self.codes], f"with a {self.side} id that is a float, not text or an integer"
+
+
+class Interner:
+    """Gives each new id the next row."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._rows: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, ids: list[str]) -> None:
+        """Give each id of ``ids`` that is new the next row, in order."""
+        rows = self._rows
+        for text in ids:
+            rows.setdefault(text, len(rows))
+
+    def intern(self, column: IdColumn, keep: BoolArray) -> npt.NDArray[np.int32]:
+        """Return the rows of the ids where ``keep`` [n] is true, int32, new ids in first-appearance order."""
+        codes, values = column.codes, column.values
+        if not keep.all():
+            codes = codes[keep]
+            used, first = np.unique(codes, return_index=True)
+            used = used[np.argsort(first)]
+        else:
+            used = np.arange(len(values))
+        rows = self._rows
+        of_code = np.full(len(values) + 1, -1, dtype=np.int32)
+        texts = values.take(pa.array(used)).to_pylist()
+        of_code[used] = [rows.setdefault(text, len(rows)) for text in texts]
+        return of_code[codes]
+
+    def ids(self) -> pa.StringArray:
+        """Return the ids in row order."""
+        return pa.array(self._rows.keys(), type=pa.string(), size=len(self._rows))
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the ids as a vocabulary."""
+        return Vocabulary(self.ids())

@@ -1,0 +1,303 @@
+"""Raw data to a dataset directory: one process, reading in chunks."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from twotower import progress
+from twotower.artefacts import SCHEMA_VERSION, building, fingerprint, has_manifest, locked, write_json, write_manifest
+from twotower.config import Config
+from twotower.data import filters
+from twotower.data.chunks import BadRows, RawSource, SideTable
+from twotower.data.dataset import ITEM_ROW, KIND, Dataset
+from twotower.data.fitting import fit_features
+from twotower.data.hashing import array_hash, table_hash
+from twotower.data.interactions import Interactions
+from twotower.data.interning import Interner
+from twotower.data.reading import RawInteractions, read_interactions
+from twotower.data.sources import open_source
+from twotower.data.splits import assign_splits
+from twotower.data.vocabulary import Vocabulary
+from twotower.errors import ArtefactError, DataError
+from twotower.schema import KINDS, SPLITS, FeatureSchema
+
+PREPARE_VERSION = 1
+"""Changes whenever the same raw data and configuration give another dataset."""
+
+_PARTS = 8
+_PART_ROWS = (1_024, 65_536)
+
+
+def prepare(config: Config) -> Dataset:
+    """Return the dataset of a configuration, preparing it unless that is done already.
+
+    The directory's name comes from the data, split and features sections and the signature of the raw data,
+    so a change in any of them is a new dataset. A killed run leaves nothing that a reader would see.
+
+    Raises:
+        ConfigError: settings contradict each other or the source.
+        DataError: the raw data is missing, unreadable or breaks a rule.
+    """
+    source = open_source(config)
+    directory = config.datasets / _name(config, source)
+    with locked(directory.with_name(f".{directory.name}.prepare.lock")):
+        if has_manifest(directory):
+            try:
+                dataset = Dataset.open(directory)
+                progress.say(f"dataset {directory.name} is there already: {_summary(dataset.counts)[0]}")
+                return dataset
+            except ArtefactError as error:
+                progress.say(f"{error}; preparing it again")
+        started = time.monotonic()
+        if source.notice:
+            progress.say(source.notice)
+        with building(directory) as partial:
+            _build(config, source, partial)
+        dataset = Dataset.open(directory)
+    for line in _summary(dataset.counts):
+        progress.say(line)
+    progress.say(f"dataset {directory} (fingerprint {dataset.fingerprint}, {time.monotonic() - started:.1f} s)")
+    return dataset
+
+
+def _name(config: Config, source: RawSource) -> str:
+    sections = _sections(config)
+    # Only a random split depends on the seed, so another seed trains on the same dataset.
+    seed = config.seed if config.split.kind in ("random", "given") else None
+    key = [PREPARE_VERSION, SCHEMA_VERSION, sections, source.signature(), seed]
+    return f"{config.data.source.kind}-{fingerprint(key)[:12]}"
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    # Where the raw data is fetched from and kept says nothing about what it is.
+    return {
+        "data": config.data.model_dump(mode="json", exclude={"mirror", "cache"}),
+        "split": config.split.model_dump(mode="json"),
+        "features": config.features.model_dump(mode="json"),
+    }
+
+
+def _build(config: Config, source: RawSource, directory: Path) -> None:
+    bad = BadRows(config.data.on_bad_rows)
+    item_side, user_side = source.item_table(bad), source.user_table(bad)
+    items = Interner()
+    if item_side is not None:
+        _refuse_duplicates(item_side, "item_id")
+        items.add(item_side.data.column("item_id").to_pylist())
+    if user_side is not None:
+        _refuse_duplicates(user_side, "user_id")
+    raw = read_interactions(source, config.data, items, bad)
+    bad.settle()
+    columns = raw.columns
+    if not len(columns["user_row"]):
+        raise DataError(
+            f"no interactions are left of {raw.rows_read:,} rows read ({bad.count:,} bad, {raw.outside_window:,} "
+            "outside data.window); check the source and the window"
+        )
+    counts: dict[str, Any] = {
+        "rows_read": raw.rows_read,
+        "bad_rows": bad.count,
+        "bad_rows_by_reason": dict(bad.reasons),
+        "outside_window": raw.outside_window,
+    }
+    filters.sort(columns)
+    given = config.split.kind == "given"
+    counts["repeats"] = filters.reduce_repeats(columns, config.data.repeats, within_split=given)
+    smallest = config.data.min_interactions
+    counts["below_min_interactions"] = filters.drop_small(
+        columns, len(raw.users), len(raw.items), smallest.user, smallest.item
+    )
+    if not len(columns["user_row"]):
+        raise DataError(
+            f"data.min_interactions (user {smallest.user}, item {smallest.item}) leaves no interactions; lower it"
+        )
+    user_ids, item_ids, item_table, num_catalogue = _vocabularies(config, raw, item_side, user_side)
+    columns["split"] = assign_splits(columns, config.split, source.has_times, config.seed)
+    interactions = Interactions.of(len(user_ids), **columns)
+    schema, item_table, user_columns = fit_features(
+        config.features,
+        item_table,
+        None if user_side is None else user_side.data,
+        num_users=len(user_ids),
+        num_items=len(item_ids),
+        num_catalogue_items=num_catalogue,
+    )
+    user_table = _align_users(user_ids, user_columns)
+    counts |= _count(interactions, schema)
+    _write(config, source, directory, schema, interactions, user_ids, item_ids, item_table, user_table, counts)
+
+
+def _refuse_duplicates(side: SideTable, column: str) -> None:
+    found = side.data.column(column).combine_chunks().value_counts()
+    repeated = found.filter(pa.array(found.field("counts").to_numpy() > 1)).field("values")
+    if len(repeated):
+        noun = column.removesuffix("_id")
+        raise DataError(
+            f"{side.file} has {len(repeated):,} {noun} ids more than once: "
+            f"{', '.join(map(repr, repeated.to_pylist()[:5]))}; leave one row for each {noun}"
+        )
+
+
+def _vocabularies(
+    config: Config, raw: RawInteractions, item_side: SideTable | None, user_side: SideTable | None
+) -> tuple[Vocabulary, Vocabulary, pa.Table, int]:
+    """Drop ids that no interaction is left of, renumber the rows in place, and return the vocabularies.
+
+    Returns:
+        User ids, item ids, the catalogue's table in row order, and its number of rows.
+    """
+    columns = raw.columns
+    smallest = config.data.min_interactions
+    users_used = np.bincount(columns["user_row"], minlength=len(raw.users)) > 0
+    users = raw.users.ids().filter(pa.array(users_used))
+    columns["user_row"] = filters.compact(columns["user_row"], users_used)
+    if user_side is not None and smallest.user == 0:
+        known = user_side.data.column("user_id").combine_chunks()
+        users = pa.concat_arrays([users, known.filter(pc.invert(pc.is_in(known, value_set=users)))])
+    items_used = np.bincount(columns["item_row"], minlength=len(raw.items)) > 0
+    num_listed = 0 if item_side is None else item_side.data.num_rows
+    if smallest.item == 0:
+        items_used[:num_listed] = True  # without a minimum the catalogue is the whole item table
+    items = raw.items.ids().filter(pa.array(items_used))
+    columns["item_row"] = filters.compact(columns["item_row"], items_used)
+    if item_side is None:
+        table = pa.table({"item_id": items})
+    else:
+        table = item_side.data.filter(pa.array(items_used[:num_listed]))
+        if not table.num_rows:
+            raise DataError(f"{item_side.file} has no items (left after data.min_interactions); there is nothing to recommend")
+    if "title" in table.column_names:
+        title = table.column("title")
+        if pa.types.is_integer(title.type):
+            title = title.cast(pa.string())
+        if not (pa.types.is_string(title.type) or pa.types.is_null(title.type)):
+            title = pa.nulls(table.num_rows, pa.string())
+        table = table.set_column(table.column_names.index("title"), "title", title.cast(pa.string()))
+    else:
+        table = table.add_column(1, "title", pa.nulls(table.num_rows, pa.string()))
+    first = ["item_id", "title"]
+    table = table.select(first + [n for n in table.column_names if n not in first])
+    return Vocabulary(users), Vocabulary(items), table, table.num_rows
+
+
+def _align_users(user_ids: Vocabulary, table: pa.Table | None) -> pa.Table:
+    """Return a table with one row for each user in row order, null where the user table has no row."""
+    ids = pa.table({"user_id": user_ids.array})
+    if table is None:
+        return ids
+    at = pc.index_in(user_ids.array, value_set=table.column("user_id").combine_chunks())
+    others = table.drop_columns(["user_id"]).take(at)
+    for name in others.column_names:
+        ids = ids.append_column(name, others.column(name))
+    return ids
+
+
+def _count(interactions: Interactions, schema: FeatureSchema) -> dict[str, Any]:
+    positive = interactions.kind == KINDS["positive"]
+    outside = interactions.item_row >= schema.num_catalogue_items
+    return {
+        "users": schema.num_users,
+        "items": schema.num_items,
+        "catalogue_items": schema.num_catalogue_items,
+        "outside_items": schema.num_items - schema.num_catalogue_items,
+        "interactions": len(interactions),
+        "interactions_outside_catalogue": int(outside.sum()),
+        "users_without_interactions": int((np.diff(interactions.user_offsets) == 0).sum()),
+        "kinds": {name: int((interactions.kind == code).sum()) for name, code in KINDS.items()},
+        "splits": {name: int((positive & (interactions.split == code)).sum()) for name, code in SPLITS.items()},
+    }
+
+
+def _write(
+    config: Config,
+    source: RawSource,
+    directory: Path,
+    schema: FeatureSchema,
+    interactions: Interactions,
+    user_ids: Vocabulary,
+    item_ids: Vocabulary,
+    items: pa.Table,
+    users: pa.Table,
+    counts: dict[str, Any],
+) -> None:
+    num_catalogue = schema.num_catalogue_items
+    progress.say(f"writing {len(interactions):,} interactions and {num_catalogue:,} items")
+    interactions.write(directory / "interactions.parquet")
+    user_ids.write(directory / "user_ids.arrow")
+    item_ids.write(directory / "item_ids.arrow")
+    pq.write_table(users, directory / "users.parquet", row_group_size=1 << 16)
+    outside = np.arange(num_catalogue, len(item_ids))
+    outside_ids = item_ids.array.slice(num_catalogue)
+    pq.write_table(pa.table({"item_id": outside_ids, ITEM_ROW: outside}), directory / "outside_items.parquet")
+    _write_items(directory / "items", items)
+    write_json(directory / "features.json", schema.to_json())
+    vocabulary_hash = fingerprint([user_ids.hash, item_ids.hash])
+    content: dict[str, npt.NDArray[Any]] = interactions.columns()
+    content_hash = fingerprint(
+        {
+            "version": PREPARE_VERSION,
+            "interactions": array_hash(*content.values()),
+            "vocabulary": vocabulary_hash,
+            "items": table_hash(items),
+            "users": table_hash(users),
+            "features": schema.to_json(),
+            "has_times": source.has_times,
+        }
+    )
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
+    manifest = {
+        "id": _name(config, source),
+        "fingerprint": content_hash,
+        "vocabulary_hash": vocabulary_hash,
+        "has_times": source.has_times,
+        "as_of": int(interactions.time.max()) if source.has_times else None,
+        "counts": counts,
+        "source": config.data.source.model_dump(mode="json"),
+        "raw": source.facts(),
+        "config": _sections(config) | {"seed": config.seed},
+        "files": {str(p.relative_to(directory)): p.stat().st_size for p in files},
+    }
+    write_manifest(directory, KIND, manifest)
+
+
+def _write_items(folder: Path, items: pa.Table) -> None:
+    """Write the catalogue as several parts, so that several readers can share it."""
+    folder.mkdir()
+    num_items = items.num_rows
+    size = min(max(math.ceil(num_items / _PARTS), _PART_ROWS[0]), _PART_ROWS[1])
+    numbered = items.append_column(ITEM_ROW, pa.array(np.arange(num_items, dtype=np.int64)))
+    for part, start in enumerate(range(0, num_items, size)):
+        pq.write_table(numbered.slice(start, size), folder / f"part-{part:05d}.parquet", row_group_size=16_384)
+
+
+def _summary(counts: dict[str, Any]) -> list[str]:
+    splits, kinds = counts["splits"], counts["kinds"]
+    lines = [
+        f"{counts['users']:,} users, {counts['catalogue_items']:,} items, {counts['interactions']:,} interactions "
+        f"(train {splits['train']:,}, validation {splits['validation']:,}, test {splits['test']:,})"
+    ]
+    others = {"negative": kinds["negative"], "seen only": kinds["seen_only"]}
+    others |= {
+        "repeats reduced": counts["repeats"],
+        "bad rows left out": counts["bad_rows"],
+        "outside the window": counts["outside_window"],
+        "below min_interactions": counts["below_min_interactions"],
+    }
+    shown = ", ".join(f"{name} {count:,}" for name, count in others.items() if count)
+    if shown:
+        lines.append(shown)
+    if counts["outside_items"]:
+        lines.append(
+            f"{counts['outside_items']:,} items are not in the item table: their "
+            f"{counts['interactions_outside_catalogue']:,} interactions count in histories, they are never recommended"
+        )
+    return lines

@@ -1,0 +1,284 @@
+"""Chunks of a source to typed arrays: what each row means, and which rows are bad.
+
+Nothing of a chunk is kept but 22 bytes a row and the ids that were new in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from twotower import progress
+from twotower.config import DataConfig, FilesSource
+from twotower.data import times
+from twotower.data.chunks import BadRows, BoolArray, Chunk, RawSource, TimeUnit
+from twotower.data.interactions import COLUMNS
+from twotower.data.interning import IdColumn, Interner
+from twotower.errors import ConfigError, DataError
+from twotower.schema import KINDS, SPLITS
+
+NO_SPLIT = -1
+"""Split code of a row that has not been split yet."""
+
+
+@dataclasses.dataclass
+class RawInteractions:
+    """Interactions in source order, before filters, sorting and splits."""
+
+    columns: dict[str, npt.NDArray[Any]]
+    """The columns of ``Interactions``; split is ``NO_SPLIT`` unless the source gives it."""
+    users: Interner
+    """Users in first-appearance order."""
+    items: Interner
+    """Items: the item table first, then others in first-appearance order."""
+    rows_read: int
+    """Rows seen, bad ones included."""
+    outside_window: int
+    """Good rows that were left out for their time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """The rules of the configuration, checked against what the source has."""
+
+    data: DataConfig
+    value_range: tuple[float, float] | None
+    start: int | None
+    end: int | None
+    events: dict[str, tuple[int, float]] | None
+    column: str
+    unit: TimeUnit | None
+
+
+def read_interactions(source: RawSource, config: DataConfig, items: Interner, bad: BadRows) -> RawInteractions:
+    """Return all good interactions of a source inside the configured window.
+
+    The weight of a positive interaction is that of ``data.positives.weight`` times that of its event type;
+    all other kinds weigh 1.
+
+    Args:
+        source: Where the chunks come from.
+        config: The data section.
+        items: Interner that already holds the item table's ids, in order.
+        bad: Receives the rows that can not be read.
+
+    Raises:
+        ConfigError: a rule asks for times or values that the source does not have.
+    """
+    rules = _rules(source, config)
+    users = Interner()
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in COLUMNS}
+    rows_read = outside = 0
+    with progress.bar(source.num_rows, "reading", "interactions") as bar:
+        for chunk in source.chunks(bad):
+            columns, num_outside = _read_chunk(chunk, rules, users, items, bad)
+            for name, column in columns.items():
+                parts[name].append(column)
+            rows_read += len(chunk.rows)
+            outside += num_outside
+            bar.update(len(chunk.rows))
+    # Column by column, dropping the parts on the way: never more than one column is there twice.
+    joined = {}
+    for name, kind in COLUMNS.items():
+        chunks = parts.pop(name)
+        joined[name] = np.concatenate(chunks) if chunks else np.empty(0, dtype=kind)
+        chunks.clear()
+    return RawInteractions(joined, users, items, rows_read, outside)
+
+
+def _rules(source: RawSource, config: DataConfig) -> _Rules:
+    positives, window = config.positives, config.window
+    value_range: tuple[float, float] | None = None
+    if positives.weight == "scaled":
+        declared = positives.value_range
+        value_range = (declared[0], declared[1]) if declared else source.value_range
+        if value_range is None:
+            raise ConfigError(
+                "data.positives.weight: scaled needs the scale of the values; set data.positives.value_range, "
+                "such as [1, 5]"
+            )
+    bounds: list[int | None] = []
+    for name, text in (("start", window.start), ("end", window.end)):
+        try:
+            bounds.append(None if text is None else times.parse_time(text, config.timezone))
+        except ValueError:
+            raise ConfigError(f"data.window.{name} {text!r} is no ISO 8601 time such as 2026-01-31T10:00:00Z") from None
+    start, end = bounds
+    if (start is not None or end is not None) and not source.has_times:
+        raise ConfigError("data.window needs times, and the source has none; remove data.window")
+    if start is not None and end is not None and start >= end:
+        raise ConfigError(f"data.window is empty: start {window.start} is not before end {window.end}")
+    column, unit, events = "time", source.time_unit, None
+    if isinstance(config.source, FilesSource):
+        column = config.source.columns.time or column
+        events = _events(config.source)
+    return _Rules(config, value_range, start, end, events, column, unit)
+
+
+def _events(source: FilesSource) -> dict[str, tuple[int, float]] | None:
+    if source.columns.event is None:
+        if source.events:
+            raise ConfigError("data.source.events is given without data.source.columns.event, the column it is about")
+        return None
+    if not source.events:
+        raise ConfigError(
+            f"data.source.columns.event is {source.columns.event!r} without data.source.events; say what each type "
+            "means, such as {purchase: 1.0, view: seen_only}"
+        )
+    meanings: dict[str, tuple[int, float]] = {}
+    for name, meaning in source.events.items():
+        if isinstance(meaning, str):
+            meanings[name] = (KINDS[meaning], 1.0)
+        elif math.isfinite(meaning) and meaning > 0:
+            meanings[name] = (KINDS["positive"], float(meaning))
+        else:
+            raise ConfigError(
+                f"data.source.events.{name} is {meaning}; a weight must be above 0, and an event that is no "
+                "liking is negative or seen_only"
+            )
+    return meanings
+
+
+class _Check:
+    """Which rows of a chunk are bad; each is counted once, for the first reason found."""
+
+    def __init__(self, chunk: Chunk, bad: BadRows) -> None:
+        self.chunk, self.bad = chunk, bad
+        self.mask: BoolArray = np.zeros(len(chunk.rows), dtype=np.bool_)
+
+    def refuse(self, mask: BoolArray, reason: str, values: pa.Array | None) -> None:
+        new = np.flatnonzero(mask & ~self.mask)
+        if len(new):
+            shown = new[: self.bad.wants_examples(len(new))]
+            texts = None if values is None else values.take(pa.array(shown)).to_pylist()
+            self.bad.add(self.chunk.file, self.chunk.rows[new], reason, texts)
+            self.mask |= mask
+
+
+def _read_chunk(
+    chunk: Chunk, rules: _Rules, users: Interner, items: Interner, bad: BadRows
+) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    n = len(chunk.rows)
+    check = _Check(chunk, bad)
+    user, item = IdColumn(chunk.user, "user"), IdColumn(chunk.item, "item")
+    for ids in (user, item):
+        for mask, reason in ids.problems():
+            check.refuse(mask, reason, ids.array)
+    micros = np.zeros(n, dtype=np.int64)
+    if chunk.time is not None:
+        micros, missing = times.to_micros(chunk.time, rules.unit, rules.data.timezone, rules.column)
+        check.refuse(missing, "without a readable time", chunk.time)
+    kind, weight = _kinds(chunk, rules, check)
+    split = _given_split(chunk, check)
+    good = ~check.mask
+    keep = good
+    if rules.start is not None:
+        keep = keep & (micros >= rules.start)
+    if rules.end is not None:
+        keep = keep & (micros < rules.end)
+    columns: dict[str, npt.NDArray[Any]] = {
+        "user_row": users.intern(user, keep),
+        "item_row": items.intern(item, keep),
+        "time": micros[keep],
+        "weight": weight[keep],
+        "kind": kind[keep],
+        "split": split[keep],
+    }
+    return columns, int(good.sum() - keep.sum())
+
+
+def _kinds(chunk: Chunk, rules: _Rules, check: _Check) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    n = len(chunk.rows)
+    positives = rules.data.positives
+    kind = np.zeros(n, dtype=np.int8)
+    event_weight = np.ones(n, dtype=np.float64)
+    if chunk.event is not None and rules.events is not None:
+        encoded = as_text(chunk.event, "event").dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        meanings = [rules.events.get(name) for name in names] + [None]
+        codes = np.asarray(encoded.indices.fill_null(len(names)))
+        unknown = np.array([m is None for m in meanings], dtype=np.bool_)[codes]
+        listed = ", ".join(rules.events)
+        check.refuse(unknown, f"with an event type that data.source.events does not list ({listed})", chunk.event)
+        kind = np.array([m[0] if m else 0 for m in meanings], dtype=np.int8)[codes]
+        event_weight = np.array([m[1] if m else 1.0 for m in meanings], dtype=np.float64)[codes]
+    weight = np.ones(n, dtype=np.float64)
+    if chunk.value is None:
+        if positives.min_value is not None or positives.weight != "one":
+            setting = "min_value" if positives.min_value is not None else f"weight: {positives.weight}"
+            raise ConfigError(
+                f"data.positives.{setting} needs values, and the source has none; set data.source.columns.value "
+                "or remove it"
+            )
+    else:
+        value, missing = numbers(chunk.value, "value")
+        check.refuse(missing, "without a readable value", chunk.value)
+        if positives.min_value is not None:
+            below = (value < positives.min_value) & (kind == KINDS["positive"])
+            kind = np.where(below, np.int8(KINDS["negative"]), kind)
+        if positives.weight == "value":
+            check.refuse((value < 0) & (kind == KINDS["positive"]), "with a negative value as its weight", chunk.value)
+            weight = value
+        elif rules.value_range is not None:
+            low, high = rules.value_range
+            weight = np.clip((value - low) / (high - low), 0, 1)
+    weight = np.where(kind == KINDS["positive"], weight * event_weight, 1.0)
+    return kind, weight.astype(np.float32)
+
+
+def _given_split(chunk: Chunk, check: _Check) -> npt.NDArray[np.int8]:
+    if chunk.split is None:
+        return np.full(len(chunk.rows), NO_SPLIT, dtype=np.int8)
+    text = as_text(chunk.split, "split")
+    codes = np.full(len(chunk.rows), NO_SPLIT, dtype=np.int8)
+    for name, code in SPLITS.items():
+        codes[np.asarray(pc.equal(text, name).fill_null(False))] = code
+    check.refuse(codes == NO_SPLIT, "with a split that is not train, validation or test", chunk.split)
+    return codes
+
+
+def as_text(array: pa.Array, column: str) -> pa.StringArray:
+    """Return text or whole numbers as strings, nulls kept.
+
+    Raises:
+        DataError: the column has another type.
+    """
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or pa.types.is_boolean(kind)):
+            raise DataError(f"the {column} column has type {kind}; it must hold text")
+    return array.cast(pa.string())
+
+
+def numbers(array: pa.Array, column: str) -> tuple[npt.NDArray[np.float64], BoolArray]:
+    """Return [n] float64 numbers, and [n] bool true where there is none, or none that is finite (0 there).
+
+    Raises:
+        DataError: the column has a type that holds no numbers.
+    """
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        text = pc.utf8_trim_whitespace(array.cast(pa.string()))
+        try:
+            array = text.cast(pa.float64())
+        except pa.ArrowInvalid:
+            readable = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$").fill_null(False)
+            # Arrow reads no leading plus sign.
+            array = pc.if_else(readable, pc.utf8_ltrim(text, "+"), None).cast(pa.float64())
+    elif pa.types.is_decimal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
+        array = array.cast(pa.float64(), safe=False)
+    else:
+        raise DataError(f"the {column} column has type {kind}; it must hold numbers")
+    value = np.asarray(array.fill_null(np.nan))
+    missing = ~np.isfinite(value)
+    return np.where(missing, 0.0, value), missing
