@@ -1,7 +1,7 @@
 """The queries of the final evaluation: test users, what they had before, and what they took next.
 
 The test split is read here and nowhere else. A test user is a user with a positive test interaction on a
-catalogue item that he has not had before; his query knows his train and validation interactions.
+catalogue item that is new to them; the query knows their train and validation interactions.
 
 Legend: Q test users, H history length.
 """
@@ -87,7 +87,7 @@ def holdout(dataset: Dataset, max_users: int, seed: int) -> Holdout:
     if len(users) == 0:
         raise DataError(
             f"dataset {dataset.path} has no user with a positive test interaction on a catalogue item "
-            "that is new to him, so there is nothing to evaluate; look at split.kind and data.positives"
+            "that is new to them, so there is nothing to evaluate; look at split.kind and data.positives"
         )
     drawn = users
     if len(users) > max_users:

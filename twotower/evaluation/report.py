@@ -159,9 +159,9 @@ def _markdown(results: Results, latency: dict[str, float] | None, pictures: Sequ
         f"# Evaluation of {results.inputs['name']}",
         "",
         f"{counts['evaluated']:,} test users, each with the whole catalogue of {counts['items']:,} items "
-        "ranked. What a user had in train and validation is left out of his list; what he took in test is "
-        f"relevant. {counts['without_relevant']:,} of {counts['users']:,} users have no relevant item and are "
-        f"left out.{drawn}",
+        "ranked. The items of a user's train and validation interactions are left out of the list; the "
+        f"positive test items are relevant. {counts['without_relevant']:,} of {counts['users']:,} users have "
+        f"no relevant item and are left out.{drawn}",
         "",
         f"| {' | '.join(heading)} |",
         f"|---|{'---:|' * (len(heading) - 1)}",
