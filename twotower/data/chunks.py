@@ -49,7 +49,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class SideTable:
-    """An item or user table: text ids in ``id``, a text ``title`` column if it has one, and the other columns."""
+    """An item or user table as its source has it, under our names for the id and the title."""
 
     file: str
     """Name of the table, for messages."""

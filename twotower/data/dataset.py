@@ -133,7 +133,7 @@ class Dataset:
         return pa.concat_tables([pq.read_table(p, columns=wanted) for p in self.item_paths]).select(wanted)
 
     def user_table(self, columns: list[str] | None = None) -> pa.Table:
-        """Return one row per user in row order: user_id and the user table's columns, null where it has no row.
+        """Return one row per user in row order: user_id and the user table's columns.
 
         Args:
             columns: Names of the columns wanted, in that order; all when not given.
@@ -151,5 +151,7 @@ def _known(side: str, columns: list[str] | None, known: list[str]) -> list[str]:
         return known
     absent = [c for c in columns if c not in known]
     if absent:
-        raise DataError(f"the {side} table has no column {', '.join(map(repr, absent))}; it has {', '.join(known)}")
+        raise DataError(
+            f"the {side} table has no column {', '.join(map(repr, absent))}; it has {', '.join(known)}"
+        )
     return columns

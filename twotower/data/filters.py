@@ -54,7 +54,7 @@ def reduce_repeats(columns: Columns, policy: Repeats, within_split: bool = False
     user, item, kind = columns["user_row"], columns["item_row"], columns["kind"]
     n = len(user)
     seen_only = kind == KINDS["seen_only"]
-    # Sort by pair, opinions before mere impressions, then by position; only pairs that repeat matter after it.
+    # By pair, opinions before mere impressions, then by position.
     keys: list[npt.NDArray[Any]] = [seen_only, item]
     if within_split:
         keys.append(columns["split"])
@@ -89,7 +89,7 @@ def reduce_repeats(columns: Columns, policy: Repeats, within_split: bool = False
 
 
 def drop_small(columns: Columns, num_users: int, num_items: int, user_min: int, item_min: int) -> int:
-    """Leave out users and items with too few interactions until none has fewer; returns how many rows went."""
+    """Leave out users and items with too few interactions until none has; returns how many rows went."""
     before = len(columns["user_row"])
     while len(columns["user_row"]):
         users = np.bincount(columns["user_row"], minlength=num_users)

@@ -46,7 +46,11 @@ def fit_features(
     query = [_fit("query", spec, users) for spec in config.query]
     item = [_fit("item", spec, items) for spec in config.item]
     schema = FeatureSchema(
-        query=query, item=item, num_users=num_users, num_items=num_items, num_catalogue_items=num_catalogue_items
+        query=query,
+        item=item,
+        num_users=num_users,
+        num_items=num_items,
+        num_catalogue_items=num_catalogue_items,
     )
     return schema, items, users
 
@@ -67,7 +71,9 @@ def as_categories(array: pa.Array) -> pa.StringArray:
         whole = pc.and_(pc.equal(pc.floor(value), value), pc.less(pc.abs(value), 2.0**53))
         integers = pc.if_else(whole, value, None).cast(pa.int64()).cast(pa.string())
         return pc.coalesce(integers, value.cast(pa.string()))
-    if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+    if not (
+        _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    ):
         raise DataError(f"a categorical feature holds text, numbers or booleans, not {kind}")
     return array.cast(pa.string())
 
@@ -139,7 +145,9 @@ def _absent(side: str, spec: Any, table: pa.Table | None) -> DataError:
     what = f"features.{side} {spec.name!r} needs column {spec.source_column!r}"
     where = "item" if side == "item" else "user"
     if table is None:
-        return DataError(f"{what} of the user table, and the source has no user table; give one or remove the feature")
+        return DataError(
+            f"{what} of the user table, and the source has no user table; give one or remove the feature"
+        )
     there = ", ".join(table.column_names)
     return DataError(f"{what}, and the {where} table does not have it; its columns are {there}")
 
@@ -157,7 +165,9 @@ def _as_number(side: str, name: str, column: pa.Array) -> pa.Array:
         return column.cast(pa.float64())
     if _is_text(kind):
         text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-        text = pc.if_else(pc.is_in(text, value_set=pa.array(["", "NA", "NaN", "nan", "null", "None"])), None, text)
+        text = pc.if_else(
+            pc.is_in(text, value_set=pa.array(["", "NA", "NaN", "nan", "null", "None"])), None, text
+        )
         for target in (pa.int64(), pa.float64()):
             try:
                 return _finite(side, name, text.cast(target))
@@ -167,7 +177,8 @@ def _as_number(side: str, name: str, column: pa.Array) -> pa.Array:
         broken = np.flatnonzero(~np.asarray(readable))
         example = text[int(broken[0])].as_py() if len(broken) else text.drop_null()[0].as_py()
         raise DataError(
-            f"features.{side} column {name!r} is numeric, but {max(1, len(broken)):,} of {len(text):,} values are "
+            f"features.{side} column {name!r} is numeric, but {max(1, len(broken)):,} of {len(text):,} "
+            "values are "
             f"no numbers, such as {example!r}; correct them or leave them empty"
         )
     if pa.types.is_boolean(kind):
@@ -184,7 +195,9 @@ def _finite(side: str, name: str, column: pa.Array) -> pa.Array:
         column = pc.if_else(pc.is_nan(column).fill_null(True), None, column)
         infinite = int(pc.sum(pc.is_inf(column)).as_py() or 0)
         if infinite:
-            raise DataError(f"features.{side} column {name!r} holds {infinite:,} infinite values; leave them empty")
+            raise DataError(
+                f"features.{side} column {name!r} holds {infinite:,} infinite values; leave them empty"
+            )
     return column
 
 
@@ -198,18 +211,23 @@ def _as_vector(side: str, name: str, column: pa.Array, width: int) -> pa.Array:
         column = pc.split_pattern_regex(text, r"[\s,;|]+")
         kind = column.type
     if not _is_list(kind):
-        raise DataError(f"features.{side} column {name!r} is a vector, but has type {kind}; it must hold lists of numbers")
+        raise DataError(
+            f"features.{side} column {name!r} is a vector, but has type {kind}; it must hold lists of numbers"
+        )
     lengths = np.asarray(pc.list_value_length(column).fill_null(width))
     wrong = np.flatnonzero(lengths != width)
     if len(wrong):
         raise DataError(
-            f"features.{side} column {name!r} is declared with dim {width}, but {len(wrong):,} of {len(lengths):,} "
+            f"features.{side} column {name!r} is declared with dim {width}, but {len(wrong):,} of "
+            f"{len(lengths):,} "
             f"vectors have another width, such as {int(lengths[wrong[0]])} in row {int(wrong[0]) + 1}"
         )
     try:
         flat = pc.list_flatten(column).cast(pa.float32(), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"features.{side} column {name!r} is a vector, but holds no numbers: {error}") from None
+        raise DataError(
+            f"features.{side} column {name!r} is a vector, but holds no numbers: {error}"
+        ) from None
     if not bool(np.isfinite(np.asarray(flat.fill_null(np.nan))).all()):
         raise DataError(f"features.{side} column {name!r} holds vectors with missing or infinite elements")
     missing = np.asarray(column.is_null())

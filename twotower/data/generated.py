@@ -1,8 +1,8 @@
 """A catalogue and interactions drawn from planted tastes, whose true scores are known.
 
-Every item belongs to one taste, and its popularity inside it follows Zipf's law. A user likes a few tastes and a
-little of everything: ``p(i | u) = sum_c theta_uc phi_c(i)``. A user's items are drawn one after another from
-p without those he already had, so the true scores of the items left rank them best at any moment.
+Every item belongs to one taste, and its popularity inside it follows Zipf's law. A user likes a few tastes
+and a little of everything: ``p(i | u) = sum_c theta_uc phi_c(i)``. A user's items are drawn one after another
+from p without those he already had, so the true scores of the items left rank them best at any moment.
 
 Symbols: C tastes, N items, Q users, L tastes that one user likes most. Users are drawn in blocks, each with
 random streams of its own, so that no user depends on how many are drawn before him or at once.
@@ -63,18 +63,22 @@ class PlantedTastes:
         mean = source.num_interactions / source.num_users
         if mean < 2:
             raise ConfigError(
-                f"data.source.num_interactions ({source.num_interactions:,}) must be at least 2 for each of the "
+                f"data.source.num_interactions ({source.num_interactions:,}) must be at least 2 for "
+                "each of the "
                 f"{source.num_users:,} users; lower data.source.num_users"
             )
         self._most = max(2, int(_MOST_OF_CATALOGUE * source.num_items))
         if mean > self._most / 2:
             raise ConfigError(
-                f"data.source.num_interactions ({source.num_interactions:,}) is {mean:.0f} for each user, too many of "
-                f"{source.num_items:,} items; use at most {self._most // 2 * source.num_users:,} or raise num_items"
+                f"data.source.num_interactions ({source.num_interactions:,}) is {mean:.0f} for each "
+                "user, too many of "
+                f"{source.num_items:,} items; use at most {self._most // 2 * source.num_users:,} or "
+                "raise num_items"
             )
         if source.num_tastes * 2 > source.num_items:
             raise ConfigError(
-                f"data.source.num_tastes ({source.num_tastes}) must be at most half of num_items ({source.num_items})"
+                f"data.source.num_tastes ({source.num_tastes}) must be at most half of num_items "
+                f"({source.num_items})"
             )
         num_items, num_tastes = source.num_items, source.num_tastes
         rng = np.random.default_rng([source.seed, 0])
@@ -116,7 +120,9 @@ class PlantedTastes:
         # The largest of log prevalence + Gumbel noise are tastes drawn without replacement.
         noise = rng.gumbel(size=(size, self.source.num_tastes)) + np.log(self.prevalence)
         liked = np.argpartition(-noise, num_liked - 1, axis=1)[:, :num_liked]
-        liked = np.take_along_axis(liked, np.argsort(-np.take_along_axis(noise, liked, axis=1), axis=1), axis=1)
+        liked = np.take_along_axis(
+            liked, np.argsort(-np.take_along_axis(noise, liked, axis=1), axis=1), axis=1
+        )
         how_many = rng.integers(1, num_liked + 1, size=size)
         share = rng.gamma(1.5, size=(size, num_liked)) * (np.arange(num_liked) < how_many[:, None])
         share /= share.sum(axis=1, keepdims=True)
@@ -125,7 +131,7 @@ class PlantedTastes:
         return UserBlock(first, liked.astype(np.int64), share, wanted)
 
     def draw(self, number: int) -> tuple[IntArray, IntArray, IntArray]:
-        """Return a block's interactions by user and time: user, item, time in microseconds, each [n] int64."""
+        """Return a block's interactions by user and time: user, item, time in us, each [n] int64."""
         block = self.block(number)
         rng = np.random.default_rng([self.source.seed, 2, number])
         size = len(block.wanted)
@@ -161,9 +167,12 @@ class PlantedTastes:
         before = np.where(first > 0, gaps[first - 1], 0.0)
         share = (gaps - before[user]) / (gaps[last] - before)[user]
         # Whole seconds, as in most logs; the place inside the user keeps them apart.
-        seconds = ((start[user] + length[user] * share) * (WINDOW_MICROS // 1_000_000 * 0.98)).astype(np.int64)
-        place: IntArray = np.arange(len(user)) - first[user]
-        return WINDOW_START + (seconds + place) * np.int64(1_000_000)
+        seconds = ((start[user] + length[user] * share) * (WINDOW_MICROS // 1_000_000 * 0.98)).astype(
+            np.int64
+        )
+        place = np.arange(len(user)) - first[user]
+        times: IntArray = WINDOW_START + (seconds + place) * 1_000_000
+        return times
 
     def log_scores(self, users: IntArray) -> npt.NDArray[np.float32]:
         """Return [Q, N] float32: log p(i | u) of every item for users given by number."""
@@ -174,7 +183,11 @@ class PlantedTastes:
             at = np.flatnonzero(users // BLOCK_USERS == number)
             local = users[at] - block.first
             theta = np.tile(_EVERYTHING * self.prevalence, (len(at), 1))
-            np.add.at(theta, (np.arange(len(at))[:, None], block.liked[local]), (1 - _EVERYTHING) * block.share[local])
+            np.add.at(
+                theta,
+                (np.arange(len(at))[:, None], block.liked[local]),
+                (1 - _EVERYTHING) * block.share[local],
+            )
             scores[at] = np.log(theta)[:, self.taste] + log_phi
         return scores
 
@@ -196,7 +209,7 @@ def draw_all(tastes: PlantedTastes) -> Iterator[tuple[IntArray, IntArray, IntArr
 
 
 def true_scores(source: GeneratedSource, user_ids: list[str]) -> npt.NDArray[np.float32]:
-    """Return [Q, N] float32: the log-probability of every catalogue item, in item row order, for generated users.
+    """Return [Q, N] float32: log p(item | user) in item row order, for generated users.
 
     Raises:
         DataError: an id is not one of the source's users.
@@ -205,7 +218,9 @@ def true_scores(source: GeneratedSource, user_ids: list[str]) -> npt.NDArray[np.
     for at, text in enumerate(user_ids):
         digits = text.removeprefix(_USER)
         if not digits.isdecimal() or user_id(int(digits)) != text or int(digits) >= source.num_users:
-            raise DataError(f"{text!r} is no generated user; they are {user_id(0)} to {user_id(source.num_users - 1)}")
+            raise DataError(
+                f"{text!r} is no generated user; they are {user_id(0)} to {user_id(source.num_users - 1)}"
+            )
         numbers[at] = int(digits)
     return PlantedTastes(source).log_scores(numbers)
 

@@ -52,7 +52,10 @@ class IdColumn:
             broken = np.ones(len(self.values), dtype=np.bool_)
         else:
             broken = np.asarray(pc.match_substring_regex(self.values, _WHOLE_FLOAT))
-        yield np.append(broken, False)[self.codes], f"with a {self.side} id that is a float, not text or an integer"
+        yield (
+            np.append(broken, False)[self.codes],
+            f"with a {self.side} id that is a float, not text or an integer",
+        )
 
 
 class Interner:

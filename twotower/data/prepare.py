@@ -14,7 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower import progress
-from twotower.artefacts import SCHEMA_VERSION, building, fingerprint, has_manifest, locked, write_json, write_manifest
+from twotower.artefacts import (
+    SCHEMA_VERSION,
+    building,
+    fingerprint,
+    has_manifest,
+    locked,
+    write_json,
+    write_manifest,
+)
 from twotower.config import Config
 from twotower.data import filters
 from twotower.data.chunks import BadRows, RawSource, SideTable
@@ -65,7 +73,9 @@ def prepare(config: Config) -> Dataset:
         dataset = Dataset.open(directory)
     for line in _summary(dataset.counts):
         progress.say(line)
-    progress.say(f"dataset {directory} (fingerprint {dataset.fingerprint}, {time.monotonic() - started:.1f} s)")
+    progress.say(
+        f"dataset {directory} (fingerprint {dataset.fingerprint}, {time.monotonic() - started:.1f} s)"
+    )
     return dataset
 
 
@@ -100,7 +110,8 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     columns = raw.columns
     if not len(columns["user_row"]):
         raise DataError(
-            f"no interactions are left of {raw.rows_read:,} rows read ({bad.count:,} bad, {raw.outside_window:,} "
+            f"no interactions are left of {raw.rows_read:,} rows read ({bad.count:,} bad, "
+            f"{raw.outside_window:,} "
             "outside data.window); check the source and the window"
         )
     counts: dict[str, Any] = {
@@ -118,7 +129,8 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     )
     if not len(columns["user_row"]):
         raise DataError(
-            f"data.min_interactions (user {smallest.user}, item {smallest.item}) leaves no interactions; lower it"
+            f"data.min_interactions (user {smallest.user}, item {smallest.item}) leaves no "
+            "interactions; lower it"
         )
     user_ids, item_ids, item_table, num_catalogue = _vocabularies(config, raw, item_side, user_side)
     columns["split"] = assign_splits(columns, config.split, source.has_times, config.seed)
@@ -133,7 +145,9 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     )
     user_table = _align_users(user_ids, user_columns)
     counts |= _count(interactions, schema)
-    _write(config, source, directory, schema, interactions, user_ids, item_ids, item_table, user_table, counts)
+    _write(
+        config, source, directory, schema, interactions, user_ids, item_ids, item_table, user_table, counts
+    )
 
 
 def _refuse_duplicates(side: SideTable, column: str) -> None:
@@ -174,7 +188,10 @@ def _vocabularies(
     else:
         table = item_side.data.filter(pa.array(items_used[:num_listed]))
         if not table.num_rows:
-            raise DataError(f"{item_side.file} has no items (left after data.min_interactions); there is nothing to recommend")
+            raise DataError(
+                f"{item_side.file} has no items (left after data.min_interactions); there is nothing "
+                "to recommend"
+            )
     if "title" in table.column_names:
         title = table.column("title")
         if pa.types.is_integer(title.type):
@@ -213,7 +230,9 @@ def _count(interactions: Interactions, schema: FeatureSchema) -> dict[str, Any]:
         "interactions_outside_catalogue": int(outside.sum()),
         "users_without_interactions": int((np.diff(interactions.user_offsets) == 0).sum()),
         "kinds": {name: int((interactions.kind == code).sum()) for name, code in KINDS.items()},
-        "splits": {name: int((positive & (interactions.split == code)).sum()) for name, code in SPLITS.items()},
+        "splits": {
+            name: int((positive & (interactions.split == code)).sum()) for name, code in SPLITS.items()
+        },
     }
 
 
@@ -276,13 +295,16 @@ def _write_items(folder: Path, items: pa.Table) -> None:
     size = min(max(math.ceil(num_items / _PARTS), _PART_ROWS[0]), _PART_ROWS[1])
     numbered = items.append_column(ITEM_ROW, pa.array(np.arange(num_items, dtype=np.int64)))
     for part, start in enumerate(range(0, num_items, size)):
-        pq.write_table(numbered.slice(start, size), folder / f"part-{part:05d}.parquet", row_group_size=16_384)
+        pq.write_table(
+            numbered.slice(start, size), folder / f"part-{part:05d}.parquet", row_group_size=16_384
+        )
 
 
 def _summary(counts: dict[str, Any]) -> list[str]:
     splits, kinds = counts["splits"], counts["kinds"]
     lines = [
-        f"{counts['users']:,} users, {counts['catalogue_items']:,} items, {counts['interactions']:,} interactions "
+        f"{counts['users']:,} users, {counts['catalogue_items']:,} items, {counts['interactions']:,} "
+        "interactions "
         f"(train {splits['train']:,}, validation {splits['validation']:,}, test {splits['test']:,})"
     ]
     others = {"negative": kinds["negative"], "seen only": kinds["seen_only"]}
@@ -298,6 +320,7 @@ def _summary(counts: dict[str, Any]) -> list[str]:
     if counts["outside_items"]:
         lines.append(
             f"{counts['outside_items']:,} items are not in the item table: their "
-            f"{counts['interactions_outside_catalogue']:,} interactions count in histories, they are never recommended"
+            f"{counts['interactions_outside_catalogue']:,} interactions count in histories, they are "
+            "never recommended"
         )
     return lines

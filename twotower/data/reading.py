@@ -56,7 +56,9 @@ class _Rules:
     unit: TimeUnit | None
 
 
-def read_interactions(source: RawSource, config: DataConfig, items: Interner, bad: BadRows) -> RawInteractions:
+def read_interactions(
+    source: RawSource, config: DataConfig, items: Interner, bad: BadRows
+) -> RawInteractions:
     """Return all good interactions of a source inside the configured window.
 
     The weight of a positive interaction is that of ``data.positives.weight`` times that of its event type;
@@ -100,7 +102,8 @@ def _rules(source: RawSource, config: DataConfig) -> _Rules:
         value_range = (declared[0], declared[1]) if declared else source.value_range
         if value_range is None:
             raise ConfigError(
-                "data.positives.weight: scaled needs the scale of the values; set data.positives.value_range, "
+                "data.positives.weight: scaled needs the scale of the values; set "
+                "data.positives.value_range, "
                 "such as [1, 5]"
             )
     bounds: list[int | None] = []
@@ -108,7 +111,9 @@ def _rules(source: RawSource, config: DataConfig) -> _Rules:
         try:
             bounds.append(None if text is None else times.parse_time(text, config.timezone))
         except ValueError:
-            raise ConfigError(f"data.window.{name} {text!r} is no ISO 8601 time such as 2026-01-31T10:00:00Z") from None
+            raise ConfigError(
+                f"data.window.{name} {text!r} is no ISO 8601 time such as 2026-01-31T10:00:00Z"
+            ) from None
     start, end = bounds
     if (start is not None or end is not None) and not source.has_times:
         raise ConfigError("data.window needs times, and the source has none; remove data.window")
@@ -124,11 +129,14 @@ def _rules(source: RawSource, config: DataConfig) -> _Rules:
 def _events(source: FilesSource) -> dict[str, tuple[int, float]] | None:
     if source.columns.event is None:
         if source.events:
-            raise ConfigError("data.source.events is given without data.source.columns.event, the column it is about")
+            raise ConfigError(
+                "data.source.events is given without data.source.columns.event, the column it is about"
+            )
         return None
     if not source.events:
         raise ConfigError(
-            f"data.source.columns.event is {source.columns.event!r} without data.source.events; say what each type "
+            f"data.source.columns.event is {source.columns.event!r} without data.source.events; say "
+            "what each type "
             "means, such as {purchase: 1.0, view: seen_only}"
         )
     meanings: dict[str, tuple[int, float]] = {}
@@ -193,7 +201,9 @@ def _read_chunk(
     return columns, int(good.sum() - keep.sum())
 
 
-def _kinds(chunk: Chunk, rules: _Rules, check: _Check) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def _kinds(
+    chunk: Chunk, rules: _Rules, check: _Check
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     n = len(chunk.rows)
     positives = rules.data.positives
     kind = np.zeros(n, dtype=np.int8)
@@ -205,7 +215,9 @@ def _kinds(chunk: Chunk, rules: _Rules, check: _Check) -> tuple[npt.NDArray[np.i
         codes = np.asarray(encoded.indices.fill_null(len(names)))
         unknown = np.array([m is None for m in meanings], dtype=np.bool_)[codes]
         listed = ", ".join(rules.events)
-        check.refuse(unknown, f"with an event type that data.source.events does not list ({listed})", chunk.event)
+        check.refuse(
+            unknown, f"with an event type that data.source.events does not list ({listed})", chunk.event
+        )
         kind = np.array([m[0] if m else 0 for m in meanings], dtype=np.int8)[codes]
         event_weight = np.array([m[1] if m else 1.0 for m in meanings], dtype=np.float64)[codes]
     weight = np.ones(n, dtype=np.float64)
@@ -213,7 +225,8 @@ def _kinds(chunk: Chunk, rules: _Rules, check: _Check) -> tuple[npt.NDArray[np.i
         if positives.min_value is not None or positives.weight != "one":
             setting = "min_value" if positives.min_value is not None else f"weight: {positives.weight}"
             raise ConfigError(
-                f"data.positives.{setting} needs values, and the source has none; set data.source.columns.value "
+                f"data.positives.{setting} needs values, and the source has none; set "
+                "data.source.columns.value "
                 "or remove it"
             )
     else:
@@ -223,7 +236,9 @@ def _kinds(chunk: Chunk, rules: _Rules, check: _Check) -> tuple[npt.NDArray[np.i
             below = (value < positives.min_value) & (kind == KINDS["positive"])
             kind = np.where(below, np.int8(KINDS["negative"]), kind)
         if positives.weight == "value":
-            check.refuse((value < 0) & (kind == KINDS["positive"]), "with a negative value as its weight", chunk.value)
+            check.refuse(
+                (value < 0) & (kind == KINDS["positive"]), "with a negative value as its weight", chunk.value
+            )
             weight = value
         elif rules.value_range is not None:
             low, high = rules.value_range
@@ -252,9 +267,9 @@ def as_text(array: pa.Array, column: str) -> pa.StringArray:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     kind = array.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        if not (pa.types.is_integer(kind) or pa.types.is_null(kind) or pa.types.is_boolean(kind)):
-            raise DataError(f"the {column} column has type {kind}; it must hold text")
+    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (textual or pa.types.is_integer(kind) or pa.types.is_null(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"the {column} column has type {kind}; it must hold text")
     return array.cast(pa.string())
 
 
@@ -272,10 +287,17 @@ def numbers(array: pa.Array, column: str) -> tuple[npt.NDArray[np.float64], Bool
         try:
             array = text.cast(pa.float64())
         except pa.ArrowInvalid:
-            readable = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$").fill_null(False)
+            readable = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$").fill_null(
+                False
+            )
             # Arrow reads no leading plus sign.
             array = pc.if_else(readable, pc.utf8_ltrim(text, "+"), None).cast(pa.float64())
-    elif pa.types.is_decimal(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
+    elif (
+        pa.types.is_decimal(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_null(kind)
+    ):
         array = array.cast(pa.float64(), safe=False)
     else:
         raise DataError(f"the {column} column has type {kind}; it must hold numbers")

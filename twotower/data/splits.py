@@ -27,7 +27,9 @@ TRAIN, VALIDATION, TEST = (np.int8(SPLITS[name]) for name in ("train", "validati
 SplitArray = npt.NDArray[np.int8]
 
 
-def assign_splits(columns: dict[str, npt.NDArray[Any]], config: SplitConfig, has_times: bool, seed: int) -> SplitArray:
+def assign_splits(
+    columns: dict[str, npt.NDArray[Any]], config: SplitConfig, has_times: bool, seed: int
+) -> SplitArray:
     """Return the split of each interaction, [n] int8.
 
     Args:
@@ -43,11 +45,14 @@ def assign_splits(columns: dict[str, npt.NDArray[Any]], config: SplitConfig, has
     positive = columns["kind"] == KINDS["positive"]
     if not positive.any():
         raise DataError(
-            f"none of the {len(positive):,} interactions is positive; lower data.positives.min_value or give an "
+            f"none of the {len(positive):,} interactions is positive; lower data.positives.min_value "
+            "or give an "
             "event type a weight in data.source.events"
         )
     if config.kind in ("temporal_user", "temporal_global", "leave_one_out") and not has_times:
-        raise ConfigError(f"split.kind: {config.kind} needs times, and the source has none; use random or given")
+        raise ConfigError(
+            f"split.kind: {config.kind} needs times, and the source has none; use random or given"
+        )
     if config.kind == "given":
         split = _given(columns, positive, config, has_times, seed)
     elif config.kind == "temporal_global":
@@ -118,8 +123,10 @@ def _follow(user: npt.NDArray[Any], positive: BoolArray, split: SplitArray) -> N
     split[~positive] = result[~positive]
 
 
-def _temporal_global(columns: dict[str, npt.NDArray[Any]], positive: BoolArray, config: SplitConfig) -> SplitArray:
-    """Split at two moments: the latest share of positives, and all that happened from the first of them on."""
+def _temporal_global(
+    columns: dict[str, npt.NDArray[Any]], positive: BoolArray, config: SplitConfig
+) -> SplitArray:
+    """Split at two moments: the latest share of positives is held out, with all from its start on."""
     time = columns["time"]
     ordered = np.sort(time[positive])
     n = len(ordered)
@@ -143,11 +150,15 @@ def _given(
     """
     split: SplitArray = columns["split"].copy()
     if (split == NO_SPLIT).any():
-        raise ConfigError("split.kind: given needs a source with a split; set data.source.columns.split or another kind")
+        raise ConfigError(
+            "split.kind: given needs a source with a split; set data.source.columns.split or another kind"
+        )
     if not (split[positive] == VALIDATION).any():
         train = np.flatnonzero(positive & (split == TRAIN))
         user = columns["user_row"][train]
-        from_end, size = _places(user, None if has_times else np.random.default_rng([seed, 2]).random(len(user)))
+        from_end, size = _places(
+            user, None if has_times else np.random.default_rng([seed, 2]).random(len(user))
+        )
         count = np.minimum(_share(config.validation_share, size), size - 1)
         split[train[from_end < count]] = VALIDATION
     return split
@@ -159,7 +170,8 @@ def _refuse_empty(split: SplitArray, config: SplitConfig) -> None:
     if empty:
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         raise DataError(
-            f"split.kind: {config.kind} leaves the {' and the '.join(empty)} split empty (positive interactions: "
+            f"split.kind: {config.kind} leaves the {' and the '.join(empty)} split empty (positive "
+            "interactions: "
             f"{shown}); use another split.kind or other shares, or give more data: a user needs 3 positive "
             "interactions to be in all three"
         )

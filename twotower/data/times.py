@@ -29,7 +29,9 @@ def zone(name: str) -> zoneinfo.ZoneInfo:
     try:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise ConfigError(f"data.timezone {name!r} is no time zone; use an IANA name such as UTC or Europe/Berlin") from None
+        raise ConfigError(
+            f"data.timezone {name!r} is no time zone; use an IANA name such as UTC or Europe/Berlin"
+        ) from None
 
 
 def parse_time(text: str, timezone: str) -> int:
@@ -45,8 +47,10 @@ def parse_time(text: str, timezone: str) -> int:
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
 
 
-def to_micros(array: pa.Array, unit: TimeUnit | None, timezone: str, column: str) -> tuple[IntArray, BoolArray]:
-    """Return times as [n] int64 microseconds UTC, and [n] bool true where there is none to read (time 0 there).
+def to_micros(
+    array: pa.Array, unit: TimeUnit | None, timezone: str, column: str
+) -> tuple[IntArray, BoolArray]:
+    """Return times as [n] int64 microseconds UTC, and [n] bool true where none is readable (0 there).
 
     Args:
         array: Timestamps, dates, numbers in ``unit``, or text with either ISO 8601 times or such numbers.
@@ -109,7 +113,9 @@ def _numbers(array: pa.Array, unit: TimeUnit) -> tuple[IntArray, BoolArray]:
     return _finish(np.round(np.where(missing, 0, micros)).astype(np.int64), missing)
 
 
-def _text(array: pa.StringArray, unit: TimeUnit | None, timezone: str, column: str) -> tuple[IntArray, BoolArray]:
+def _text(
+    array: pa.StringArray, unit: TimeUnit | None, timezone: str, column: str
+) -> tuple[IntArray, BoolArray]:
     if unit is not None:
         try:
             return _numbers(array.cast(pa.int64()), unit)

@@ -143,7 +143,9 @@ class Vocabulary:
             lookup = (batch.column("hash").to_numpy(), batch.column("row").to_numpy())
             return cls(batch.column("id"), _lookup=lookup)
         except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise ArtefactError(f"{path} is not a readable vocabulary ({error}); make its artefact again") from None
+            raise ArtefactError(
+                f"{path} is not a readable vocabulary ({error}); make its artefact again"
+            ) from None
 
     def _index(self) -> tuple[Any, Any]:
         if self._lookup is None:

@@ -44,7 +44,7 @@ class Fetched:
 
 
 def fetch_zip(file: str, official: str, mirror: str | None, cache: Path) -> Fetched:
-    """Return a complete copy of ``file``: from a mirror folder in place, else from the cache, else downloaded.
+    """Return a complete copy of ``file``: in a mirror folder, in the cache, or downloaded.
 
     Args:
         file: File name, such as ml-1m.zip.
@@ -74,7 +74,7 @@ def fetch_zip(file: str, official: str, mirror: str | None, cache: Path) -> Fetc
 
 
 def check_zip(path: Path, shown: str, full: bool = True) -> None:
-    """Check that a file is a complete zip: its directory, and with ``full`` the checksum of all that is in it.
+    """Check that a file is a complete zip: its directory, and with ``full`` all that is in it.
 
     Raises:
         DownloadError: it is not.
@@ -84,7 +84,8 @@ def check_zip(path: Path, shown: str, full: bool = True) -> None:
             damaged = archive.testzip() if full else None
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         raise DownloadError(
-            f"{shown} is not a complete zip file ({path.stat().st_size:,} bytes; {error}): it is truncated or "
+            f"{shown} is not a complete zip file ({path.stat().st_size:,} bytes; {error}): it is "
+            "truncated or "
             "something else. Get it again, or name another data.mirror"
         ) from None
     if damaged is not None:
@@ -97,7 +98,8 @@ def _from_folder(file: str, folder: Path) -> Fetched:
         there = sorted(p.name for p in folder.glob("*.zip"))[:8] if folder.is_dir() else None
         what = "which is no folder" if there is None else f"which holds {', '.join(there) or 'no zip files'}"
         raise DownloadError(
-            f"{file} is not in the mirror {folder}, {what}. Put it there, or name another data.mirror (or TWOTOWER_MIRROR)"
+            f"{file} is not in the mirror {folder}, {what}. Put it there, or name another data.mirror "
+            "(or TWOTOWER_MIRROR)"
         )
     check_zip(path, str(path), full=False)  # it is the person's own file; reading it checks the rest
     return Fetched(path, str(folder), sha256_file(path))
@@ -130,10 +132,14 @@ def _download(path: Path, url: str, origin: str) -> Fetched:
             total = int(length) if length and length.isdigit() else None
             received = _copy(response, part, total, path.name)
     except urllib.error.HTTPError as error:
-        raise DownloadError(f"{url} answers {error.code} {error.reason}. {_REMEDY.format(file=path.name)}") from None
+        raise DownloadError(
+            f"{url} answers {error.code} {error.reason}. {_REMEDY.format(file=path.name)}"
+        ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise DownloadError(f"{url} can not be reached ({reason}). {_REMEDY.format(file=path.name)}") from None
+        raise DownloadError(
+            f"{url} can not be reached ({reason}). {_REMEDY.format(file=path.name)}"
+        ) from None
     if total is not None and received != total:
         raise DownloadError(
             f"{url} ended after {received:,} of {total:,} bytes; run again. {_REMEDY.format(file=path.name)}"

@@ -107,7 +107,9 @@ def _read_side(side: str, config: TableConfig, files: list[Path], bad: BadRows) 
     try:
         joined = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"the files of the {side} table do not have the same columns and types: {error}") from None
+        raise DataError(
+            f"the files of the {side} table do not have the same columns and types: {error}"
+        ) from None
     return SideTable(files[0].name if len(files) == 1 else f"{config.path}", joined)
 
 

@@ -14,17 +14,19 @@ from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, SideTable, TimeUnit
 from twotower.data.generated import GENERATOR_VERSION, PlantedTastes, draw_all
 
 _MOODS = (
-    "Silent", "Crimson", "Hidden", "Golden", "Broken", "Distant", "Winter", "Electric", "Last", "Midnight",
-    "Forgotten", "Velvet", "Hollow", "Burning", "Paper", "Northern", "Restless", "Emerald", "Second", "Wandering",
+    "Silent", "Crimson", "Hidden", "Golden", "Broken", "Distant", "Winter", "Electric", "Last",
+    "Midnight", "Forgotten", "Velvet", "Hollow", "Burning", "Paper", "Northern", "Restless", "Emerald",
+    "Second", "Wandering",
 )  # fmt: skip
 _THINGS = (
     "Harbour", "Garden", "Empire", "Letter", "Mirror", "Orchard", "Signal", "Bridge", "Carnival", "River",
-    "Lantern", "Station", "Voyage", "Kingdom", "Summer", "Shadow", "Island", "Machine", "Promise", "Theatre",
+    "Lantern", "Station", "Voyage", "Kingdom", "Summer", "Shadow", "Island", "Machine", "Promise",
+    "Theatre",
 )  # fmt: skip
 _GENRES = (
-    "Action", "Adventure", "Animation", "Biography", "Comedy", "Crime", "Documentary", "Drama", "Family", "Fantasy",
-    "History", "Horror", "Music", "Mystery", "Noir", "Romance", "Satire", "Science Fiction", "Sport", "Superhero",
-    "Surreal", "Thriller", "War", "Western",
+    "Action", "Adventure", "Animation", "Biography", "Comedy", "Crime", "Documentary", "Drama", "Family",
+    "Fantasy", "History", "Horror", "Music", "Mystery", "Noir", "Romance", "Satire", "Science Fiction",
+    "Sport", "Superhero", "Surreal", "Thriller", "War", "Western",
 )  # fmt: skip
 
 
@@ -67,10 +69,17 @@ class Generated:
         titles, labels = [], []
         for i in range(num_items):
             titles.append(f"The {_MOODS[moods[i]]} {_THINGS[things[i]]} ({years[i]})")
-            picked = dict.fromkeys([own[i], *((own[i] + o) % len(genres) for o in others[i, : how_many[i] - 1])])
+            picked = dict.fromkeys(
+                [own[i], *((own[i] + o) % len(genres) for o in others[i, : how_many[i] - 1])]
+            )
             labels.append("|".join(genres[g] for g in picked))
         ids = pc.binary_join_element_wise("i", pa.array(np.arange(num_items)).cast(pa.string()), "")
-        columns = {"item_id": ids, "title": pa.array(titles), "genres": pa.array(labels), "year": pa.array(years)}
+        columns = {
+            "item_id": ids,
+            "title": pa.array(titles),
+            "genres": pa.array(labels),
+            "year": pa.array(years),
+        }
         return SideTable("generated items", pa.table(columns))
 
     def user_table(self, bad: BadRows) -> None:

@@ -40,7 +40,9 @@ class LightGCN:
         """
         self.path = Path(source.path).expanduser()
         if not self.path.exists():
-            raise DataError(f"data.source.path {source.path!r} does not exist; give a folder or zip with train.txt")
+            raise DataError(
+                f"data.source.path {source.path!r} does not exist; give a folder or zip with train.txt"
+            )
         self._members = self._find()
         missing = [name for name in _SPLITS if name not in self._members]
         if missing:
@@ -74,7 +76,12 @@ class LightGCN:
                 try:
                     user, *liked = map(int, words)
                 except ValueError:
-                    bad.add(file, [number], "that is no line of whole numbers", [b" ".join(words)[:60].decode("latin-1")])
+                    bad.add(
+                        file,
+                        [number],
+                        "that is no line of whole numbers",
+                        [b" ".join(words)[:60].decode("latin-1")],
+                    )
                     continue
                 users.append(user)
                 counts.append(len(liked))
@@ -120,7 +127,12 @@ class LightGCN:
             if number == 1 and words[-1:] == [b"remap_id"]:
                 continue
             if len(words) != 2 or not words[1].isdigit():
-                bad.add(file, [number], "that is not an original id and a number", [b" ".join(words)[:60].decode("latin-1")])
+                bad.add(
+                    file,
+                    [number],
+                    "that is not an original id and a number",
+                    [b" ".join(words)[:60].decode("latin-1")],
+                )
                 continue
             ids.append(str(int(words[1])))
             originals.append(words[0].decode("utf-8", "replace"))
@@ -135,7 +147,9 @@ def _words(file: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
             yield number, words
 
 
-def _chunk(file: str, split: str, users: list[int], counts: list[int], numbers: list[int], items: list[int]) -> Chunk:
+def _chunk(
+    file: str, split: str, users: list[int], counts: list[int], numbers: list[int], items: list[int]
+) -> Chunk:
     return Chunk(
         file=file,
         rows=np.repeat(np.array(numbers, dtype=np.int64), counts),

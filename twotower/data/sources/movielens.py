@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -19,18 +20,29 @@ from twotower.errors import DownloadError
 
 OFFICIAL = "https://files.grouplens.org/datasets/movielens"
 TERMS = (
-    "MovieLens data, GroupLens Research, University of Minnesota: for research, not for commercial use without "
-    "permission; acknowledge it (doi 10.1145/2827872). Terms: README in the zip, https://grouplens.org/datasets/movielens"
+    "MovieLens data, GroupLens Research, University of Minnesota: for research, not for commercial "
+    "use without "
+    "permission; acknowledge it (doi 10.1145/2827872). Terms: README in the zip, "
+    "https://grouplens.org/datasets/movielens"
 )
 NO_GENRES = "(no genres listed)"
 GENRES_100K = (
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
+    "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller",
+    "War", "Western",
 )  # fmt: skip
 _YEAR = re.compile(r"\((\d{4})\)\s*$")
 _RATINGS = ["user", "item", "rating", "time"]
 _DAT = {"ml-1m": "iso-8859-1", "ml-10m": "utf-8"}
-_AGES_1M = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
+_AGES_1M = {
+    "1": "under 18",
+    "18": "18-24",
+    "25": "25-34",
+    "35": "35-44",
+    "45": "45-49",
+    "50": "50-55",
+    "56": "56+",
+}
 
 
 class MovieLens:
@@ -66,7 +78,8 @@ class MovieLens:
             member = next((n for n in names if n.rsplit("/", 1)[-1] == file), None)
             if member is None:
                 raise DownloadError(
-                    f"{self.fetched.path} holds no {file}, so it is not {source.name}; it holds {', '.join(names[:8])}"
+                    f"{self.fetched.path} holds no {file}, so it is not {source.name}; it holds "
+                    f"{', '.join(names[:8])}"
                 )
             self._files[role] = member
 
@@ -96,12 +109,19 @@ class MovieLens:
             header = tables.csv_header(self._open_ratings, file, ",")
             missing = [c for c in columns if c not in header]
             if missing:
-                raise DownloadError(f"{file} in {self.fetched.path} lacks columns {', '.join(missing)}; get the zip again")
-        for batch, rows in tables.csv_batches(self._open_ratings, file, columns, bad, delimiter, names):
-            for start in range(0, batch.num_rows, CHUNK_ROWS):
-                part = batch.slice(start, CHUNK_ROWS)
-                user, item, value, time = (tables.decode(c) for c in part.columns)
-                yield Chunk(file, rows[start : start + CHUNK_ROWS], user, item, time=time, value=value)
+                raise DownloadError(
+                    f"{file} in {self.fetched.path} lacks columns {', '.join(missing)}; get the zip again"
+                )
+        try:
+            for batch, rows in tables.csv_batches(self._open_ratings, file, columns, bad, delimiter, names):
+                for start in range(0, batch.num_rows, CHUNK_ROWS):
+                    part = batch.slice(start, CHUNK_ROWS)
+                    user, item, value, time = (tables.decode(c) for c in part.columns)
+                    yield Chunk(file, rows[start : start + CHUNK_ROWS], user, item, time=time, value=value)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DownloadError(
+                f"{file} in {self.fetched.path} is damaged ({error}); get the zip again"
+            ) from None
 
     def item_table(self, bad: BadRows) -> SideTable:
         """Return item_id, title, genres (joined by |, null without any) and year (int64, of the title)."""

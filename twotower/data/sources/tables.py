@@ -1,4 +1,4 @@
-"""Reading CSV and Parquet files: which files a path names, their columns, and bounded batches of their rows."""
+"""CSV and Parquet files: which ones a path names, their columns, and bounded batches of their rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def find_files(path: str, setting: str) -> list[Path]:
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not found:
         raise DataError(
-            f"{setting}: {path!r} names no file (from {os.getcwd()}); give a CSV or Parquet file, a folder or a glob"
+            f"{setting}: {path!r} names no file (from {os.getcwd()}); give a CSV or Parquet file, a "
+            "folder or a glob"
         )
     for file in found:
         _kind(file, setting)
@@ -97,7 +98,7 @@ def require_columns(path: Path, wanted: dict[str, str]) -> list[str]:
 
 
 def read_batches(path: Path, columns: list[str], bad: BadRows) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
-    """Yield bounded batches of the named columns with the row number of each row, CSV columns as binary text."""
+    """Yield bounded batches of the named columns and each row's number; CSV columns are binary text."""
     if is_parquet(path):
         yield from _parquet_batches(path, columns)
     else:
@@ -123,7 +124,7 @@ def read_table(path: Path, bad: BadRows) -> tuple[pa.Table, IntArray]:
 
 
 def decode(array: pa.Array) -> pa.Array:
-    """Return binary text as strings; bytes that are no UTF-8 become null. Other types are returned as they are."""
+    """Return binary text as strings, null where it is no UTF-8; other types are returned as they are."""
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if not pa.types.is_binary(array.type):
@@ -140,7 +141,10 @@ def csv_header(open_file: Opener, name: str, delimiter: str) -> list[str]:
     Raises:
         DataError: the file is empty, or a name is there twice.
     """
-    with open_file() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="") as text:
+    with (
+        open_file() as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="") as text,
+    ):
         header = next(csv.reader(text, delimiter=delimiter), [])
     if not header:
         raise DataError(f"{name} is empty; a CSV file starts with a line of column names")
@@ -186,7 +190,9 @@ def csv_batches(
         try:
             reader = pa_csv.open_csv(
                 raw,
-                read_options=pa_csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=names),
+                read_options=pa_csv.ReadOptions(
+                    use_threads=False, block_size=_BLOCK_BYTES, column_names=names
+                ),
                 parse_options=pa_csv.ParseOptions(
                     delimiter=delimiter, newlines_in_values=True, invalid_row_handler=on_invalid
                 ),
@@ -204,7 +210,9 @@ def csv_batches(
                 yield batch, _row_numbers(emitted, batch.num_rows, skipped, header_rows)
                 emitted += batch.num_rows
         except pa.ArrowInvalid as error:
-            raise DataError(f"{name} can not be read as CSV after row {emitted + header_rows}: {error}") from None
+            raise DataError(
+                f"{name} can not be read as CSV after row {emitted + header_rows}: {error}"
+            ) from None
 
 
 def opener(path: Path) -> Opener:
@@ -255,7 +263,9 @@ def _suffix(path: Path) -> str | None:
 def _kind(path: Path, setting: str) -> str:
     suffix = _suffix(path)
     if suffix is None:
-        raise DataError(f"{setting}: {path} is neither CSV nor Parquet; use .csv, .csv.gz, .tsv, .tsv.gz or .parquet")
+        raise DataError(
+            f"{setting}: {path} is neither CSV nor Parquet; use .csv, .csv.gz, .tsv, .tsv.gz or .parquet"
+        )
     return suffix
 
 
