@@ -94,9 +94,9 @@ class Store:
         if recall < target and not force:
             raise RefusedError(
                 f"generation {generation_id} is not published: its {index['factory']} index finds "
-                f"{recall:.4f} of the exact top {index['recall_k']} of {index['num_queries']} real queries, "
-                f"the target is {target}. Use another index.factory, lower index.target_index_recall, or force "
-                f"it; {pointer} still names {self.current(pointer)}"
+                f"{recall:.4f} of the top {index['recall_k']} of {index['num_queries']} real queries, "
+                f"the target is {target}. Use another index.factory, lower index.target_index_recall, or "
+                f"force it; {pointer} still names {self.current(pointer)}"
             )
         with locked(self.root / f".{pointer}.lock"):
             now = self.current(pointer)
@@ -105,7 +105,7 @@ class Store:
             if now != before:
                 raise RefusedError(
                     f"generation {generation_id} is not published: another publisher was faster, "
-                    f"{pointer} names {now} by now and not {before}. Publish again to replace it"
+                    f"{pointer} names {now}, not {before}. Publish again to replace it"
                 )
             if not has_manifest(path):
                 raise ArtefactError(f"{path} was removed meanwhile; build the generation again")
@@ -114,14 +114,14 @@ class Store:
 
     def _pointer(self, pointer: str) -> Path:
         if pointer == "generations":
-            raise ArtefactError("a pointer can not be called generations; the folder of that name is there")
+            raise ArtefactError("a pointer can not be called generations, as the folder is")
         return self.root / _checked(pointer, "a pointer's name")
 
 
 def _checked(name: str, what: str) -> str:
     if not _NAME.fullmatch(name):
         raise ArtefactError(
-            f"{what} is {name!r}; it must be up to 128 letters, digits, dots, dashes and underscores, and begin "
-            "with a letter or digit"
+            f"{what} is {name!r}; it must be up to 128 letters, digits, dots, dashes and underscores, and "
+            "begin with a letter or digit"
         )
     return name

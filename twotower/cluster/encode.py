@@ -1,0 +1,163 @@
+"""The whole catalogue through the item tower, on a pool of Ray Data actors.
+
+Actors write vectors to files and return only facts about them. A part counts when its facts arrive at the
+driver, so that an attempt that failed after writing leaves nothing behind but a file that is removed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from twotower.cluster.failures import plain_errors
+from twotower.cluster.session import quiet, wants_gpu
+from twotower.config import Config
+from twotower.data.dataset import ITEM_ROW, Dataset
+from twotower.errors import ArtefactError
+from twotower.index.build import check_vectors
+from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
+from twotower.index.spec import shard_of
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.features import encode_columns, item_batch, to_device
+from twotower.progress import bar
+from twotower.schema import FeatureSchema, HistoryFeature, IdFeature, ProfileFeature
+
+__all__ = ["EncodeItems", "encode_catalogue", "encode_table", "load_vectors", "source_columns"]
+
+_READ_BLOCKS_PER_ENCODER = 4
+
+
+class EncodeItems:
+    """Encodes tables of items and writes the vectors; holds the model once. An actor of Ray Data."""
+
+    def __init__(self, checkpoint: str, directory: str, num_shards: int, device: str, threads: int) -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: its directory.
+            directory: where parts are written.
+            num_shards: of the index.
+            device: for the model.
+            threads: CPU threads of torch.
+        """
+        torch.set_num_threads(threads)
+        self._checkpoint = Checkpoint.open(checkpoint, device)
+        self._directory = Path(directory)
+        self._num_shards = num_shards
+        self._device = device
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Write the vectors of a table of items as one part; returns its path and the rows of each shard."""
+        rows = table[ITEM_ROW].to_numpy()
+        vectors = encode_table(self._checkpoint, table, self._device)
+        check_vectors(vectors)
+        shards = shard_of(table["item_id"].to_pylist(), self._num_shards)
+        part = write_part(self._directory, rows, shards, vectors, self._num_shards)
+        return pa.table({"path": [part.path], "shard_rows": [part.shard_rows]})
+
+
+def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -> npt.NDArray[np.float32]:
+    """Return the vectors of a table of items with their item rows, [n, D] float32, L2-normalised."""
+    columns = encode_columns(checkpoint.schema.item, table)
+    batch = item_batch(checkpoint.schema, table[ITEM_ROW].to_numpy(), columns)
+    vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))
+    return np.asarray(vectors.float().cpu().numpy())
+
+
+def encode_catalogue(
+    checkpoint_dir: Path,
+    dataset: Dataset,
+    out_dir: Path,
+    config: Config,
+    num_shards: int,
+    encoder: type[EncodeItems] = EncodeItems,
+) -> list[Part]:
+    """Encode all catalogue items into parts, each item row exactly once. Ray must be initialised.
+
+    Args:
+        checkpoint_dir: its item tower encodes.
+        dataset: whose catalogue; prepared with the checkpoint's vocabulary.
+        out_dir: folder for the parts, created; all nodes must reach it under this path.
+        config: for batches, actors and what they reserve.
+        num_shards: shards that the rows of a part are grouped by.
+        encoder: class of the actors.
+
+    Raises:
+        ArtefactError: an item was not encoded, or more than once.
+        ConfigError: a vector is zero or not finite.
+    """
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    checkpoint.require_dataset(dataset)
+    out_dir = out_dir.absolute()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    cluster = config.cluster
+    num_items = dataset.num_catalogue_items
+    use_gpu = wants_gpu(config)
+    size = cluster.num_encoders
+    if use_gpu:
+        size = max(1, min(size, int(ray.cluster_resources()["GPU"])))
+    # More actors than batches would only load the model.
+    size = min(size, -(-num_items // cluster.encode_batch_size))
+    settings: dict[str, Any] = {
+        "checkpoint": str(checkpoint_dir.absolute()),
+        "directory": str(out_dir),
+        "num_shards": num_shards,
+        "device": "cuda" if use_gpu else "cpu",
+        "threads": max(1, int(cluster.cpus_per_encoder)),
+    }
+    quiet()
+    context = ray.data.DataContext.get_current()
+    shown = context.enable_progress_bars
+    context.enable_progress_bars = False
+    parts: list[Part] = []
+    try:
+        with plain_errors(), bar(num_items, "encode", unit="items") as progress:
+            facts = ray.data.read_parquet(
+                dataset.item_paths,
+                columns=_needed_columns(dataset, checkpoint.schema),
+                num_cpus=cluster.cpus_per_reader,
+                override_num_blocks=max(len(dataset.item_paths), size * _READ_BLOCKS_PER_ENCODER),
+            ).map_batches(
+                encoder,
+                fn_constructor_kwargs=settings,
+                batch_size=cluster.encode_batch_size,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_cpus=cluster.cpus_per_encoder,
+                num_gpus=1 if use_gpu else None,
+            )
+            for table in facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for fact in table.to_pylist():
+                    parts.append(Part(fact["path"], fact["shard_rows"]))
+                    progress.update(parts[-1].num_rows)
+    finally:
+        context.enable_progress_bars = shown
+    remove_strays(out_dir, parts)
+    check_parts(parts, num_items)
+    return parts
+
+
+def source_columns(schema: FeatureSchema) -> list[str]:
+    """Return the columns of the item table that item features are read from, each once."""
+    specs = [f.spec for f in schema.item]
+    return list(
+        dict.fromkeys(
+            s.source_column for s in specs if not isinstance(s, (IdFeature, HistoryFeature, ProfileFeature))
+        )
+    )
+
+
+def _needed_columns(dataset: Dataset, schema: FeatureSchema) -> list[str]:
+    if not dataset.item_paths:
+        raise ArtefactError(f"dataset {dataset.path} has no items; prepare it again")
+    present = pq.read_schema(dataset.item_paths[0]).names
+    wanted = dict.fromkeys([ITEM_ROW, "item_id", *source_columns(schema)])
+    return [name for name in wanted if name in present]
