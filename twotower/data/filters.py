@@ -11,21 +11,30 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.data.chunks import BoolArray
+from twotower.data.interactions import user_blocks
 from twotower.schema import KINDS
 
 Columns = dict[str, npt.NDArray[Any]]
 Repeats = Literal["first", "last", "sum", "keep"]
+_BLOCK_ROWS = 1 << 20
 
 
 def sort(columns: Columns) -> None:
     """Sort columns in place by user_row, time and source order."""
     user, time = columns["user_row"], columns["time"]
-    step = user[1:] - user[:-1]
-    if bool(((step > 0) | ((step == 0) & (time[1:] >= time[:-1]))).all()):
+    if _is_sorted(user, time):
         return
     order = np.lexsort((time, user))  # stable: rows of equal keys stay in source order
     for name in columns:
         columns[name] = columns[name][order]
+
+
+def _is_sorted(user: npt.NDArray[np.int32], time: npt.NDArray[np.int64]) -> bool:
+    for start in range(0, len(user), _BLOCK_ROWS):
+        u, t = user[start : start + _BLOCK_ROWS + 1], time[start : start + _BLOCK_ROWS + 1]
+        if not bool(((u[1:] > u[:-1]) | ((u[1:] == u[:-1]) & (t[1:] >= t[:-1]))).all()):
+            return False
+    return True
 
 
 def keep_rows(columns: Columns, mask: BoolArray) -> None:
@@ -49,52 +58,60 @@ def reduce_repeats(columns: Columns, policy: Repeats, within_split: bool = False
         policy: ``data.repeats``.
         within_split: Treat the splits apart, so that a given split stays as it was given.
     """
-    if policy == "keep" or not len(columns["user_row"]):
+    if policy == "keep":
         return 0
+    kept = np.ones(len(columns["user_row"]), dtype=np.bool_)
+    for rows in user_blocks(columns["user_row"]):
+        block = {name: column[rows] for name, column in columns.items()}
+        kept[rows] = _first_or_last(block, policy, within_split)
+    gone = len(kept) - int(kept.sum())
+    keep_rows(columns, kept)
+    return gone
+
+
+def _first_or_last(columns: Columns, policy: Repeats, within_split: bool) -> BoolArray:
+    """Return which rows stay, and for ``sum`` write the sums into the weights of those."""
     user, item, kind = columns["user_row"], columns["item_row"], columns["kind"]
     n = len(user)
-    seen_only = kind == KINDS["seen_only"]
-    # By pair, opinions before mere impressions, then by position.
-    keys: list[npt.NDArray[Any]] = [seen_only, item]
+    opinion = kind != KINDS["seen_only"]
+    pair: list[npt.NDArray[Any]] = [item, user]
     if within_split:
-        keys.append(columns["split"])
-    order = np.lexsort((*keys, user))
+        pair.append(columns["split"])
+    # By pair, opinions before mere impressions, then by position.
+    order = np.lexsort((~opinion, *pair))
     same = np.ones(n - 1, dtype=np.bool_)
-    for key in (user, *keys[1:]):
+    for key in pair:
         ordered = key[order]
         same &= ordered[1:] == ordered[:-1]
     if not same.any():
-        return 0
+        return np.ones(n, dtype=np.bool_)
     group = np.zeros(n, dtype=np.int64)
     np.cumsum(~same, out=group[1:])
     starts = np.flatnonzero(np.append(True, ~same))
-    ordered_opinion = ~seen_only[order]
-    opinions = np.add.reduceat(ordered_opinion.astype(np.int64), starts)
-    sizes = np.diff(np.append(starts, n))
+    num_opinions = np.add.reduceat(opinion[order].astype(np.int64), starts)
+    size = np.diff(np.append(starts, n))
     # Opinions come first inside a group; where there are none the impressions are the candidates.
-    candidates = np.where(opinions > 0, opinions, sizes)
+    candidates = np.where(num_opinions > 0, num_opinions, size)
     chosen = starts if policy == "first" else starts + candidates - 1
     if policy == "sum":
         ordered_kind = kind[order]
-        alike = ordered_opinion & (ordered_kind == ordered_kind[chosen][group])
+        alike = opinion[order] & (ordered_kind == ordered_kind[chosen][group])
         weight = np.where(alike, columns["weight"][order].astype(np.float64), 0.0)
         sums = np.add.reduceat(weight, starts)
-        rows = order[chosen]
-        has_opinion = opinions > 0
-        columns["weight"][rows[has_opinion]] = sums[has_opinion].astype(np.float32)
-    mask = np.zeros(n, dtype=np.bool_)
-    mask[order[chosen]] = True
-    keep_rows(columns, mask)
-    return n - int(mask.sum())
+        has_opinion = num_opinions > 0
+        columns["weight"][order[chosen][has_opinion]] = sums[has_opinion].astype(np.float32)
+    kept = np.zeros(n, dtype=np.bool_)
+    kept[order[chosen]] = True
+    return kept
 
 
 def drop_small(columns: Columns, num_users: int, num_items: int, user_min: int, item_min: int) -> int:
     """Leave out users and items with too few interactions until none has; returns how many rows went."""
     before = len(columns["user_row"])
-    while len(columns["user_row"]):
-        users = np.bincount(columns["user_row"], minlength=num_users)
-        items = np.bincount(columns["item_row"], minlength=num_items)
-        mask = (users[columns["user_row"]] >= user_min) & (items[columns["item_row"]] >= item_min)
+    while (user_min > 1 or item_min > 1) and len(columns["user_row"]):
+        user_stays = np.bincount(columns["user_row"], minlength=num_users) >= user_min
+        item_stays = np.bincount(columns["item_row"], minlength=num_items) >= item_min
+        mask = user_stays[columns["user_row"]] & item_stays[columns["item_row"]]
         if mask.all():
             break
         keep_rows(columns, mask)

@@ -7,6 +7,7 @@ interactions.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ class Interactions:
                     column[start : start + table.num_rows] = table.column(name).to_numpy()
                 start += table.num_rows
         return cls.of(num_users, **columns)
+
+
+def user_blocks(user_row: npt.NDArray[np.int32], num_rows: int = 1 << 20) -> Iterator[slice]:
+    """Yield slices of about ``num_rows`` rows that never part a user, over a sorted ``user_row`` [n].
+
+    What is done user by user is done block by block, so that it needs no further arrays of length n.
+    """
+    start, n = 0, len(user_row)
+    while start < n:
+        end = min(start + num_rows, n)
+        if end < n:
+            end = int(np.searchsorted(user_row, user_row[end], side="left"))
+            if end == start:
+                end = int(np.searchsorted(user_row, user_row[start], side="right"))
+        yield slice(start, end)
+        start = end
 
 
 def offsets(user_row: npt.NDArray[np.int32], num_users: int) -> npt.NDArray[np.int64]:

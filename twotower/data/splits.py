@@ -7,7 +7,8 @@ validation.
 A held-out part never takes a user's last train interaction: of n positives ``min(ceil(test_share n), n - 1)``
 are test, of the m that remain ``min(ceil(validation_share m), m - 1)`` are validation. So a user with one
 positive is all train, one with two has no validation. (``temporal_global`` and a given split follow the
-moment, or the data, whatever that leaves of a user.)
+moment, or the data, whatever that leaves of a user.) In a random split, which has no such moment, interactions
+that are not positive are train; in a given one they are what the data says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from twotower.config import SplitConfig
 from twotower.data.chunks import BoolArray, IntArray
+from twotower.data.interactions import user_blocks
 from twotower.data.reading import NO_SPLIT
 from twotower.errors import ConfigError, DataError
 from twotower.schema import KINDS, SPLITS
@@ -45,31 +47,55 @@ def assign_splits(
     positive = columns["kind"] == KINDS["positive"]
     if not positive.any():
         raise DataError(
-            f"none of the {len(positive):,} interactions is positive; lower data.positives.min_value "
-            "or give an "
-            "event type a weight in data.source.events"
+            f"none of the {len(positive):,} interactions is positive; lower data.positives.min_value or give "
+            "an event type a weight in data.source.events"
         )
     if config.kind in ("temporal_user", "temporal_global", "leave_one_out") and not has_times:
         raise ConfigError(
             f"split.kind: {config.kind} needs times, and the source has none; use random or given"
         )
-    if config.kind == "given":
-        split = _given(columns, positive, config, has_times, seed)
-    elif config.kind == "temporal_global":
-        split = _temporal_global(columns, positive, config)
-    else:
-        user = columns["user_row"][positive]
-        key = np.random.default_rng([seed, 1]).random(len(user)) if config.kind == "random" else None
-        from_end, size = _places(user, key)
-        num_test, num_validation = _sizes(size, config)
-        split = np.full(len(positive), TRAIN, dtype=np.int8)
-        split[positive] = np.select(
-            [from_end < num_test, from_end < num_test + num_validation], [TEST, VALIDATION], TRAIN
+    if config.kind == "given" and (columns["split"] == NO_SPLIT).any():
+        raise ConfigError(
+            "split.kind: given needs a source with a split; set data.source.columns.split or another kind"
         )
-        if config.kind != "random":
-            _follow(columns["user_row"], positive, split)
+    if config.kind == "temporal_global":
+        split = _temporal_global(columns["time"], positive, config)
+    else:
+        split = columns["split"].copy() if config.kind == "given" else np.full(len(positive), TRAIN, np.int8)
+        _per_user(columns["user_row"], positive, split, config, has_times, seed)
     _refuse_empty(split[positive], config)
     return split
+
+
+def _per_user(
+    user: npt.NDArray[np.int32],
+    positive: BoolArray,
+    split: SplitArray,
+    config: SplitConfig,
+    has_times: bool,
+    seed: int,
+) -> None:
+    """Hold out a part of each user, in place, block of users by block of users.
+
+    A given split that has no validation part gets one out of each user's train part: the last of it by time,
+    or a random one where there are no times.
+    """
+    held_out = positive
+    if config.kind == "given":
+        if (split[positive] == VALIDATION).any():
+            return
+        held_out = positive & (split == TRAIN)
+    at_random = config.kind == "random" or (config.kind == "given" and not has_times)
+    rng = np.random.default_rng([seed, 1]) if at_random else None
+    for rows in user_blocks(user):
+        block_user, part = user[rows], split[rows]
+        chosen = np.flatnonzero(held_out[rows])
+        from_end, size = _places(block_user[chosen], rng)
+        num_test, num_validation = _sizes(size, config)
+        part[chosen[from_end < num_test + num_validation]] = VALIDATION
+        part[chosen[from_end < num_test]] = TEST
+        if config.kind in ("temporal_user", "leave_one_out"):
+            _follow(block_user, positive[rows], part)
 
 
 def _share(share: float, size: IntArray) -> IntArray:
@@ -80,6 +106,8 @@ def _share(share: float, size: IntArray) -> IntArray:
 
 def _sizes(size: IntArray, config: SplitConfig) -> tuple[IntArray, IntArray]:
     """Return how many of a user's ``size`` positives are test and validation, elementwise."""
+    if config.kind == "given":
+        return np.zeros_like(size), np.minimum(_share(config.validation_share, size), size - 1)
     if config.kind == "leave_one_out":
         return (size >= 2).astype(np.int64), (size >= 3).astype(np.int64)
     test = np.minimum(_share(config.test_share, size), size - 1)
@@ -87,20 +115,20 @@ def _sizes(size: IntArray, config: SplitConfig) -> tuple[IntArray, IntArray]:
     return test, np.minimum(_share(config.validation_share, rest), rest - 1)
 
 
-def _places(user: npt.NDArray[Any], key: npt.NDArray[np.float64] | None) -> tuple[IntArray, IntArray]:
+def _places(user: npt.NDArray[Any], rng: np.random.Generator | None) -> tuple[IntArray, IntArray]:
     """Return each row's distance from its user's end (0 is the last), and the user's number of rows.
 
     Args:
         user: [n] sorted user rows.
-        key: [n] order inside a user; the given order when None.
+        rng: Shuffles each user's rows; their own order when None.
     """
     n = len(user)
     starts = np.flatnonzero(np.append(True, user[1:] != user[:-1])) if n else np.empty(0, dtype=np.int64)
     counts = np.diff(np.append(starts, n))
     size = np.repeat(counts, counts)
     from_end = np.repeat(starts + counts, counts) - 1 - np.arange(n)
-    if key is not None:
-        order = np.lexsort((key, user))
+    if rng is not None:
+        order = np.lexsort((rng.random(n), user))
         shuffled = np.empty(n, dtype=np.int64)
         shuffled[order] = from_end
         from_end = shuffled
@@ -112,55 +140,30 @@ def _follow(user: npt.NDArray[Any], positive: BoolArray, split: SplitArray) -> N
     if positive.all():
         return
     n = len(user)
-    num_users = int(user.max()) + 1
+    local = user - user[0]
     place = np.arange(n)
     result = np.full(n, TRAIN, dtype=np.int8)
     for part in (VALIDATION, TEST):
-        first = np.full(num_users, n, dtype=np.int64)
+        first = np.full(int(local[-1]) + 1, n, dtype=np.int64)
         held_out = np.flatnonzero(positive & (split == part))
-        first[user[held_out][::-1]] = held_out[::-1]  # the last assignment, the earliest row, stays
-        result[place >= first[user]] = part
+        first[local[held_out][::-1]] = held_out[::-1]  # the last assignment, the earliest row, stays
+        result[place >= first[local]] = part
     split[~positive] = result[~positive]
 
 
-def _temporal_global(
-    columns: dict[str, npt.NDArray[Any]], positive: BoolArray, config: SplitConfig
-) -> SplitArray:
+def _temporal_global(time: npt.NDArray[np.int64], positive: BoolArray, config: SplitConfig) -> SplitArray:
     """Split at two moments: the latest share of positives is held out, with all from its start on."""
-    time = columns["time"]
-    ordered = np.sort(time[positive])
+    ordered = time[positive]
+    ordered.sort()
     n = len(ordered)
     test_from = ordered[n - int(_share(config.test_share, np.array(n)))]
-    rest = ordered[ordered < test_from]
-    if not len(rest):
+    m = int(np.searchsorted(ordered, test_from, side="left"))
+    if not m:
         return np.full(len(time), TEST, dtype=np.int8)
-    validation_from = rest[len(rest) - int(_share(config.validation_share, np.array(len(rest))))]
+    validation_from = ordered[m - int(_share(config.validation_share, np.array(m)))]
     split = np.full(len(time), TRAIN, dtype=np.int8)
     split[time >= validation_from] = VALIDATION
     split[time >= test_from] = TEST
-    return split
-
-
-def _given(
-    columns: dict[str, npt.NDArray[Any]], positive: BoolArray, config: SplitConfig, has_times: bool, seed: int
-) -> SplitArray:
-    """Take the source's split; without a validation part, hold one out of each user's train part.
-
-    That is the last ``ceil(validation_share m)`` of it by time, or a random one where there are no times.
-    """
-    split: SplitArray = columns["split"].copy()
-    if (split == NO_SPLIT).any():
-        raise ConfigError(
-            "split.kind: given needs a source with a split; set data.source.columns.split or another kind"
-        )
-    if not (split[positive] == VALIDATION).any():
-        train = np.flatnonzero(positive & (split == TRAIN))
-        user = columns["user_row"][train]
-        from_end, size = _places(
-            user, None if has_times else np.random.default_rng([seed, 2]).random(len(user))
-        )
-        count = np.minimum(_share(config.validation_share, size), size - 1)
-        split[train[from_end < count]] = VALIDATION
     return split
 
 
