@@ -14,9 +14,9 @@ import ray
 import ray.data
 import torch
 
+from twotower.cluster.failures import plain_errors
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
-from twotower.errors import TwotowerError
 
 
 def work_through(
@@ -61,13 +61,9 @@ def work_through(
             num_cpus=cluster.cpus_per_encoder,
             num_gpus=1 if use_gpu else None,
         )
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from pa.table(batch).to_pylist()
-    except Exception as error:
-        cause = _own(error)
-        if cause is None:
-            raise
-        raise cause from None
+        with plain_errors():
+            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from pa.table(batch).to_pylist()
     finally:
         context.enable_progress_bars = shown
 
@@ -82,15 +78,3 @@ def ranges(count: int, config: Config) -> list[dict[str, int]]:
 def pin_threads(threads: int) -> None:
     """Give torch so many CPU threads in this process."""
     torch.set_num_threads(threads)
-
-
-def _own(error: BaseException) -> TwotowerError | None:
-    """The TwotowerError inside Ray's wrappers, if there is one."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        if isinstance(cause, TwotowerError):
-            return cause
-        seen.add(id(cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return None

@@ -1,0 +1,222 @@
+"""The final evaluation on a local Ray: the same numbers as slow loops, from a report that is made once."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests import oracles
+from twotower.artefacts import has_manifest, read_manifest
+from twotower.cluster import evaluate as module
+from twotower.cluster.evaluate import evaluate
+from twotower.cluster.pool import ranges, work_through
+from twotower.config import parse_config
+from twotower.data.generated import true_scores
+from twotower.data.histories import Histories
+from twotower.errors import ArtefactMismatchError, ConfigError, DataError
+from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
+from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values
+from twotower.model.towers import TwoTower
+
+HISTORY = [
+    {
+        "epoch": e,
+        "loss": 6.0 / e,
+        "validation_recall": 0.1 * e,
+        "validation_ndcg": 0.05 * e,
+        "temperature": 0.07,
+        "seconds": 1.0,
+    }
+    for e in (1, 2)
+]
+
+
+def variant(config, root, **sections):
+    values = copy.deepcopy(config.to_json())
+    values["storage"]["root"] = str(root)
+    for name, changes in sections.items():
+        values[name] |= changes
+    return parse_config(values)
+
+
+def untrained(directory, config, dataset, **facts):
+    """A checkpoint of fresh towers: what is measured of it must be right, not good."""
+    directory.mkdir(parents=True)
+    model = TwoTower(dataset.schema, config.model, config.train.loss.temperature, seed=3)
+    facts = {"fit": "train", "epoch": 2, "best_epoch": 2, "history": HISTORY, "metrics": {}} | facts
+    write_checkpoint(directory, weights_of(model), dataset, config, facts)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, small_config, small_dataset):
+    return untrained(tmp_path_factory.mktemp("evaluate") / "checkpoint", small_config, small_dataset)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, small_config):
+    # Several ranges for two actors.
+    return variant(small_config, tmp_path_factory.mktemp("reports"), cluster={"num_encoders": 2})
+
+
+@pytest.fixture(scope="module")
+def report(ray_local, config, small_dataset, checkpoint):
+    return evaluate(config, small_dataset, checkpoint, None)
+
+
+def expected_metrics(dataset, checkpoint_dir, ks):
+    """The protocol again, user by user, from the interactions."""
+    log, num_items = dataset.interactions, dataset.num_catalogue_items
+    test = log.split == 2
+    users, masked, relevant = [], [], []
+    for user in range(dataset.num_users):
+        mine = log.user_row == user
+        had = {int(i) for i in log.item_row[mine & ~test] if i < num_items}
+        took = {int(i) for i in log.item_row[mine & test & (log.kind == 0)] if i < num_items}
+        if took - had:
+            users.append(user)
+            masked.append(had)
+            relevant.append(took - had)
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    schema = checkpoint.schema
+    item_columns = encode_columns(schema.item, dataset.item_table())
+    items = checkpoint.model.encode_items(item_batch(schema, np.arange(num_items), item_columns)).numpy()
+    histories = Histories.of(log.select(~test))
+    rows, weights = histories.before(users, None, schema.max_history)
+    columns = encode_columns(schema.query, dataset.user_table())
+    features = QueryFeatures(schema, profile_values(schema, item_columns))
+    batch = features(users, {n: c[users] for n, c in columns.items()}, rows, weights)
+    queries = checkpoint.model.encode_queries(batch).numpy()
+    counts = np.bincount(log.item_row[~test & (log.kind == 0)], minlength=num_items)[:num_items]
+    ones = np.ones((len(users), 1))
+    lists = {
+        "model": oracles.top_k(queries, items, masked, max(ks)),
+        "popularity": oracles.top_k(ones, counts[:, None], masked, max(ks)),
+    }
+    scores = true_scores(dataset.source, dataset.user_ids.ids(users))
+    lists["true_model"] = [
+        oracles.top_k(np.ones((1, 1)), row[:, None], [m], max(ks))[0]
+        for row, m in zip(scores, masked, strict=True)
+    ]
+    return users, {
+        ranker: {
+            **{
+                f"{name}@{k}": np.mean(
+                    [getattr(oracles, f"{name}_at_k")(r, s, k) for r, s in zip(ranked, relevant, strict=True)]
+                )
+                for name in ("recall", "ndcg", "mrr", "hit_rate")
+                for k in ks
+            },
+            **{f"coverage@{k}": oracles.coverage_at_k(ranked, num_items, k) for k in ks},
+            "same_top10": oracles.share_same_top10(ranked),
+        }
+        for ranker, ranked in lists.items()
+    }
+
+
+def test_every_number_equals_the_slow_loops(report, config, small_dataset, checkpoint):
+    assert len(ranges(small_dataset.num_users, config)) > 2
+    users, expected = expected_metrics(small_dataset, checkpoint, config.evaluation.ks)
+    content = json.loads((report / "report.json").read_text())
+    assert content["counts"]["evaluated"] == len(users)
+    assert content["counts"]["users"] == len(users) + content["counts"]["without_relevant"]
+    assert set(content["metrics"]) == {"model", "popularity", "true_model"}
+    for ranker, metrics in expected.items():
+        # Rounding may swap two items of nearly equal scores, which moves a mean over 300 users by little.
+        assert content["metrics"][ranker] == pytest.approx(metrics, abs=2e-3), ranker
+    assert expected["true_model"]["recall@10"] > 1.5 * expected["popularity"]["recall@10"] > 0
+    assert expected["model"]["same_top10"] < expected["popularity"]["same_top10"]
+
+
+def test_manifest_has_popularity_beside_each_metric(report):
+    metrics = read_manifest(report, "report")["metrics"]
+    for name in ("recall", "ndcg", "mrr", "hit_rate", "coverage"):
+        for k in (5, 10):
+            assert {f"{name}@{k}", f"popularity_{name}@{k}", f"true_model_{name}@{k}"} <= set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_report_holds_its_files_and_nothing_of_the_work(report):
+    assert {p.name for p in report.iterdir()} == {
+        "manifest.json",
+        "config.json",
+        "report.json",
+        "report.md",
+        "training.png",
+        "item_map.png",
+    }
+    assert not [p for p in report.parent.iterdir() if p.name.endswith(".partial")]
+
+
+def test_same_inputs_are_evaluated_once(report, config, small_dataset, checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "_measure", None)
+    before = (report / "manifest.json").stat().st_mtime_ns
+    assert evaluate(config, small_dataset, checkpoint, None) == report
+    assert (report / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_parts_and_actors_change_nothing(report, config, small_dataset, checkpoint, tmp_path):
+    other = variant(config, tmp_path, cluster={"num_encoders": 1, "encode_batch_size": 50})
+    assert ranges(300, other) != ranges(300, config)
+    again = evaluate(other, small_dataset, checkpoint, None)
+    assert again.name == report.name
+    first, second = (read_manifest(path, "report") for path in (report, again))
+    assert second["counts"] == first["counts"]
+    for ranker, metrics in first["by_ranker"].items():
+        assert second["by_ranker"][ranker] == pytest.approx(metrics, abs=2e-3)
+
+
+def test_only_so_many_users_are_drawn(ray_local, config, small_dataset, checkpoint, report):
+    fewer = variant(config, config.storage.root, evaluation={"max_users": 40})
+    path = evaluate(fewer, small_dataset, checkpoint, None)
+    assert path != report
+    counts, all_counts = (read_manifest(p, "report")["counts"] for p in (path, report))
+    assert counts["evaluated"] == 40
+    assert counts["not_drawn"] == all_counts["evaluated"] - 40
+
+
+def test_model_that_has_seen_the_test_split_is_refused(config, small_dataset, tmp_path):
+    seen = untrained(tmp_path / "all", config, small_dataset, fit="all")
+    with pytest.raises(ConfigError, match="test split included"):
+        evaluate(config, small_dataset, seen, None)
+
+
+def test_checkpoint_of_another_dataset_is_refused(config, small_dataset, tmp_path):
+    other = untrained(tmp_path / "other", config, small_dataset, dataset_fingerprint="0123")
+    with pytest.raises(ArtefactMismatchError, match="0123"):
+        evaluate(config, small_dataset, other, None)
+
+
+def test_diverged_model_is_an_error_and_leaves_nothing(ray_local, config, small_dataset, tmp_path):
+    directory = tmp_path / "nan"
+    directory.mkdir()
+    model = TwoTower(small_dataset.schema, config.model, 0.07, seed=3)
+    weights = {n: torch.full_like(t, torch.nan) for n, t in weights_of(model).items()}
+    write_checkpoint(directory, weights, small_dataset, config, {"fit": "train", "history": []})
+    mine = variant(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"(?i)not finite|nan"):
+        evaluate(mine, small_dataset, directory, None)
+    assert not [p for p in mine.reports.iterdir() if has_manifest(p)]
+
+
+class Failing:
+    """An actor that refuses."""
+
+    def __init__(self, reason: str, device: str, threads: int) -> None:
+        self.reason = reason
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        raise DataError(self.reason)
+
+
+def test_errors_of_actors_are_plain(ray_local, config):
+    with pytest.raises(DataError, match=r"^user 7 is odd; repair it$"):
+        list(
+            work_through(
+                Failing, {"reason": "user 7 is odd; repair it"}, [{"start": 0, "stop": 1}], config, gpu=False
+            )
+        )
