@@ -89,7 +89,9 @@ def to_json(answer: Answer) -> bytes:
             "partial": False,
             "missing_groups": [],
             "timing_ms": answer.timing_ms,
-        }
+        },
+        # An item column may hold what JSON has no word for, such as a decimal.
+        default=str,
     )
 
 

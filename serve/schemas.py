@@ -152,7 +152,7 @@ class ScoredItem(BaseModel):
     item_id: str
     """The item."""
     score: float
-    """Inner product of unit vectors; for popular items the share of users who have had the item."""
+    """Inner product of unit vectors; with strategy popular, the share of users who have had the item."""
 
 
 class RetrieveAnswer(BaseModel):

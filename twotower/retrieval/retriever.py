@@ -24,6 +24,8 @@ from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
 from twotower.retrieval.query import Answer, HistoryItem, NotAllowedError, Query, UnknownItemError
 
+_BLOCK_ROWS = 1 << 22
+
 __all__ = ["Answer", "HistoryItem", "Query", "Retriever"]
 
 
@@ -44,7 +46,10 @@ class Retriever:
         self._item_ids = generation.item_ids
         self._items = generation.items
         self._searcher = generation.searcher(threads)
-        self._popularity = generation.popularity
+        self._popularity = np.array(generation.popularity, dtype=np.int64)
+        self._popularity_scores = popularity_scores(
+            self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
+        )
         users = UserTable(
             generation.user_ids,
             generation.histories,
@@ -86,8 +91,8 @@ class Retriever:
 
     @property
     def item_fields(self) -> list[str]:
-        """Item columns that a query may ask for."""
-        return self._items.fields
+        """Item columns that a query may ask for; item_id and score are in every answer."""
+        return [name for name in self._items.fields if name not in ("item_id", "score")]
 
     @property
     def user_columns(self) -> list[str]:
@@ -190,9 +195,7 @@ class Retriever:
         # Of the first k + e at most e are excluded.
         first = self._popularity[: k + len(excluded)]
         kept = np.flatnonzero(~np.isin(first, excluded))[:k]
-        # A score that falls with the rank in the whole ranking, in (0, 1].
-        scores = 1 - kept / len(self._popularity)
-        return Hits(first[kept].astype(np.int64), scores.astype(np.float32))
+        return Hits(first[kept], self._popularity_scores[kept])
 
     def _described(self, hits: Hits, fields: Sequence[str]) -> list[dict[str, Any]]:
         ids = self._item_ids.ids(hits.item_rows)
@@ -204,6 +207,27 @@ class Retriever:
             {"item_id": ids[m], "score": scores[m], **{name: values[name][m] for name in fields}}
             for m in range(len(ids))
         ]
+
+
+def popularity_scores(
+    ranking: npt.NDArray[np.int64], seen_item_rows: npt.NDArray[np.int32], num_users: int, num_items: int
+) -> npt.NDArray[np.float32]:
+    """Return the score of each place of the popularity ranking: the share of users who have had the item.
+
+    The ranking counts positive interactions, having had an item counts of every kind. Where the two
+    disagree, a score is lowered to that of the place before, so that scores fall along the ranking.
+
+    Args:
+        ranking: [N] int64 item rows, the most popular first.
+        seen_item_rows: [m] int32, each user's seen items one after the other; may be memory-mapped.
+        num_users: number of users.
+        num_items: items of the vocabulary.
+    """
+    counts = np.zeros(num_items, np.int64)
+    for start in range(0, len(seen_item_rows), _BLOCK_ROWS):
+        counts += np.bincount(seen_item_rows[start : start + _BLOCK_ROWS], minlength=num_items)
+    shares = counts[ranking] / max(num_users, 1)
+    return np.minimum.accumulate(shares).astype(np.float32)
 
 
 def _timing(start: float, encoded: float, searched: float) -> dict[str, float]:

@@ -1,0 +1,153 @@
+"""Bad requests: each gets a 4xx that says what was wrong and what is allowed, in one shape, and gives nothing away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.http.conftest import Client, Reply, Shop
+
+MAX_K = 200
+K = "an integer from 1 to 200"
+ID = "text of 1 to 1024 characters, or an integer"
+
+
+def check(reply: Reply, shop: Shop, status: int, message: str, allowed: str) -> None:
+    assert reply.status == status, reply.content
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"]
+    assert set(reply.json) == {"error"}
+    error = reply.json["error"]
+    assert set(error) == {"code", "message", "allowed", "details"}
+    assert message in error["message"]
+    assert allowed in error["allowed"]
+    for detail in error["details"]:
+        assert set(detail) == {"where", "message", "allowed"}
+        assert detail["message"]
+        assert detail["allowed"]
+    text = reply.content.decode()
+    assert str(shop.config.storage.path) not in text
+    assert "Traceback" not in text
+    assert ".py" not in text
+
+
+BODIES: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "k: is missing", K),
+    ({"k": 0}, "k: 0 is out of range", K),
+    ({"k": -1}, "k: -1 is out of range", K),
+    ({"k": MAX_K + 1}, "k: 201 is out of range", K),
+    ({"k": 10**18}, "out of range", K),
+    ({"k": 10**30}, "k: 1e", K),
+    ({"k": "5"}, 'k: "5" is not allowed', K),
+    ({"k": 5.0}, "k: 5.0 is not allowed", K),
+    ({"k": True}, "k: true is not allowed", K),
+    ({"k": None}, "k: null is not allowed", K),
+    ({"k": [5]}, "k: [5] is not allowed", K),
+    ({"k": 5, "user_id": 42.0}, "user_id: 42.0 is no id", ID),
+    ({"k": 5, "user_id": True}, "user_id: true is no id", ID),
+    ({"k": 5, "user_id": ""}, "has 0 characters", ID),
+    ({"k": 5, "user_id": "x" * 1025}, "has 1025 characters", ID),
+    ({"k": 5, "user_id": ["1"]}, 'user_id: ["1"] is no id', ID),
+    ({"k": 5, "user_id": 10**30}, "is no id", ID),
+    ({"k": 5, "userid": "1"}, "userid: there is no such key; did you mean 'user_id'?", "k, user_id, history"),
+    ({"k": 5, "K": 5}, "K: there is no such key", "k, user_id, history"),
+    ({"k": 5, "exclude": []}, "did you mean 'exclude_", "exclude_items"),
+    ({"k": 5, "history": "1"}, 'history: "1" is not allowed', "oldest first"),
+    ({"k": 5, "history": {"1": 2}}, "history: ", "oldest first"),
+    ({"k": 5, "history": [1.5]}, "history[0].item_id: 1.5 is no id", ID),
+    ({"k": 5, "history": ["1", None]}, "history[1].item_id: null is no id", ID),
+    ({"k": 5, "history": ["1", False]}, "history[1].item_id: false is no id", ID),
+    ({"k": 5, "history": [["1"]]}, "history[0].item_id", ID),
+    ({"k": 5, "history": [{}]}, "history[0].item_id: is missing", ID),
+    ({"k": 5, "history": [{"item": "1"}]}, "history[0].item: there is no such key; did you mean 'item_id'?", "item_id"),
+    ({"k": 5, "history": [{"item_id": "1", "time": 5}]}, "history[0].time: 5 is no time", "ISO 8601"),
+    ({"k": 5, "history": [{"item_id": "1", "time": "soon"}]}, '"soon" is no ISO 8601 time', "ISO 8601"),
+    ({"k": 5, "history": [{"item_id": "1", "weight": "1"}]}, "history[0].weight", "a number"),
+    ({"k": 5, "history": [{"item_id": "1", "weight": None}]}, "history[0].weight: null", "a number"),
+    ({"k": 5, "history": [{"item_id": "1", "weight": True}]}, "history[0].weight: true", "a number"),
+    ({"k": 5, "features": []}, "features: [] is not allowed", "an object"),
+    ({"k": 5, "features": {"shoe_size": 9}}, "the model has no user column 'shoe_size'", "age, group"),
+    ({"k": 5, "features": {"age": "old"}}, "'age' has the value 'old'", "a number"),
+    ({"k": 5, "features": {"age": True}}, "'age' has the value True", "a number"),
+    ({"k": 5, "features": {"group": ["red"]}}, "'group' has the value", "a text or a number"),
+    ({"k": 5, "at": 1_700_000_000}, "at: 1700000000 is no time", "ISO 8601"),
+    ({"k": 5, "at": "yesterday"}, 'at: "yesterday" is no ISO 8601 time', "ISO 8601"),
+    ({"k": 5, "at": "2026-13-01"}, "is no ISO 8601 time", "ISO 8601"),
+    ({"k": 5, "at": ""}, "is no ISO 8601 time", "ISO 8601"),
+    ({"k": 5, "exclude_seen": "yes"}, 'exclude_seen: "yes" is not allowed', "true or false"),
+    ({"k": 5, "exclude_seen": 1}, "exclude_seen: 1 is not allowed", "true or false"),
+    ({"k": 5, "exclude_items": "1"}, 'exclude_items: "1" is not allowed', "a list of item ids"),
+    ({"k": 5, "exclude_items": [1.5]}, "exclude_items[0]: 1.5 is no id", ID),
+    ({"k": 5, "exclude_items": None}, "exclude_items: null is not allowed", "a list of item ids"),
+    ({"k": 5, "fields": "title"}, 'fields: "title" is not allowed', "a list of names"),
+    ({"k": 5, "fields": [1]}, "fields[0]: 1 is not allowed", "a list of names"),
+    ({"k": 5, "fields": ["colour"]}, "items have no column 'colour'", "title"),
+    ({"k": 5, "filter": {"year": {"gte": 1990}}}, "filters are not there yet", "filters are not there yet"),
+    ({"k": 5, "filter": {}}, "filters are not there yet", "filters are not there yet"),
+]
+
+
+@pytest.mark.parametrize(("body", "message", "allowed"), BODIES, ids=range(len(BODIES)))
+def test_values_that_are_not_allowed(client: Client, shop: Shop, body: dict[str, Any], message: str, allowed: str) -> None:
+    check(client.retrieve(**body), shop, 422, message, allowed)
+
+
+RAW: list[tuple[bytes, int, str]] = [
+    (b"", 400, "the body is not JSON"),
+    (b"{", 400, "the body is not JSON"),
+    (b"{'k': 5}", 400, "the body is not JSON"),
+    (b'{"k": 5,}', 400, "the body is not JSON"),
+    (b'{"k": NaN}', 400, "the body is not JSON"),
+    (b'{"k": 5} {"k": 6}', 400, "the body is not JSON"),
+    (b'{"k": 5, "user_id": "\xff"}', 400, "the body is not JSON"),
+    (b'{"k": 5, "user_id": "\\ud800"}', 400, "the body is not JSON"),
+    (b"[" * 5_000, 400, "the body is not JSON"),
+    (b"[]", 422, "the body is [], not an object"),
+    (b"5", 422, "the body is 5, not an object"),
+    (b"null", 422, "the body is null, not an object"),
+    (b'{"k": 5, "user_id": "' + b"x" * (1 << 20) + b'"}', 413, "the body is too large"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), RAW, ids=range(len(RAW)))
+def test_bodies_that_are_no_requests(client: Client, shop: Shop, body: bytes, status: int, message: str) -> None:
+    allowed = "at most 1048576 bytes" if status == 413 else "a JSON object such as"
+    check(client.send("POST", "/v1/retrieve", body), shop, status, message, allowed)
+
+
+PATHS: list[tuple[str, str, int, str, str]] = [
+    ("GET", "/v1/items/nothing/similar", 404, "item 'nothing' is not known", "catalogue"),
+    ("GET", "/v1/items/1059/similar", 404, "is not in the catalogue", "catalogue"),
+    ("GET", "/v1/items/a%2Fb%20c/similar", 404, "item 'a/b c' is not known", "catalogue"),
+    ("GET", "/v1/items/1003/similar?k=0", 422, "k: 0 is out of range", K),
+    ("GET", "/v1/items/1003/similar?k=201", 422, "k: 201 is out of range", K),
+    ("GET", "/v1/items/1003/similar?k=-1", 422, 'k: is "-1"', K),
+    ("GET", "/v1/items/1003/similar?k=5.0", 422, 'k: is "5.0"', K),
+    ("GET", "/v1/items/1003/similar?k=five", 422, 'k: is "five"', K),
+    ("GET", "/v1/items/1003/similar?k=", 422, 'k: is ""', K),
+    ("GET", "/v1/items/1003/similar?k=5&k=6", 422, "k: is", K),
+    ("GET", "/v1/items/1003/similar?kk=5", 422, "kk: there is no such key; did you mean 'k'?", "k, fields"),
+    ("GET", "/v1/items/1003/similar?fields=colour", 422, "items have no column 'colour'", "title"),
+    ("GET", "/v1/items/1003", 404, "GET /v1/items/1003: Not Found", "POST /v1/retrieve"),
+    ("GET", "/v2/retrieve", 404, "GET /v2/retrieve: Not Found", "POST /v1/retrieve"),
+    ("GET", "/", 404, "Not Found", "POST /v1/retrieve"),
+    ("GET", "/v1/retrieve", 405, "Method Not Allowed", "POST /v1/retrieve"),
+    ("DELETE", "/v1/generation", 405, "Method Not Allowed", "GET /v1/generation"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status", "message", "allowed"), PATHS, ids=range(len(PATHS)))
+def test_paths_and_parameters(
+    client: Client, shop: Shop, method: str, path: str, status: int, message: str, allowed: str
+) -> None:
+    check(client.send(method, path), shop, status, message, allowed)
+
+
+def test_every_problem_is_listed(client: Client) -> None:
+    error = client.retrieve(k=0.5, user_id=True, history=[{"time": 1}], at="x").json["error"]
+    assert [d["where"] for d in error["details"]] == ["k", "user_id", "history[0].item_id", "history[0].time", "at"]
+
+
+def test_the_service_still_answers(client: Client) -> None:
+    assert len(client.items(user_id="1", k=5)) == 5

@@ -1,0 +1,210 @@
+"""Starting and stopping: after the end nothing is left, and what can not start says why."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.processes import alive, children, free_port, port_is_free
+from tests.generations import build_store
+from tests.http.conftest import Shop
+
+ROOT = Path(__file__).parents[2]
+START_S, STOP_S = 180, 60
+
+
+class Command:
+    """A running ``python -m serve.local``, with the PIDs of everything that it started."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve.local", *arguments],
+            cwd=ROOT,
+            # It must start a Ray of its own, whatever runs on this machine.
+            env={**os.environ, "RAY_ADDRESS": "local", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.pids: set[int] = set()
+
+    def wait_until_ready(self, url: str) -> None:
+        """Poll until the service answers, and note the processes on the way."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            self.pids |= set(children(self.process.pid))
+            try:
+                if urllib.request.urlopen(f"{url}/readyz", timeout=2).status == 200:
+                    break
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.1)
+        else:
+            pytest.fail("not ready in time")
+        self.pids |= set(children(self.process.pid))
+
+    def output(self) -> str:
+        """Wait for the end and return what was printed."""
+        return self.process.communicate(timeout=STOP_S)[0]
+
+    def left(self) -> list[int]:
+        """Return the PIDs that still run some time after the end."""
+        deadline = time.monotonic() + STOP_S
+        while (pids := alive(self.pids)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return pids
+
+    def clean_up(self) -> None:
+        """End what a failed test left."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(STOP_S)
+        for pid in alive(self.pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def commands() -> Iterator[list[Command]]:
+    """Commands of a test; those that still run at its end are stopped."""
+    running: list[Command] = []
+    yield running
+    for command in running:
+        command.clean_up()
+
+
+@pytest.fixture(scope="module")
+def config_path(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "shop.yaml"
+    path.write_text(yaml.safe_dump(shop.config.to_json()))
+    return path
+
+
+def listening(pids: set[int]) -> set[tuple[str, int]]:
+    """Return the TCP addresses that processes listen on, as (hexadecimal address, port)."""
+    inodes = set()
+    for pid in pids:
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            continue
+        inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_nothing_is_left_after_the_end(config_path: Path, commands: list[Command], number: signal.Signals) -> None:
+    port = free_port()
+    command = Command("--config", str(config_path), "--set", f"serve.port={port}")
+    commands.append(command)
+    command.wait_until_ready(f"http://127.0.0.1:{port}")
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive(command.pids)]
+    # The guard against a vacuous pass: all of these run and listen now.
+    assert any(b"haproxy" in name for name in names)
+    assert any(b"Retrieval" in name for name in names)
+    addresses = listening(command.pids)
+    assert ("0100007F", port) in addresses
+    assert not any(p == port and address != "0100007F" for address, p in addresses)
+    held = {p for _, p in addresses}
+    assert len(held) > 5
+
+    os.kill(command.process.pid, number)
+    output = command.output()
+    assert command.left() == []
+    assert [p for p in held if not port_is_free("", p)] == []
+    if number == signal.SIGTERM:
+        assert command.process.returncode == 0, output
+        lines = output.strip().splitlines()
+        assert len(lines) < 20, output
+        assert f"http://127.0.0.1:{port}" in output
+        assert "curl" in output
+        assert lines[-1].strip() == "stopped"
+        assert "Traceback" not in output
+
+
+def test_a_port_that_is_taken(config_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        command = Command("--config", str(config_path), "--set", f"serve.port={port}")
+        output = command.output()
+    assert command.process.returncode == 2
+    assert f"port {port} on 127.0.0.1 is taken" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "storage.root=/nowhere/at/all"], "nothing is published"),
+        (["--pointer", "CANDIDATE"], "has no pointer CANDIDATE"),
+        (["--set", "serve.prt=1"], "did you mean 'port'"),
+        (["--set", "serve.port=0"], "serve.port"),
+    ],
+)
+def test_what_can_not_be_served_says_so_at_once(config_path: Path, arguments: list[str], message: str) -> None:
+    command = Command("--config", str(config_path), *arguments)
+    output = command.output()
+    assert command.process.returncode == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert "Ray:" not in output
+
+
+def test_a_generation_with_a_wrong_byte_is_not_served(tmp_path: Path) -> None:
+    config, _, generation = build_store(tmp_path)
+    victim = generation / "shards" / "00001" / "index.faiss"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    path = tmp_path / "shop.yaml"
+    path.write_text(json.dumps(config.to_json()))
+    command = Command("--config", str(path))
+    output = command.output()
+    assert command.process.returncode == 2
+    assert "index.faiss is damaged" in output
+    assert "Traceback" not in output
+
+
+def test_the_deploy_file_is_valid() -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve._private.build_app import build_app
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+
+    from serve.app import build
+
+    document: dict[str, Any] = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(document)
+    # Ray passes over keys that it does not know.
+    assert set(document) <= set(ServeDeploySchema.model_fields)
+    (application,) = document["applications"]
+    assert set(application) <= set(ServeApplicationSchema.model_fields)
+    assert schema.http_options.host == "127.0.0.1"
+    assert application["import_path"] == "serve.app:build"
+    built = build_app(
+        call_user_app_builder_with_args_if_necessary(build, application["args"]), name="twotower", default_runtime_env={}
+    )
+    known = {deployment.name for deployment in built.deployments}
+    for deployment in application["deployments"]:
+        assert set(deployment) <= set(DeploymentSchema.model_fields)
+        assert deployment["name"] in known
