@@ -47,7 +47,7 @@ def test_the_seed_decides_the_weights(small_config: Config, small_dataset: Datas
 
     one, again, other = train(3), train(3), train(4)
     assert all(torch.equal(one[n], again[n]) for n in one)
-    assert not torch.equal(one["tables.items"], other["tables.items"])
+    assert not torch.equal(one["tables.id_of_item"], other["tables.id_of_item"])
 
 
 def test_a_batch_above_the_data_is_refused(small_config: Config, small_dataset: Dataset) -> None:

@@ -184,9 +184,9 @@ def table_name(side: Side, feature: FittedFeature) -> str:
     """Return the name of the embedding table that a feature reads."""
     spec = feature.spec
     if isinstance(spec, HistoryFeature) and spec.share:
-        return "items"
+        return "id_of_item"
     if isinstance(spec, IdFeature):
-        return "users" if side == "query" else "items"
+        return "id_of_user" if side == "query" else "id_of_item"
     return f"{side}_{spec.name}"
 
 

@@ -223,7 +223,7 @@ class Trainer:
             metrics = validate(self.model, self.examples, self._held_out, self.world, k)
             recall, ndcg = metrics[f"recall@{k}"], metrics[f"ndcg@{k}"]
         report = EpochReport(
-            self.epoch, loss_mean, float(self.model.log_temperature.exp()), seconds, recall, ndcg
+            self.epoch, loss_mean, float(self.model.log_temperature.detach().exp()), seconds, recall, ndcg
         )
         self.history.append(report)
         if self._is_best(report):
