@@ -51,8 +51,8 @@ $(STAMP): requirements/$(FLAVOUR).txt pyproject.toml
 	fi; \
 	touch $(VENV)/.installing
 	@echo "Installing requirements/$(FLAVOUR).txt (a few minutes the first time)"
-	@$(PIP) install --quiet --upgrade pip
-	@$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
-	@$(PIP) install --quiet -r requirements/$(FLAVOUR).txt
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install -qq --upgrade pip
+	@$(PIP) install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	@$(PIP) install -qq -r requirements/$(FLAVOUR).txt
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.installing; touch $@

@@ -31,7 +31,11 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     if not arguments.no_publish:
         stages.store_of(config).publish(generation.name)
         say(f"published {generation.name}")
-    details = {"generation": generation.name, "published": not arguments.no_publish, "checkpoint": str(checkpoint)}
+    details = {
+        "generation": generation.name,
+        "published": not arguments.no_publish,
+        "checkpoint": str(checkpoint),
+    }
     return command.Result(path=generation, metrics=stages.index_metrics(generation), details=details)
 
 

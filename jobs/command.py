@@ -31,8 +31,10 @@ RESULT_PREFIX = "TWOTOWER_RESULT"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-# Ray's own chatter, which would bury the progress of a stage. A value that is already set is kept.
+# Ray's own chatter, which would bury the progress of a stage. A value that is already set is kept: to look
+# into Ray itself, RAY_BACKEND_LOG_LEVEL=info gives a Ray that the job starts its log files back.
 QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -41,7 +43,7 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a job reports: the path it made, metrics such as ``recall@100``, and whatever else is worth telling."""
+    """What a job reports: the path it made, metrics such as ``recall@100``, and other facts."""
 
     path: Path | str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -119,7 +121,7 @@ def check_storage(config: Config, environment: Mapping[str, str] | None = None) 
     root = config.storage.root
     if "://" in root:
         raise ConfigError(
-            f"storage.root ({root}) is a URL; artefacts are kept in a folder that every node sees: give its path"
+            f"storage.root ({root}) is a URL; artefacts live in a folder that every node sees: give its path"
         )
     if Path(root).expanduser().is_absolute():
         return
@@ -132,12 +134,13 @@ def check_storage(config: Config, environment: Mapping[str, str] | None = None) 
     address = environment.get("RAY_ADDRESS", "")
     if not _is_here(address):
         raise ConfigError(
-            f"storage.root ({root}) is relative, and the cluster is on another machine (RAY_ADDRESS={address}); {remedy}"
+            f"storage.root ({root}) is relative, and the cluster is on another machine "
+            f"(RAY_ADDRESS={address}); {remedy}"
         )
 
 
 def _is_here(address: str) -> bool:
-    """Return whether RAY_ADDRESS names a cluster of this machine, or none. Nothing is sent over the network."""
+    """Return whether RAY_ADDRESS names no other machine. Nothing is sent to it."""
     if address in ("", "auto", "local"):
         return True
     host = address.split("://")[-1].split("/")[0].rpartition(":")[0].strip("[]") or address

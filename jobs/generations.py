@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["list", "publish", "verify"], help="what to do")
     parser.add_argument("id", nargs="?", help="generation to publish, or to verify (the published one)")
     parser.add_argument("--pointer", default="CURRENT", help="pointer to publish under (CURRENT)")
-    parser.add_argument("--force", action="store_true", help="publish although index recall is below the target")
+    parser.add_argument(
+        "--force", action="store_true", help="publish although index recall is below the target"
+    )
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
@@ -36,12 +38,20 @@ def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
     for name in store.generations():
         manifest = read_manifest(store.path(name), "generation")
         recall = manifest["index"]["index_recall"]
-        row = {"id": name, "created": manifest["created"], "num_items": manifest["num_items"], "index_recall": recall}
+        row = {
+            "id": name,
+            "created": manifest["created"],
+            "num_items": manifest["num_items"],
+            "index_recall": recall,
+        }
         rows.append(row)
-        mark = f"<- {arguments.pointer}" if name == current else ""
-        lines.append(f"{name}  {row['created']}  {row['num_items']:>9,} items  index recall {recall:.4f}  {mark}".rstrip())
+        mark = f"  <- {arguments.pointer}" if name == current else ""
+        counted = f"{row['num_items']:>9,} items  index recall {recall:.4f}"
+        lines.append(f"{name}  {row['created']}  {counted}{mark}")
     details = {"pointer": arguments.pointer, "current": current, "generations": rows}
-    return command.Result(path=config.store, details=details, lines=lines or [f"{config.store} has no generations"])
+    return command.Result(
+        path=config.store, details=details, lines=lines or [f"{config.store} has no generations"]
+    )
 
 
 def _publish(config: Config, arguments: argparse.Namespace) -> command.Result:

@@ -1,8 +1,8 @@
 """MovieLens in, recommendations out over HTTP, on this machine: what `make quickstart` runs.
 
-It runs the pipeline of configs/movielens.yaml (ml-latest-small), starts the service, asks it for three users,
-and stops it again. Where MovieLens can not be downloaded and no mirror is given, it goes on with the generated
-catalogue of configs/generated.yaml.
+It runs the pipeline of configs/movielens.yaml (ml-latest-small), starts the service, asks it for three
+users, and stops it again. Where MovieLens can not be downloaded and no mirror is given, it goes on with the
+generated catalogue of configs/generated.yaml.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     say(f"report      {report / 'report.md'}")
     say(f"generation  {result.path}")
     say("next:")
-    say(f"  make serve CONFIG={path}        keep it running; then http://{config.serve.host}:{config.serve.port}/docs")
+    say(
+        f"  make serve CONFIG={path}        keep it running; then http://{config.serve.host}:{config.serve.port}/docs"
+    )
     say(f"  .venv/bin/python -m jobs.recommend --config {path}")
-    say("  .venv/bin/python -m jobs.pipeline --config configs/own-data.yaml    with your own files (see README.md)")
+    say("  .venv/bin/python -m jobs.pipeline --config configs/own-data.yaml    your own files (README.md)")
     return result
 
 
@@ -69,10 +71,12 @@ def _with_data(config: Config, arguments: argparse.Namespace) -> tuple[Config, s
             raise
         say(f"{error}")
         say("")
-        say("MovieLens could not be downloaded and no mirror is given (TWOTOWER_MIRROR or --set data.mirror=).")
+        say("MovieLens could not be downloaded, and no mirror is given (TWOTOWER_MIRROR or data.mirror).")
         say("Going on with the generated catalogue: users and items with planted tastes, not real ones.")
         path = _shown(_CONFIGS / "generated.yaml")
-        overrides = [item for group in arguments.set for item in group if not item.startswith(("data.", "features."))]
+        overrides = [
+            item for group in arguments.set for item in group if not item.startswith(("data.", "features."))
+        ]
         return load_config(_CONFIGS / "generated.yaml", overrides), path
     return config, path
 
@@ -127,11 +131,17 @@ def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+    return (
+        str(path.relative_to(Path.cwd()))
+        if path.is_absolute() and path.is_relative_to(Path.cwd())
+        else str(path)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("quickstart", __doc__, work, argv=argv, default_config=str(_CONFIGS / "movielens.yaml"))
+    return command.run(
+        "quickstart", __doc__, work, argv=argv, default_config=str(_CONFIGS / "movielens.yaml")
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def _tag_field(members: list[type[BaseModel]], info: FieldInfo) -> FieldInfo:
     """Return a field for the tag that tells the members of a union apart."""
     tags = tuple(_tag(member) for member in members)
     default = _tag(type(info.default)) if isinstance(info.default, BaseModel) else ...
-    return FieldInfo(annotation=Literal[tags], default=default, description=info.description)
+    annotation: Any = Literal[tags]
+    return FieldInfo(annotation=annotation, default=default, description=info.description)
 
 
 def _first_line(model: type[BaseModel]) -> str:
@@ -95,7 +96,7 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _type_name(value: Any) -> str:
-    annotation = value.annotation if isinstance(value, FieldInfo) else value
+    annotation: Any = value.annotation if isinstance(value, FieldInfo) else value
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(part) for part in parts)
@@ -107,7 +108,7 @@ def _type_name(value: Any) -> str:
         return "list of features" if _models(annotation) else f"list of {_type_name(parts[0])}"
     if origin is dict:
         return f"map of {_type_name(parts[0])} to {_type_name(parts[1])}"
-    return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return _NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def _plain(value: Any) -> str:

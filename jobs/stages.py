@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoint whose quality is measured, and the one that is served; the same for ``train.fit: train``."""
+    """The checkpoint whose quality is measured, and the one that is served; one for ``train.fit: train``."""
 
     evaluated: Path
     served: Path
@@ -33,12 +33,19 @@ class Checkpoints:
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset``."""
-    parser.add_argument("--dataset", metavar="DIR", type=Path, help="a prepared dataset (made or found by the configuration)")
+    parser.add_argument(
+        "--dataset", metavar="DIR", type=Path, help="a prepared dataset (made or found by the configuration)"
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add ``--checkpoint``."""
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a trained checkpoint (made or found by the configuration)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        help="a trained checkpoint (made or found by the configuration)",
+    )
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +54,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def dataset_for(config: Config, path: Path | None = None) -> Dataset:
-    """Return the dataset at ``path``, or the one that the configuration makes, preparing it where it is missing."""
+    """Return the dataset at ``path``, or that of the configuration, preparing it where it is missing."""
     if path is not None:
         return Dataset.open(path)
     stage("prepare")
@@ -84,7 +91,7 @@ def generation_for(config: Config, generation: str | None = None) -> Path:
     name = generation or store.current()
     if name is None:
         raise ArtefactError(
-            f"{config.store} has no published generation; run python -m jobs.pipeline with this configuration first"
+            f"{config.store} has no published generation; run python -m jobs.pipeline with this configuration"
         )
     if name not in store.generations():
         known = ", ".join(store.generations()) or "none"

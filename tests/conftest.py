@@ -1,4 +1,4 @@
-"""Fixtures shared by all tiers. The folder of a test is its tier: tests/cluster/ has the marker cluster, and so on.
+"""Fixtures shared by all tiers. The folder of a test is its marker: tests/cluster/ has the marker cluster.
 
 Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``.
 """
@@ -20,7 +20,9 @@ TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden files instead of comparing"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -152,7 +154,9 @@ def small_values() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def small_config(tmp_path_factory: pytest.TempPathFactory, small_values: Callable[..., dict[str, Any]]) -> Any:
+def small_config(
+    tmp_path_factory: pytest.TempPathFactory, small_values: Callable[..., dict[str, Any]]
+) -> Any:
     """A small configuration on generated data, with a root of its own."""
     from twotower.config import parse_config
 

@@ -66,14 +66,22 @@ def test_nothing_is_visible_before_the_build_ends(tmp_path):
 
 def test_an_error_inside_a_build_leaves_the_old_artefact(tmp_path):
     _build(tmp_path / "a", b"old")
-    with pytest.raises(ZeroDivisionError), artefacts.building(tmp_path / "a") as partial:
-        artefacts.write_manifest(partial, "dataset", {})
-        raise ZeroDivisionError
+
+    def fail():
+        with artefacts.building(tmp_path / "a") as partial:
+            artefacts.write_manifest(partial, "dataset", {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (tmp_path / "a" / "part" / "data.bin").read_bytes() == b"old"
 
 
 def test_a_build_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(ArtefactError, match="without a manifest"), artefacts.building(tmp_path / "a") as partial:
+    with (
+        pytest.raises(ArtefactError, match="without a manifest"),
+        artefacts.building(tmp_path / "a") as partial,
+    ):
         (partial / "data.bin").write_bytes(b"x")
     assert not (tmp_path / "a").exists()
 
@@ -110,7 +118,9 @@ def test_keep_partial_lets_a_builder_go_on(tmp_path):
 
 def test_a_second_builder_waits_for_the_first(tmp_path):
     first = _start_builder(tmp_path / "a", tmp_path / "ready1")
-    second = subprocess.Popen([sys.executable, "-c", _BUILDER, str(tmp_path / "a"), str(tmp_path / "ready2"), "none"])
+    second = subprocess.Popen(
+        [sys.executable, "-c", _BUILDER, str(tmp_path / "a"), str(tmp_path / "ready2"), "none"]
+    )
     try:
         # The second gets to work only after the first is gone.
         with pytest.raises(subprocess.TimeoutExpired):

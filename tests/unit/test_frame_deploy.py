@@ -46,7 +46,9 @@ def test_ray_accepts_the_start_commands_of_the_cluster_file():
     starts = [command for command in commands if "ray start" in command]
     assert len(starts) == 2
     for command in starts:
-        used = {word.split("=")[0] for word in command.partition("ray start")[2].split() if word.startswith("--")}
+        used = {
+            word.split("=")[0] for word in command.partition("ray start")[2].split() if word.startswith("--")
+        }
         assert used
         assert used <= known
 

@@ -43,7 +43,12 @@ def test_every_line_is_a_pin_that_any_index_serves(flavour, torch):
 def test_pins_satisfy_the_project_and_its_extras(flavour):
     pins = _pins(flavour)
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras[flavour], *extras["dev"], *PROJECT["build-system"]["requires"]]
+    wanted = [
+        *PROJECT["project"]["dependencies"],
+        *extras[flavour],
+        *extras["dev"],
+        *PROJECT["build-system"]["requires"],
+    ]
     for text in wanted:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -74,7 +79,9 @@ def test_the_installed_packages_that_are_pinned_have_the_pinned_version(flavour)
 
 
 def test_packages_are_listed_one_by_one():
-    folders = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "twotower").rglob("__init__.py")}
+    folders = {
+        str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "twotower").rglob("__init__.py")
+    }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"jobs", "serve"}
 
 
@@ -86,7 +93,11 @@ def test_python_and_licence():
 
 def test_targets_of_the_makefile():
     done = subprocess.run(
-        ["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True, timeout=60, check=True
+        ["make", "-C", str(ROOT), "--no-print-directory", "help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     targets = re.findall(r"^  make (\w+)", done.stdout, re.MULTILINE)
     assert {"setup", "quickstart", "test", "serve", "lint", "help"} <= set(targets)

@@ -45,7 +45,9 @@ def _last_object(out: str) -> dict:
 def test_the_result_is_the_last_line_on_stdout_and_in_the_file(tmp_path, capsys):
     def work(config, arguments):
         print("a library that prints")
-        return command.Result(path=tmp_path, metrics={"recall@100": 0.5}, details={"x": 1}, lines=["for people"])
+        return command.Result(
+            path=tmp_path, metrics={"recall@100": 0.5}, details={"x": 1}, lines=["for people"]
+        )
 
     assert _run(work, "--result", str(tmp_path / "deep" / "r.json")) == 0
     captured = capsys.readouterr()
@@ -64,7 +66,12 @@ def test_work_gets_the_configuration_with_all_overrides(tmp_path, capsys):
         return command.Result()
 
     path = str(ROOT / "configs" / "generated.yaml")
-    assert _run(work, "--config", path, "--set", "seed=3", "train.epochs=5", "--set", "train.loss.temperature=0.2") == 0
+    assert (
+        _run(
+            work, "--config", path, "--set", "seed=3", "train.epochs=5", "--set", "train.loss.temperature=0.2"
+        )
+        == 0
+    )
     assert seen == [load_config(path, ["seed=3", "train.epochs=5", "train.loss.temperature=0.2"])]
     assert _last_object(capsys.readouterr().out) == {"job": "probe"}
 
@@ -134,7 +141,11 @@ def test_a_terminated_job_cleans_up_and_exits_143(tmp_path):
         "sys.exit(command.run('probe', None, work, argv=[]))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + _DEADLINE_S
     while not (tmp_path / "ready").exists():
@@ -164,7 +175,8 @@ def test_the_environment_of_ray_is_set_before_the_work(monkeypatch):
 
 def test_importing_the_jobs_loads_no_ray_and_no_torch():
     modules = ", ".join(f"jobs.{name}" for name in JOBS)
-    code = f"import sys, {modules}; sys.exit(','.join(m for m in ('torch', 'ray', 'faiss') if m in sys.modules) or 0)"
+    found = "','.join(m for m in ('torch', 'ray', 'faiss') if m in sys.modules)"
+    code = f"import sys, {modules}; sys.exit({found} or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -198,14 +210,17 @@ def test_the_reference_has_every_key_with_its_docstring():
 
 
 @pytest.mark.parametrize(
-    "address", ["", "auto", "local", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001", "[::1]:6379"]
+    "address",
+    ["", "auto", "local", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001", "[::1]:6379"],
 )
 def test_a_relative_root_is_fine_on_this_machine(address):
     command.check_storage(load_config(), {"RAY_ADDRESS": address})
 
 
 def test_a_relative_root_is_fine_on_this_machine_by_its_name():
-    command.check_storage(load_config(), {"RAY_ADDRESS": f"{socket.gethostbyname(socket.gethostname())}:6379"})
+    command.check_storage(
+        load_config(), {"RAY_ADDRESS": f"{socket.gethostbyname(socket.gethostname())}:6379"}
+    )
 
 
 # 192.0.2.0/24 is reserved for documentation: no machine has such an address.
@@ -217,7 +232,9 @@ def test_a_relative_root_on_a_remote_cluster_is_refused(address):
 
 def test_a_relative_root_in_a_submitted_job_is_refused():
     with pytest.raises(ConfigError, match=r"temporary copy.*--set storage\.root="):
-        command.check_storage(load_config(), {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "127.0.0.1:6379"})
+        command.check_storage(
+            load_config(), {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "127.0.0.1:6379"}
+        )
 
 
 @pytest.mark.parametrize("root", ["/shared/runs", "~/runs"])
