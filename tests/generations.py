@@ -1,145 +1,67 @@
-"""A small generation made without Ray: own files with user features, negatives and items outside the catalogue."""
+"""Generations for tests, made in this process without Ray and without training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv as pacsv
 
-from twotower.config import Config, parse_config
+from twotower.config import Config
 from twotower.data.dataset import Dataset
-from twotower.data.prepare import prepare
-from twotower.index.build import build_shard, write_index
-from twotower.index.parts import save_array
-from twotower.index.spec import Effort, shard_of
+from twotower.index.parts import Part, write_part
+from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
-from twotower.model.features import encode_columns, item_batch
 from twotower.model.towers import TwoTower
-from twotower.retrieval.generation import finish, write_item_table, write_shard_facts, write_tables
+from twotower.retrieval.encoding import encode_table, source_columns
+from twotower.retrieval.generation import finish, write_tables
+from twotower.retrieval.shards import measure, write_shard
 from twotower.retrieval.store import Store
 
-NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 37, 59, 3
-AS_OF = "2025-06-01T00:00:00Z"
+
+def untrained_checkpoint(config: Config, dataset: Dataset, directory: Path, seed: int = 3) -> Checkpoint:
+    """A checkpoint whose weights are as the seed made them."""
+    directory.mkdir(parents=True)
+    model = TwoTower(dataset.schema, config.model, config.train.loss.temperature, seed=seed)
+    write_checkpoint(directory, weights_of(model), dataset, config, {"fit": "train"})
+    return Checkpoint.open(directory)
 
 
-def write_files(folder: Path) -> None:
-    """Write interactions, items and users; ids are integers, users of an odd number have features."""
-    rng = np.random.default_rng(8)
-    rows = []
-    for user in range(NUM_USERS):
-        items = rng.permutation(NUM_ITEMS + NUM_OUTSIDE)[: rng.integers(8, 19)]
-        begin = 1_700_000_000 + int(rng.integers(10_000_000))
-        for place, item in enumerate(items):
-            event = ("like", "love", "view", "dislike")[int(rng.integers(4)) if place > 4 else place % 2]
-            rows.append((user, 1000 + int(item), begin + 86_400 * place, event))
-    names = ["user", "item", "time", "event"]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    folder.mkdir(parents=True)
-    pacsv.write_csv(pa.table(columns, names=names), folder / "interactions.csv")
-    genres = ["Comedy", "Drama", "Horror", "War"]
-    items = pa.table(
-        {
-            "item": [1000 + i for i in range(NUM_ITEMS)],
-            "name": [f"Title {i}" for i in range(NUM_ITEMS)],
-            "genres": ["|".join(rng.permutation(genres)[: rng.integers(1, 4)]) for _ in range(NUM_ITEMS)],
-            "year": rng.integers(1950, 2020, NUM_ITEMS),
-        }
-    )
-    pacsv.write_csv(items, folder / "items.csv")
-    odd = list(range(1, NUM_USERS, 2))
-    users = pa.table(
-        {"user": odd, "age": rng.integers(18, 80, len(odd)), "group": [["red", "green", "blue"][u % 3] for u in odd]}
-    )
-    pacsv.write_csv(users, folder / "users.csv")
-
-
-def make_config(root: Path) -> Config:
-    """Return a configuration on these files; every width differs."""
-    files = root / "files"
-    return parse_config(
-        {
-            "name": "shop",
-            "storage": {"root": str(root / "runs")},
-            "data": {
-                "source": {
-                    "kind": "files",
-                    "interactions": str(files / "interactions.csv"),
-                    "columns": {"user": "user", "item": "item", "time": "time", "time_unit": "s", "event": "event"},
-                    "events": {"like": 1.0, "love": 0.25, "view": "seen_only", "dislike": "negative"},
-                    "items": {"path": str(files / "items.csv"), "id": "item", "title": "name"},
-                    "users": {"path": str(files / "users.csv"), "id": "user"},
-                }
-            },
-            "features": {
-                "query": [
-                    {"name": "user_id", "type": "id", "dim": 5},
-                    {"name": "history", "type": "history", "dim": 14, "max_length": 6, "pooling": "weighted"},
-                    {"name": "taste", "type": "profile", "of": "genres", "max_length": 8},
-                    {"name": "age", "type": "numeric"},
-                    {"name": "colour", "type": "categorical", "column": "group", "dim": 3},
-                ],
-                "item": [
-                    {"name": "item_id", "type": "id", "dim": 14},
-                    {"name": "genres", "type": "multi_hot", "dim": 7},
-                    {"name": "year", "type": "numeric"},
-                ],
-            },
-            "model": {"embedding_dim": 11, "query_tower": {"hidden": [23]}, "item_tower": {"hidden": [19]}},
-            "index": {"num_shards": 3},
-            "serve": {"max_k": 200},
-        }
-    )
-
-
-def build_store(root: Path) -> tuple[Config, Dataset, Path]:
-    """Prepare, initialise a model, build and publish: returns the configuration, the dataset and the generation."""
-    write_files(root / "files")
-    config = make_config(root)
-    dataset = prepare(config)
-    checkpoint = fresh_checkpoint(config, dataset, root / "checkpoint")
-    path = Store(config.store).path("g1")
-    write_generation(path, "g1", config, dataset, checkpoint)
-    Store(config.store).publish("g1")
-    return config, dataset, path
-
-
-def fresh_checkpoint(config: Config, dataset: Dataset, path: Path, seed: int = 3) -> Checkpoint:
-    """Return a checkpoint of an untrained model."""
-    model = TwoTower(dataset.schema, config.model, 0.1, seed=seed)
-    # Small initial weights would give all users nearly the same ranking.
-    for table in model.tables.values():
-        table.data *= 1.0 / table.data.std()
-    path.mkdir(parents=True)
-    write_checkpoint(path, weights_of(model), dataset, config, {})
-    return Checkpoint.open(path)
-
-
-def write_generation(path: Path, name: str, config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Write a generation with Flat shards."""
-    path.mkdir(parents=True)
-    write_tables(path, config, dataset, checkpoint)
+def catalogue_vectors(checkpoint: Checkpoint, dataset: Dataset) -> np.ndarray:
+    """All items through the tower in one batch, in item row order."""
     table = dataset.item_table()
-    rows = np.arange(dataset.num_catalogue_items)
-    columns = encode_columns(checkpoint.schema.item, table)
-    vectors = checkpoint.model.encode_items(item_batch(checkpoint.schema, rows, columns)).numpy()
-    shard_ids = shard_of(dataset.item_ids.ids(rows), config.index.num_shards)
+    rows = np.arange(len(table))
+    return encode_table(checkpoint, table.append_column("item_row", [rows]))
+
+
+def encoded_parts(checkpoint: Checkpoint, dataset: Dataset, directory: Path, num_shards: int) -> list[Part]:
+    """The catalogue as two parts."""
+    directory.mkdir(parents=True)
+    vectors = catalogue_vectors(checkpoint, dataset)
+    rows = np.arange(len(vectors))
+    shards = shard_of(dataset.item_table()["item_id"].to_pylist(), num_shards)
+    return [
+        write_part(directory, half, shards[half], vectors[half], num_shards)
+        for half in (rows[::2], rows[1::2])
+    ]
+
+
+def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, name: str) -> Path:
+    """A finished generation in the store of the configuration, not published."""
+    directory = Store(config.store).path(name)
+    directory.mkdir(parents=True)
+    parts = encoded_parts(checkpoint, dataset, config.home / f"parts-{name}", config.index.num_shards)
     for number in range(config.index.num_shards):
-        shard = path / "shards" / f"{number:05d}"
-        shard.mkdir(parents=True)
-        own = rows[shard_ids == number].astype(np.int64)
-        write_index(build_shard(vectors[own], "Flat"), shard / "index.faiss")
-        save_array(shard / "item_rows.npy", own)
-        write_item_table(shard / "items.arrow", table.take(pa.array(own)))
-        write_shard_facts(shard, len(own), checkpoint.fingerprint)
-    index = {
-        "factory": "Flat",
-        "num_shards": config.index.num_shards,
-        "effort": Effort().to_json(),
-        "index_recall": 1.0,
-        "target_index_recall": 0.95,
-        "recall_k": 10,
-        "num_queries": 20,
-    }
-    finish(path, name, "2026-01-01T00:00:00Z", dataset, checkpoint, index)
+        write_shard(
+            parts,
+            number,
+            config.index.factory,
+            str(dataset.path),
+            ["title", *source_columns(checkpoint.schema)],
+            checkpoint.fingerprint,
+            str(directory / "shards" / f"{number:05d}"),
+            threads=1,
+        )
+    write_tables(directory, config, dataset, checkpoint)
+    facts = measure(config, dataset, checkpoint, parts, directory / "shards", threads=1)
+    finish(directory, name, f"2026-01-01T00:00:00 {name}", dataset, checkpoint, facts)
+    return directory

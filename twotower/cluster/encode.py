@@ -6,11 +6,10 @@ driver, so that an attempt that failed after writing leaves nothing behind but a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -18,6 +17,7 @@ import ray.data
 import torch
 
 from twotower.cluster.failures import plain_errors
+from twotower.cluster.native_log import without_native_log
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW, Dataset
@@ -26,11 +26,11 @@ from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.features import encode_columns, item_batch, to_device
 from twotower.progress import bar
-from twotower.schema import FeatureSchema, HistoryFeature, IdFeature, ProfileFeature
+from twotower.retrieval.encoding import encode_table, source_columns
+from twotower.schema import FeatureSchema
 
-__all__ = ["EncodeItems", "encode_catalogue", "encode_table", "load_vectors", "source_columns"]
+__all__ = ["EncodeItems", "encode_catalogue", "load_vectors"]
 
 _READ_BLOCKS_PER_ENCODER = 4
 
@@ -62,14 +62,6 @@ class EncodeItems:
         shards = shard_of(table["item_id"].to_pylist(), self._num_shards)
         part = write_part(self._directory, rows, shards, vectors, self._num_shards)
         return pa.table({"path": [part.path], "shard_rows": [part.shard_rows]})
-
-
-def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -> npt.NDArray[np.float32]:
-    """Return the vectors of a table of items with their item rows, [n, D] float32, L2-normalised."""
-    columns = encode_columns(checkpoint.schema.item, table)
-    batch = item_batch(checkpoint.schema, table[ITEM_ROW].to_numpy(), columns)
-    vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))
-    return np.asarray(vectors.float().cpu().numpy())
 
 
 def encode_catalogue(
@@ -119,7 +111,7 @@ def encode_catalogue(
     context.enable_progress_bars = False
     parts: list[Part] = []
     try:
-        with plain_errors(), bar(num_items, "encode", unit="items") as progress:
+        with plain_errors(), without_native_log(), bar(num_items, "encode", unit="items") as progress:
             facts = ray.data.read_parquet(
                 dataset.item_paths,
                 columns=_needed_columns(dataset, checkpoint.schema),
@@ -134,7 +126,10 @@ def encode_catalogue(
                 num_cpus=cluster.cpus_per_encoder,
                 num_gpus=1 if use_gpu else None,
             )
-            for table in facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            tables: Iterator[Any] = iter(
+                facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+            )
+            for table in tables:
                 for fact in table.to_pylist():
                     parts.append(Part(fact["path"], fact["shard_rows"]))
                     progress.update(parts[-1].num_rows)
@@ -143,16 +138,6 @@ def encode_catalogue(
     remove_strays(out_dir, parts)
     check_parts(parts, num_items)
     return parts
-
-
-def source_columns(schema: FeatureSchema) -> list[str]:
-    """Return the columns of the item table that item features are read from, each once."""
-    specs = [f.spec for f in schema.item]
-    return list(
-        dict.fromkeys(
-            s.source_column for s in specs if not isinstance(s, (IdFeature, HistoryFeature, ProfileFeature))
-        )
-    )
 
 
 def _needed_columns(dataset: Dataset, schema: FeatureSchema) -> list[str]:

@@ -1,0 +1,65 @@
+"""Items and users of a dataset through the towers of a checkpoint. Runs without Ray.
+
+Symbols: D embedding_dim, n items, Q queries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from twotower.data.dataset import ITEM_ROW, Dataset
+from twotower.data.histories import Histories
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values, to_device
+from twotower.schema import FeatureSchema, HistoryFeature, IdFeature, ProfileFeature
+
+_QUERY_BATCH = 1_024
+
+
+def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -> npt.NDArray[np.float32]:
+    """Return the vectors of a table of items with their item rows, [n, D] float32, L2-normalised."""
+    columns = encode_columns(checkpoint.schema.item, table)
+    batch = item_batch(checkpoint.schema, table[ITEM_ROW].to_numpy(), columns)
+    vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))
+    return np.asarray(vectors.float().cpu().numpy())
+
+
+def source_columns(schema: FeatureSchema) -> list[str]:
+    """Return the columns of the item table that item features are read from, each once."""
+    specs = [f.spec for f in schema.item]
+    return list(
+        dict.fromkeys(
+            s.source_column for s in specs if not isinstance(s, (IdFeature, HistoryFeature, ProfileFeature))
+        )
+    )
+
+
+def real_queries(dataset: Dataset, checkpoint: Checkpoint, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Return the query embeddings of users drawn from those with a history, as of now, [Q, D] float32.
+
+    Args:
+        dataset: whose users, with all their interactions.
+        checkpoint: its query tower encodes.
+        count: the most users drawn.
+        seed: of the draw.
+    """
+    schema = checkpoint.schema
+    histories = Histories.of(dataset.interactions, capped=max(schema.max_history, 1))
+    users = np.flatnonzero(np.diff(histories.offsets))
+    if len(users) == 0:
+        users = np.arange(dataset.num_users)
+    users = np.random.default_rng(seed).permutation(users)[:count]
+    columns = encode_columns(schema.query, dataset.user_table())
+    features = QueryFeatures(
+        schema, profile_values(schema, encode_columns(schema.item, dataset.item_table()))
+    )
+    vectors = []
+    for start in range(0, len(users), _QUERY_BATCH):
+        rows = users[start : start + _QUERY_BATCH]
+        past = histories.before(rows, None, schema.max_history)
+        batch = features(rows, {name: column[rows] for name, column in columns.items()}, *past)
+        vectors.append(checkpoint.model.encode_queries(batch).numpy())
+    return np.concatenate(vectors)
