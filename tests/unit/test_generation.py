@@ -159,7 +159,7 @@ def test_a_wrong_byte_in_any_file_is_named(copied: Path) -> None:
         path.write_bytes(bytes(changed))
         with pytest.raises(ArtefactError) as error:
             Generation.open(copied)
-        assert str(path) in str(error.value) or str(path.parent) in str(error.value)
+        assert str(path) in str(error.value)
         assert "again" in str(error.value)
         path.write_bytes(content[:-1])
         with pytest.raises(ArtefactError, match="again"):

@@ -192,16 +192,16 @@ class Generation:
     def _check_fingerprints(self) -> None:
         expected = self.manifest["checkpoint_fingerprint"]
         model = read_manifest(self.path / "model", "checkpoint")["fingerprint"]
-        found = [("model", model)] + [
-            (f"shard {s['name']}", s["checkpoint_fingerprint"]) for s in self._shards
-        ]
+        found = [("model/manifest.json", model)]
         for shard in self._shards:
+            name = f"shards/{shard['name']}"
+            found.append((f"{MANIFEST} for {name}", shard["checkpoint_fingerprint"]))
             own = read_shard_facts(self._shard_path(shard))
-            found.append((f"shards/{shard['name']}", own["checkpoint_fingerprint"]))
+            found.append((f"{name}/shard.json", own["checkpoint_fingerprint"]))
         for what, fingerprint in found:
             if fingerprint != expected:
                 raise ArtefactMismatchError(
-                    f"generation {self.path} is of checkpoint {expected}, but its {what} is of checkpoint "
+                    f"generation {self.path} is of checkpoint {expected}, but {self.path}/{what} says "
                     f"{fingerprint}: a query tower and an index of different trainings do not fit. {_AGAIN}"
                 )
 
