@@ -137,6 +137,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     while trainer.epoch < settings["epochs"]:
         on_step = _reporter(progress, trainer) if world.rank == 0 else None
         report = trainer.run_epoch(on_step)
+        if on_step is not None:
+            on_step(0, report.loss)
         # Ray moves the directory to the run's storage before report returns.
         with tempfile.TemporaryDirectory() as directory:
             saved = None
@@ -194,12 +196,11 @@ def _reporter(path: Path, trainer: Trainer) -> Callable[[int, float], None]:
     def write(done: int, loss: float) -> None:
         nonlocal last
         total = len(trainer.examples)
-        if done < total and time.monotonic() - last < _POLL_S:
+        if 0 < done < total and time.monotonic() - last < _POLL_S:
             return
         last = time.monotonic()
         line = {
-            "epoch": trainer.epoch + 1,
-            "done": done,
+            "epochs": trainer.epoch + done / total,
             "total": total,
             "loss": loss,
             "history": [asdict(r) for r in trainer.history],
@@ -231,18 +232,17 @@ class _Watch:
 
     def _run(self) -> None:
         shown = 0
-        total: int | None = None
         progress = None
         while True:
             stopping = self._stop.is_set()
             state = self._read()
             if state is not None:
-                total = state["total"] * self._epochs
                 if progress is None:
-                    progress = bar(total, "train", unit="examples")
-                progress.n = (state["epoch"] - 1) * state["total"] + state["done"]
+                    progress = bar(state["total"] * self._epochs, "train", unit="examples")
+                progress.n = round(state["epochs"] * state["total"])
+                epoch = min(int(state["epochs"]) + 1, self._epochs)
                 progress.set_postfix(
-                    epoch=f"{state['epoch']}/{self._epochs}", loss=f"{state['loss']:.3f}", refresh=False
+                    epoch=f"{epoch}/{self._epochs}", loss=f"{state['loss']:.3f}", refresh=False
                 )
                 progress.update(0)
                 for report in state["history"][shown:]:
