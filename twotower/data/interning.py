@@ -37,7 +37,7 @@ class IdColumn:
         if not (textual or self._floats or pa.types.is_integer(kind) or pa.types.is_null(kind)):
             raise DataError(f"the {side} id column has type {kind}; ids are text or integers")
         self.array = array
-        self.side = side
+        self._a = f"an {side}" if side == "item" else f"a {side}"
         if pa.types.is_null(kind):
             array = array.cast(pa.string())
         encoded = array.dictionary_encode()
@@ -47,14 +47,14 @@ class IdColumn:
     def problems(self) -> Iterator[tuple[BoolArray, str]]:
         """Yield [n] bool masks of bad rows, each with its reason."""
         empty = np.append(np.asarray(pc.equal(pc.utf8_trim_whitespace(self.values), "")), True)
-        yield empty[self.codes], f"without a {self.side} id"
+        yield empty[self.codes], f"without {self._a} id"
         if self._floats:
             broken = np.ones(len(self.values), dtype=np.bool_)
         else:
             broken = np.asarray(pc.match_substring_regex(self.values, _WHOLE_FLOAT))
         yield (
             np.append(broken, False)[self.codes],
-            f"with a {self.side} id that is a float, not text or an integer",
+            f"with {self._a} id that is a float, not text or an integer",
         )
 
 

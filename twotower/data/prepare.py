@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from twotower.config import Config
 from twotower.data import filters
 from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.dataset import ITEM_ROW, KIND, Dataset
-from twotower.data.fitting import fit_features
+from twotower.data.fitting import as_categories, fit_features
 from twotower.data.hashing import array_hash, table_hash
 from twotower.data.interactions import Interactions
 from twotower.data.interning import Interner
@@ -192,15 +193,13 @@ def _vocabularies(
                 f"{item_side.file} has no items (left after data.min_interactions); there is nothing "
                 "to recommend"
             )
+    title = pa.nulls(table.num_rows, pa.string())
     if "title" in table.column_names:
-        title = table.column("title")
-        if pa.types.is_integer(title.type):
-            title = title.cast(pa.string())
-        if not (pa.types.is_string(title.type) or pa.types.is_null(title.type)):
-            title = pa.nulls(table.num_rows, pa.string())
-        table = table.set_column(table.column_names.index("title"), "title", title.cast(pa.string()))
-    else:
-        table = table.add_column(1, "title", pa.nulls(table.num_rows, pa.string()))
+        # A column that happens to be called title and holds something else is no title.
+        with contextlib.suppress(DataError):
+            title = as_categories(pa.concat_arrays(table.column("title").chunks))
+        table = table.drop_columns(["title"])
+    table = table.append_column("title", title)
     first = ["item_id", "title"]
     table = table.select(first + [n for n in table.column_names if n not in first])
     return Vocabulary(users), Vocabulary(items), table, table.num_rows

@@ -7,8 +7,8 @@ validation.
 A held-out part never takes a user's last train interaction: of n positives ``min(ceil(test_share n), n - 1)``
 are test, of the m that remain ``min(ceil(validation_share m), m - 1)`` are validation. So a user with one
 positive is all train, one with two has no validation. (``temporal_global`` and a given split follow the
-moment, or the data, whatever that leaves of a user.) In a random split, which has no such moment, interactions
-that are not positive are train; in a given one they are what the data says.
+moment, or the data, whatever that leaves of a user.) In a random split, which has no such moment, those
+other interactions are train; in a given one they are what the data says.
 """
 
 from __future__ import annotations

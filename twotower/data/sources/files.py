@@ -124,7 +124,7 @@ def _clean(side: str, config: TableConfig, file: Path, table: pa.Table, rows: An
             bad.add(file.name, rows[new], reason, ids.array.take(pa.array(shown)).to_pylist())
             broken |= mask
     id_name = f"{side}_id"
-    reserved = {id_name, "item_row"} | ({"title"} if config.title is not None else set())
+    reserved = {config.id, id_name, "item_row"} | ({"title"} if config.title is not None else set())
     others = [n for n in table.column_names if n not in reserved]
     columns = {id_name: ids.values.take(pa.array(ids.codes, mask=broken | (ids.codes < 0)))}
     if config.title is not None:
@@ -135,4 +135,7 @@ def _clean(side: str, config: TableConfig, file: Path, table: pa.Table, rows: An
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    wide = pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type)
+    return array.cast(pa.string()) if wide else array
