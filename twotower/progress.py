@@ -43,6 +43,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._pending = ""
+        self._shown = ""
         self._last = 0.0
 
     def write(self, text: str) -> None:
@@ -51,8 +52,9 @@ class _Lines:
         if line:
             self._pending = line
         if self._pending and (final or time.monotonic() - self._last >= _LOG_INTERVAL_S):
-            print(self._pending, file=sys.stderr, flush=True)
-            self._pending, self._last = "", time.monotonic()
+            if self._pending != self._shown:
+                print(self._pending, file=sys.stderr, flush=True)
+            self._shown, self._pending, self._last = self._pending, "", time.monotonic()
 
     def flush(self) -> None:
         sys.stderr.flush()
