@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import oracles
+from tests.generations import plain_generation
 from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster import evaluate as module
 from twotower.cluster.evaluate import evaluate
@@ -17,7 +18,7 @@ from twotower.cluster.pool import ranges, work_through
 from twotower.config import parse_config
 from twotower.data.generated import true_scores
 from twotower.data.histories import Histories
-from twotower.errors import ArtefactMismatchError, ConfigError, DataError
+from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError, DataError
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.model.towers import TwoTower
@@ -64,8 +65,13 @@ def config(tmp_path_factory, small_config):
 
 
 @pytest.fixture(scope="module")
-def report(ray_local, config, small_dataset, checkpoint):
-    return evaluate(config, small_dataset, checkpoint, None)
+def generation(config, small_dataset, checkpoint):
+    return plain_generation(config, small_dataset, Checkpoint.open(checkpoint), "g1")
+
+
+@pytest.fixture(scope="module")
+def report(ray_local, config, small_dataset, checkpoint, generation):
+    return evaluate(config, small_dataset, checkpoint, generation)
 
 
 def expected_metrics(dataset, checkpoint_dir, ks):
@@ -147,15 +153,25 @@ def test_report_holds_its_files_and_nothing_of_the_work(report):
         "report.json",
         "report.md",
         "training.png",
+        "latency.png",
         "item_map.png",
     }
     assert not [p for p in report.parent.iterdir() if p.name.endswith(".partial")]
 
 
-def test_same_inputs_are_evaluated_once(report, config, small_dataset, checkpoint, monkeypatch):
+def test_latency_is_of_single_requests_on_the_generation(report, config):
+    latency = json.loads((report / "report.json").read_text())["latency"]
+    assert latency["requests"] == config.evaluation.latency_requests
+    assert latency["k"] == max(config.evaluation.ks)
+    assert 0 < latency["p50_ms"] <= latency["p95_ms"] <= latency["p99_ms"] <= latency["max_ms"]
+    assert latency["qps"] == pytest.approx(1000 / latency["mean_ms"])
+    assert read_manifest(report, "report")["metrics"]["latency_p50_ms"] == latency["p50_ms"]
+
+
+def test_same_inputs_are_evaluated_once(report, config, small_dataset, checkpoint, generation, monkeypatch):
     monkeypatch.setattr(module, "_measure", None)
     before = (report / "manifest.json").stat().st_mtime_ns
-    assert evaluate(config, small_dataset, checkpoint, None) == report
+    assert evaluate(config, small_dataset, checkpoint, generation) == report
     assert (report / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -163,20 +179,13 @@ def test_parts_and_actors_change_nothing(report, config, small_dataset, checkpoi
     other = variant(config, tmp_path, cluster={"num_encoders": 1, "encode_batch_size": 50})
     assert ranges(300, other) != ranges(300, config)
     again = evaluate(other, small_dataset, checkpoint, None)
-    assert again.name == report.name
+    # The other one also has the latency of a generation.
+    assert again.name != report.name
+    assert not (again / "latency.png").exists()
     first, second = (read_manifest(path, "report") for path in (report, again))
     assert second["counts"] == first["counts"]
     for ranker, metrics in first["by_ranker"].items():
         assert second["by_ranker"][ranker] == pytest.approx(metrics, abs=2e-3)
-
-
-def test_only_so_many_users_are_drawn(ray_local, config, small_dataset, checkpoint, report):
-    fewer = variant(config, config.storage.root, evaluation={"max_users": 40})
-    path = evaluate(fewer, small_dataset, checkpoint, None)
-    assert path != report
-    counts, all_counts = (read_manifest(p, "report")["counts"] for p in (path, report))
-    assert counts["evaluated"] == 40
-    assert counts["not_drawn"] == all_counts["evaluated"] - 40
 
 
 def test_model_that_has_seen_the_test_split_is_refused(config, small_dataset, tmp_path):
@@ -191,32 +200,43 @@ def test_checkpoint_of_another_dataset_is_refused(config, small_dataset, tmp_pat
         evaluate(config, small_dataset, other, None)
 
 
+def test_generation_of_another_vocabulary_is_refused(config, small_dataset, checkpoint, generation, tmp_path):
+    other = json.loads((generation / "manifest.json").read_text()) | {"vocabulary_hash": "4567"}
+    (tmp_path / "manifest.json").write_text(json.dumps(other))
+    with pytest.raises(ArtefactMismatchError, match="4567"):
+        evaluate(config, small_dataset, checkpoint, tmp_path)
+
+
 def test_diverged_model_is_an_error_and_leaves_nothing(ray_local, config, small_dataset, tmp_path):
     directory = tmp_path / "nan"
     directory.mkdir()
     model = TwoTower(small_dataset.schema, config.model, 0.07, seed=3)
-    weights = {n: torch.full_like(t, torch.nan) for n, t in weights_of(model).items()}
+    weights = weights_of(model)
+    broken = [name for name in weights if name.startswith("towers.query")]
+    weights |= {name: torch.full_like(weights[name], torch.nan) for name in broken}
+    assert broken
     write_checkpoint(directory, weights, small_dataset, config, {"fit": "train", "history": []})
     mine = variant(config, tmp_path)
-    with pytest.raises(ConfigError, match=r"(?i)not finite|nan"):
+    with pytest.raises(ArtefactError, match=r"^the query tower of checkpoint .*/nan gives .* not finite"):
         evaluate(mine, small_dataset, directory, None)
     assert not [p for p in mine.reports.iterdir() if has_manifest(p)]
 
 
 class Failing:
-    """An actor that refuses."""
+    """An actor that refuses: at once, or when it is called."""
 
-    def __init__(self, reason: str, device: str, threads: int) -> None:
-        self.reason = reason
+    def __init__(self, at_once: bool, device: str, threads: int) -> None:
+        if at_once:
+            raise ConfigError("nothing goes; change it")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        raise DataError(self.reason)
+        raise DataError("user 7 is odd; repair it")
 
 
-def test_errors_of_actors_are_plain(ray_local, config):
-    with pytest.raises(DataError, match=r"^user 7 is odd; repair it$"):
-        list(
-            work_through(
-                Failing, {"reason": "user 7 is odd; repair it"}, [{"start": 0, "stop": 1}], config, gpu=False
-            )
-        )
+@pytest.mark.parametrize(
+    ("at_once", "error", "message"),
+    [(True, ConfigError, "nothing goes; change it"), (False, DataError, "user 7 is odd; repair it")],
+)
+def test_errors_of_actors_are_plain(ray_local, config, at_once, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        list(work_through(Failing, {"at_once": at_once}, [{"start": 0, "stop": 1}], config, gpu=False))

@@ -6,6 +6,7 @@ and facts pass through the driver.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ import ray
 import ray.data
 import torch
 
-from twotower.cluster.failures import plain_errors
+from twotower import errors
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
+from twotower.errors import TwotowerError
+
+_ERROR = "error"
 
 
 def work_through(
@@ -41,29 +45,67 @@ def work_through(
     size = min(cluster.num_encoders, len(parts))
     if use_gpu:
         size = max(1, min(size, int(ray.cluster_resources()["GPU"])))
-    quiet()
-    context = ray.data.DataContext.get_current()
-    shown = context.enable_progress_bars
-    context.enable_progress_bars = False
-    try:
+    settings = {
+        **settings,
+        "device": "cuda" if use_gpu else "cpu",
+        "threads": max(1, int(cluster.cpus_per_encoder)),
+    }
+    with without_bars():
         results = ray.data.from_arrow(
             [pa.table({k: [v] for k, v in part.items()}) for part in parts]
         ).map_batches(
-            worker,
-            fn_constructor_kwargs={
-                **settings,
-                "device": "cuda" if use_gpu else "cpu",
-                "threads": max(1, int(cluster.cpus_per_encoder)),
-            },
+            Guarded,
+            fn_constructor_kwargs={"worker": worker, "settings": settings},
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=cluster.cpus_per_encoder,
             num_gpus=1 if use_gpu else None,
         )
-        with plain_errors():
-            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield from pa.table(batch).to_pylist()
+        batches: Iterator[Any] = iter(
+            results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        )
+        for batch in batches:
+            for fact in batch.to_pylist():
+                _raise_error(fact)
+                yield fact
+
+
+class Guarded:
+    """A worker whose own errors come back as data: Ray adds its frames to what is raised, and logs them."""
+
+    def __init__(self, worker: type[Any], settings: dict[str, Any]) -> None:
+        """Make the worker; an error of that is told when it is called."""
+        self._error: TwotowerError | None = None
+        try:
+            self._worker = worker(**settings)
+        except TwotowerError as error:
+            self._error = error
+
+    def __call__(self, part: pa.Table) -> pa.Table:
+        """Return the worker's facts, or its error."""
+        if self._error is None:
+            try:
+                return self._worker(part)
+            except TwotowerError as error:
+                self._error = error
+        return pa.table({_ERROR: [type(self._error).__name__], "message": [str(self._error)]})
+
+
+def _raise_error(fact: dict[str, Any]) -> None:
+    if fact.get(_ERROR) is not None:
+        raise getattr(errors, fact[_ERROR], TwotowerError)(fact["message"])
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Run Ray Data inside the block without its own progress bars and log lines."""
+    quiet()
+    context = ray.data.DataContext.get_current()
+    shown = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        yield
     finally:
         context.enable_progress_bars = shown
 

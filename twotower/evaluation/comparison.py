@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from twotower.errors import ArtefactError
 from twotower.evaluation.holdout import Holdout, QueryInputs
 from twotower.evaluation.metrics import ListStats, MetricSums
 from twotower.evaluation.ranking import rank_block
@@ -34,6 +36,7 @@ class ModelRanker:
 
     def __init__(self, checkpoint: Checkpoint, inputs: QueryInputs, vectors: NDArray[np.float32]) -> None:
         """Take the model, the query inputs of all test users, and item vectors [N, D] float32."""
+        self._name = checkpoint.path
         self._model = checkpoint.model
         self._length = checkpoint.schema.max_history
         self._inputs = inputs
@@ -48,6 +51,11 @@ class ModelRanker:
         columns = {name: np.asarray(column[start:stop]) for name, column in self._inputs.columns.items()}
         batch = to_device(self._features(part.user_rows, columns, rows, weights), self._device)
         queries = self._model.encode_queries(batch)
+        if not bool(torch.isfinite(queries).all()):
+            raise ArtefactError(
+                f"the query tower of checkpoint {self._name} gives vectors that are not finite: its training "
+                "diverged. Train again, with a lower learning rate or a higher temperature"
+            )
         return rank_block(queries, self._vectors, part.masked_offsets, part.masked_rows, k)
 
 
