@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,17 @@ def test_a_rating_that_is_no_number_is_counted_and_shown(tmp_path: Path) -> None
     ):
         prepare(config(tmp_path, "ml-1m"))
     assert prepare(config(tmp_path, "ml-1m", on_bad_rows="drop")).counts["bad_rows"] == 6
+
+
+@pytest.mark.parametrize("member", ["ratings.csv", "movies.csv"])
+def test_a_member_that_is_damaged_inside_a_complete_zip_is_named(tmp_path: Path, member: str) -> None:
+    ml_csv(tmp_path, "ml-20m")
+    path = tmp_path / "ml-20m.zip"
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"ml-20m/{member}")
+    data = bytearray(path.read_bytes())
+    at = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+    data[at] ^= 0xFF
+    path.write_bytes(bytes(data))
+    with pytest.raises(DownloadError, match=r"ml-20m\.zip is damaged"):
+        prepare(config(tmp_path, "ml-20m"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import zipfile
@@ -106,32 +107,30 @@ class MovieLens:
             delimiter, names = ",", None
         columns = names or ["userId", "movieId", "rating", "timestamp"]
         if names is None:
-            header = tables.csv_header(self._open_ratings, file, ",")
+            with self._whole():
+                header = tables.csv_header(self._open_ratings, file, ",")
             missing = [c for c in columns if c not in header]
             if missing:
                 raise DownloadError(
                     f"{file} in {self.fetched.path} lacks columns {', '.join(missing)}; get the zip again"
                 )
-        try:
+        with self._whole():
             for batch, rows in tables.csv_batches(self._open_ratings, file, columns, bad, delimiter, names):
                 for start in range(0, batch.num_rows, CHUNK_ROWS):
                     part = batch.slice(start, CHUNK_ROWS)
                     user, item, value, time = (tables.decode(c) for c in part.columns)
                     yield Chunk(file, rows[start : start + CHUNK_ROWS], user, item, time=time, value=value)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise DownloadError(
-                f"{file} in {self.fetched.path} is damaged ({error}); get the zip again"
-            ) from None
 
     def item_table(self, bad: BadRows) -> SideTable:
         """Return item_id, title, genres (joined by |, null without any) and year (int64, of the title)."""
         ids: list[str] = []
         titles: list[str] = []
         genres: list[str | None] = []
-        for item, title, labels in self._movies(bad):
-            ids.append(item)
-            titles.append(title)
-            genres.append(labels if labels and labels != NO_GENRES else None)
+        with self._whole():
+            for item, title, labels in self._movies(bad):
+                ids.append(item)
+                titles.append(title)
+                genres.append(labels if labels and labels != NO_GENRES else None)
         years = [int(m[1]) if (m := _YEAR.search(t)) else None for t in titles]
         columns = {
             "item_id": pa.array(ids, pa.string()),
@@ -152,7 +151,8 @@ class MovieLens:
             order, separator = ["user_id", "age", "gender", "occupation", "zip"], "|"
         else:
             order, separator = ["user_id", "gender", "age", "occupation", "zip"], "::"
-        rows = [r for _, r in self._split("users", separator, len(order), "iso-8859-1", bad)]
+        with self._whole():
+            rows = [r for _, r in self._split("users", separator, len(order), "iso-8859-1", bad)]
         columns = {name: pa.array([r[at] for r in rows], pa.string()) for at, name in enumerate(order)}
         if self.name == "ml-1m":
             columns["age"] = pa.array([_AGES_1M.get(r[2], r[2]) for r in rows], pa.string())
@@ -188,6 +188,14 @@ class MovieLens:
                 else:
                     reason = f"with {len(row)} columns instead of {width}"
                     bad.add(self._files[role].rsplit("/", 1)[-1], [number], reason, [text[:80]])
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Turn what a damaged zip raises into an error that names it."""
+        try:
+            yield
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DownloadError(f"{self.fetched.path} is damaged ({error}); get the zip again") from None
 
     def _open(self, role: str) -> BinaryIO:
         return cast(BinaryIO, zipfile.ZipFile(self.fetched.path).open(self._files[role]))
