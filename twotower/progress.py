@@ -23,7 +23,7 @@ def say(message: str) -> None:
 
 
 def bar(total: int | None, description: str, unit: str = "rows") -> tqdm[Any]:
-    """Return a progress bar (a context manager with ``update``); without a terminal it prints a line now and then."""
+    """Return a progress bar, a context manager; off a terminal it prints a line now and then."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -79,7 +79,7 @@ class MultiHotFeature(_ColumnFeature):
 
 
 class NumericFeature(_ColumnFeature):
-    """A number, standardised with the mean and deviation of its table; a missing value is 0 with a flag of 1."""
+    """A number, standardised with its table's mean and deviation; a missing value is 0 with a flag of 1."""
 
     type: Literal["numeric"] = "numeric"
     transform: Literal["none", "log1p"] = "none"
@@ -119,7 +119,7 @@ class HistoryFeature(_Feature):
     share: bool = True
     """Use the item tower's id embedding table (true) or a table of its own (false)."""
     pooling: Literal["mean", "weighted", "recency"] = "mean"
-    """Mean; mean weighted by interaction weight; or mean weighted by ``decay ** (steps before the latest)``."""
+    """Mean; mean weighted by interaction weight; or by ``decay ** (steps before the latest)``."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Weight of an item relative to the next later one, for ``recency``."""
 
@@ -187,7 +187,7 @@ class FeatureSchema(BaseModel):
     num_users: int
     """Users in the vocabulary; a user's embedding row is its user_row + 1."""
     num_items: int
-    """Items in the vocabulary, catalogue first, then items that only occur in interactions; embedding row = item_row + 1."""
+    """Items in the vocabulary, catalogue first, then others of interactions; embedding row = item_row + 1."""
     num_catalogue_items: int
     """Items that are indexed and recommended: item rows 0 to num_catalogue_items - 1."""
 

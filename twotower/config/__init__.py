@@ -1,0 +1,35 @@
+"""The configuration: strict models, one YAML file, dotted overrides.
+
+Every field's docstring is its help text. Unknown keys are refused with the nearest valid name.
+"""
+
+from twotower.config.data import (
+    DataConfig,
+    FilesSource,
+    GeneratedSource,
+    LightGCNSource,
+    MovieLensSource,
+    Source,
+    SplitConfig,
+    TableConfig,
+)
+from twotower.config.loading import load_config, parse_config
+from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
+from twotower.config.root import Config
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "FeaturesConfig",
+    "FilesSource",
+    "GeneratedSource",
+    "LightGCNSource",
+    "ModelConfig",
+    "MovieLensSource",
+    "Source",
+    "SplitConfig",
+    "TableConfig",
+    "TowerConfig",
+    "load_config",
+    "parse_config",
+]

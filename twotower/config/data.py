@@ -1,0 +1,167 @@
+"""Sections of the raw data: where it comes from, how it is read, how it is split."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from twotower.config.section import PositiveInt, Section, Share
+
+MovieLensName = Literal[
+    "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small", "ml-latest"
+]
+
+
+class MovieLensSource(Section):
+    """A MovieLens data set, downloaded from GroupLens."""
+
+    kind: Literal["movielens"]
+    name: MovieLensName = "ml-latest-small"
+    """Official name."""
+
+
+class ColumnsConfig(Section):
+    """Names of the columns of your interactions."""
+
+    user: str = "user_id"
+    """Column of the user's id (text or integer)."""
+    item: str = "item_id"
+    """Column of the item's id (text or integer)."""
+    time: str | None = None
+    """Column of the time: a timestamp, ISO 8601 text, or a number with ``time_unit``."""
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None
+    """Unit of a numeric time column."""
+    value: str | None = None
+    """Column of a rating or another strength."""
+    event: str | None = None
+    """Column of the event type; ``events`` says what each type means."""
+    split: str | None = None
+    """Column with train, validation or test, for ``split.kind: given``."""
+
+
+class TableConfig(Section):
+    """An item or user table; its other columns are there for features."""
+
+    path: str
+    """A CSV or Parquet file, a folder of them, or a glob."""
+    id: str
+    """Column of the id."""
+    title: str | None = None
+    """Column of a title for people to read (item table)."""
+
+
+class FilesSource(Section):
+    """Your own CSV or Parquet files."""
+
+    kind: Literal["files"]
+    interactions: str
+    """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Names of the interaction columns."""
+    events: dict[str, float | Literal["negative", "seen_only"]] = {}
+    """Per event type its weight, or ``negative``, or ``seen_only``; a type not listed is a bad row."""
+    items: TableConfig | None = None
+    """The item table; without one the catalogue is every item in the interactions."""
+    users: TableConfig | None = None
+    """The user table."""
+
+
+class LightGCNSource(Section):
+    """The LightGCN text format: ``train.txt`` and ``test.txt``, a user and then his items on each line."""
+
+    kind: Literal["lightgcn"]
+    path: str
+    """Folder, or zip file, that holds ``train.txt`` and ``test.txt``."""
+
+
+class GeneratedSource(Section):
+    """A catalogue and interactions drawn from planted tastes; the true scores are known."""
+
+    kind: Literal["generated"]
+    num_users: PositiveInt = 2_000
+    """Users to draw."""
+    num_items: Annotated[int, Field(ge=50)] = 1_500
+    """Catalogue size."""
+    num_interactions: PositiveInt = 100_000
+    """Interactions to draw; repeats of a user and item are left out, so a few fewer come out."""
+    num_tastes: Annotated[int, Field(ge=2)] = 24
+    """Planted tastes; every item belongs to one, every user likes a few."""
+    popularity_exponent: Annotated[float, Field(ge=0)] = 0.8
+    """Zipf exponent of item popularity inside a taste; 0 is uniform."""
+    seed: int = 7
+    """Seed of the generator."""
+
+
+Source = Annotated[
+    MovieLensSource | FilesSource | LightGCNSource | GeneratedSource, Field(discriminator="kind")
+]
+
+
+class PositivesConfig(Section):
+    """Which interactions are positive, and with what weight."""
+
+    min_value: float | None = None
+    """Interactions with a smaller value are negatives; all are positive when not given."""
+    weight: Literal["one", "value", "scaled"] = "one"
+    """1; the value; or clip((value - min) / (max - min), 0, 1) over ``value_range``."""
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Smallest and largest value of the scale; MovieLens declares its own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range {self.value_range} must be [smallest, largest]")
+        return self
+
+
+class WindowConfig(Section):
+    """Interactions outside the window are left out."""
+
+    start: str | None = None
+    """ISO 8601 time; interactions before it are left out."""
+    end: str | None = None
+    """ISO 8601 time; interactions at or after it are left out."""
+
+
+class MinInteractionsConfig(Section):
+    """Users and items with fewer interactions are left out, again and again until none has fewer."""
+
+    user: Annotated[int, Field(ge=0)] = 0
+    """Fewest interactions of a user."""
+    item: Annotated[int, Field(ge=0)] = 0
+    """Fewest interactions of an item."""
+
+
+class DataConfig(Section):
+    """Raw data and the rules for reading it."""
+
+    source: Source = GeneratedSource(kind="generated")
+    """Where the data comes from."""
+    mirror: str | None = None
+    """Folder or URL that stands in for the official download address; TWOTOWER_MIRROR when not given."""
+    cache: str = "~/.cache/twotower"
+    """Folder of downloads."""
+    timezone: str = "UTC"
+    """Zone of times that name none."""
+    on_bad_rows: Literal["error", "drop"] = "error"
+    """What to do with rows that can not be read; both count them and show examples."""
+    repeats: Literal["first", "last", "sum", "keep"] = "last"
+    """Several interactions of a user and an item: keep one, add up the weights in the last, or keep all."""
+    window: WindowConfig = WindowConfig()
+    """Time window."""
+    min_interactions: MinInteractionsConfig = MinInteractionsConfig()
+    """Smallest users and items."""
+    positives: PositivesConfig = PositivesConfig()
+    """Which interactions are positive."""
+
+
+class SplitConfig(Section):
+    """How interactions are held out for test and validation."""
+
+    kind: Literal["temporal_user", "temporal_global", "leave_one_out", "random", "given"] = "temporal_user"
+    """Held out: each user's last; all after one moment; each user's last one; at random; as the data says."""
+    test_share: Share = 0.2
+    """Share of test; per user it is ceil(share x n)."""
+    validation_share: Share = 0.1
+    """Share of the rest that validates (the last part of train)."""

@@ -1,0 +1,131 @@
+"""The whole configuration: every section, and the rules between them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from twotower.config.data import DataConfig, FilesSource, LightGCNSource, SplitConfig
+from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig, TrainConfig
+from twotower.config.section import Section
+from twotower.config.service import (
+    ClusterConfig,
+    EvaluationConfig,
+    IndexConfig,
+    RecommendConfig,
+    ServeConfig,
+    StorageConfig,
+)
+from twotower.schema import residual_feature
+
+
+class Config(Section):
+    """Everything a pipeline needs to know."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "twotower"
+    """Name of the scenario; its artefacts are in ``storage.root/name``."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Seed of everything random; same seed, data and workers on CPU give the same checkpoint."""
+    storage: StorageConfig = StorageConfig()
+    """Where artefacts live."""
+    data: DataConfig = DataConfig()
+    """Raw data."""
+    split: SplitConfig = SplitConfig()
+    """Held-out data."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Features of the towers."""
+    model: ModelConfig = ModelConfig()
+    """The towers."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+    index: IndexConfig = IndexConfig()
+    """The index."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+    recommend: RecommendConfig = RecommendConfig()
+    """Offline top k."""
+    serve: ServeConfig = ServeConfig()
+    """The service."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Resources on Ray."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        norms = {self.model.query_tower.norm, self.model.item_tower.norm}
+        if "batch" in norms and self.train.num_workers > 1:
+            raise ValueError(
+                f"norm: batch needs train.num_workers: 1 (it is {self.train.num_workers}), since "
+                "statistics of a worker's share of the batch change the model with the number of workers; "
+                "use norm: layer"
+            )
+        source = self.data.source
+        if self.split.kind == "given" and isinstance(source, FilesSource) and source.columns.split is None:
+            raise ValueError("split.kind: given needs data.source.columns.split, the column that says so")
+        self._check_residual("query", self.model.query_tower)
+        self._check_residual("item", self.model.item_tower)
+        timeless = isinstance(self.data.source, LightGCNSource) or (
+            isinstance(self.data.source, FilesSource) and self.data.source.columns.time is None
+        )
+        if timeless and self.split.kind in ("temporal_user", "temporal_global", "leave_one_out"):
+            raise ValueError(
+                f"split.kind: {self.split.kind} needs times, and the source has none; use random or given"
+            )
+        return self
+
+    def _check_residual(self, side: Literal["query", "item"], tower: TowerConfig) -> None:
+        if tower.residual != "id":
+            return
+        features = self.features.query if side == "query" else self.features.item
+        feature = residual_feature(features)
+        if feature is None:
+            raise ValueError(
+                f"model.{side}_tower.residual: id needs an id or history feature in features.{side}; "
+                "add one or use linear"
+            )
+        if feature.dim != self.model.embedding_dim:
+            raise ValueError(
+                f"model.{side}_tower.residual: id needs feature {feature.name!r} (dim {feature.dim}) to be as wide "
+                f"as model.embedding_dim ({self.model.embedding_dim}); make them equal or use linear"
+            )
+
+    @property
+    def home(self) -> Path:
+        """Folder of all artefacts of this configuration."""
+        return self.storage.path / self.name
+
+    @property
+    def datasets(self) -> Path:
+        """Folder of prepared datasets."""
+        return self.home / "datasets"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of trained checkpoints."""
+        return self.home / "checkpoints"
+
+    @property
+    def store(self) -> Path:
+        """Folder of generations and pointers."""
+        return self.home / "store"
+
+    @property
+    def reports(self) -> Path:
+        """Folder of evaluation reports."""
+        return self.home / "reports"
+
+    @property
+    def recommendations(self) -> Path:
+        """Folder of offline top k."""
+        return self.home / "recommendations"
+
+    @property
+    def mirror(self) -> str | None:
+        """Stand-in for the official download address, from the config or TWOTOWER_MIRROR."""
+        return self.data.mirror or os.environ.get("TWOTOWER_MIRROR") or None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain JSON values."""
+        return self.model_dump(mode="json")

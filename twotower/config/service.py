@@ -1,0 +1,95 @@
+"""Sections of what comes after training: storage, index, evaluation, service, and the cluster's resources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from twotower.config.section import PositiveInt, Section
+
+
+class StorageConfig(Section):
+    """Where artefacts live."""
+
+    root: str = "runs"
+    """Folder of all artefacts; may be relative to the working directory, but not on a remote cluster."""
+
+    @property
+    def path(self) -> Path:
+        """The absolute root."""
+        return Path(self.root).expanduser().absolute()
+
+
+class IndexConfig(Section):
+    """The FAISS index of the catalogue."""
+
+    factory: str = "Flat"
+    """FAISS index factory string of each shard, such as Flat, HNSW32 or IVF256,SQ8."""
+    num_shards: PositiveInt = 2
+    """Shards; an item's shard is a stable hash of its id."""
+    target_index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Smallest share of the exact top k that the index must find; below it publishing is refused."""
+    recall_k: PositiveInt = 100
+    """k of that measurement."""
+    num_recall_queries: PositiveInt = 256
+    """Real queries of that measurement."""
+
+
+class EvaluationConfig(Section):
+    """The final evaluation on the test split."""
+
+    ks: Annotated[list[PositiveInt], Field(min_length=1)] = [10, 20, 100]
+    """Cut-offs of the metrics."""
+    max_users: PositiveInt = 1_000_000
+    """Test users measured, drawn once; all where there are fewer."""
+    latency_requests: PositiveInt = 1_000
+    """Single requests timed for the latency histogram."""
+    map_items: Annotated[int, Field(ge=10)] = 2_000
+    """Most popular items drawn in the t-SNE map."""
+
+
+class RecommendConfig(Section):
+    """Offline top k for every user."""
+
+    k: PositiveInt = 100
+    """Items for each user."""
+    exclude_seen: bool = True
+    """Leave out what the user has already had."""
+
+
+class ServeConfig(Section):
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
+    num_replicas: PositiveInt = 1
+    """Replicas of the fused deployment."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 0.25
+    """Logical CPUs that Ray reserves for a replica."""
+    threads: PositiveInt = 1
+    """Threads of the query tower and of a search."""
+    max_k: PositiveInt = 1_000
+    """Largest k of a request."""
+
+
+class ClusterConfig(Section):
+    """What each kind of Ray worker reserves."""
+
+    local_num_cpus: PositiveInt = 4
+    """Logical CPUs of the Ray that a job starts where there is no cluster."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """GPUs for training and encoding: auto takes them where the cluster has them."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    """Logical CPUs of a training worker."""
+    num_encoders: PositiveInt = 2
+    """Actors that encode the catalogue, rank users or recommend."""
+    cpus_per_encoder: Annotated[float, Field(gt=0)] = 0.5
+    """Logical CPUs of such an actor."""
+    encode_batch_size: PositiveInt = 8_192
+    """Rows that an actor takes at once."""
+    cpus_per_reader: Annotated[float, Field(gt=0)] = 0.25
+    """Logical CPUs of a task that reads files."""
