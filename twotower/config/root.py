@@ -87,8 +87,8 @@ class Config(Section):
             )
         if feature.dim != self.model.embedding_dim:
             raise ValueError(
-                f"model.{side}_tower.residual: id needs feature {feature.name!r} (dim {feature.dim}) to be as wide "
-                f"as model.embedding_dim ({self.model.embedding_dim}); make them equal or use linear"
+                f"model.{side}_tower.residual: id needs feature {feature.name!r} (dim {feature.dim}) to be "
+                f"as wide as model.embedding_dim ({self.model.embedding_dim}); make them equal or use linear"
             )
 
     @property
