@@ -99,7 +99,7 @@ def _per_user(
 
 
 def _share(share: float, size: IntArray) -> IntArray:
-    # 0.7 * 10 is 7.000000000000001, which must not round up to 8.
+    # 0.07 * 100 is 7.000000000000001, which must not round up to 8.
     count: IntArray = np.ceil(share * size - 1e-9).astype(np.int64)
     return count
 
