@@ -12,14 +12,19 @@ from collections.abc import Sequence
 from jobs import command, stages
 from twotower.artefacts import read_manifest
 from twotower.config import Config
+from twotower.data.dataset import Dataset
 from twotower.progress import say, stage
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    return run(config, stages.dataset_for(config))
+
+
+def run(config: Config, dataset: Dataset) -> command.Result:
+    """Train, index, evaluate and publish from a prepared dataset."""
     from twotower.cluster.build import build_generation
     from twotower.cluster.evaluate import evaluate
 
-    dataset = stages.dataset_for(config)
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
         stage("encode the catalogue and build the index")

@@ -37,9 +37,22 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     from serve.local import running
 
     begin = time.monotonic()
-    config, path = _with_data(config, arguments)
-    result = pipeline.work(config, arguments)
-    dataset = stages.dataset_for(config)
+    overrides = [item for group in arguments.set for item in group]
+    path = Path(arguments.config)
+    try:
+        dataset = stages.dataset_for(config)
+    except DownloadError as error:
+        if config.mirror or not isinstance(config.data.source, MovieLensSource):
+            raise
+        say(f"{error}")
+        say("")
+        say("MovieLens could not be downloaded, and no mirror is given (TWOTOWER_MIRROR or data.mirror).")
+        say("Going on with the generated catalogue: users and items with planted tastes, not real ones.")
+        path = _CONFIGS / "generated.yaml"
+        overrides = [item for item in overrides if not item.startswith(("data.", "features."))]
+        config = load_config(path, overrides)
+        dataset = stages.dataset_for(config)
+    result = pipeline.run(config, dataset)
 
     stage("serve")
     with running(config) as url:
@@ -49,36 +62,15 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     say("the service is stopped")
 
     stage(f"done in {time.monotonic() - begin:.0f} s")
-    report = Path(result.details["report"])
-    say(f"report      {report / 'report.md'}")
+    say(f"report      {Path(result.details['report']) / 'report.md'}")
     say(f"generation  {result.path}")
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    same = " ".join([f"--config {shown}", *(["--set", *overrides] if overrides else [])])
     say("next:")
-    say(
-        f"  make serve CONFIG={path}        keep it running; then http://{config.serve.host}:{config.serve.port}/docs"
-    )
-    say(f"  .venv/bin/python -m jobs.recommend --config {path}")
+    say(f"  .venv/bin/python -m serve.local {same}        keep it running (make serve)")
+    say(f"  .venv/bin/python -m jobs.recommend {same}     the top k of every user as Parquet")
     say("  .venv/bin/python -m jobs.pipeline --config configs/own-data.yaml    your own files (README.md)")
     return result
-
-
-def _with_data(config: Config, arguments: argparse.Namespace) -> tuple[Config, str]:
-    """Return the configuration to go on with, and its file: the generated one where a download fails."""
-    path = _shown(Path(arguments.config))
-    try:
-        stages.dataset_for(config)
-    except DownloadError as error:
-        if config.mirror or not isinstance(config.data.source, MovieLensSource):
-            raise
-        say(f"{error}")
-        say("")
-        say("MovieLens could not be downloaded, and no mirror is given (TWOTOWER_MIRROR or data.mirror).")
-        say("Going on with the generated catalogue: users and items with planted tastes, not real ones.")
-        path = _shown(_CONFIGS / "generated.yaml")
-        overrides = [
-            item for group in arguments.set for item in group if not item.startswith(("data.", "features."))
-        ]
-        return load_config(_CONFIGS / "generated.yaml", overrides), path
-    return config, path
 
 
 def _users(dataset: Dataset) -> list[int]:
@@ -128,14 +120,6 @@ def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
             answer = json.load(response)
         elapsed_ms = (time.perf_counter() - begin) * 1e3
     return answer, elapsed_ms
-
-
-def _shown(path: Path) -> str:
-    return (
-        str(path.relative_to(Path.cwd()))
-        if path.is_absolute() and path.is_relative_to(Path.cwd())
-        else str(path)
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

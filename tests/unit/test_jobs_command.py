@@ -223,10 +223,10 @@ def test_a_relative_root_is_fine_on_this_machine_by_its_name():
     )
 
 
-# 192.0.2.0/24 is reserved for documentation: no machine has such an address.
-@pytest.mark.parametrize("address", ["192.0.2.7:6379", "ray://192.0.2.7:10001"])
+# 203.0.113.0/24 is reserved for documentation.
+@pytest.mark.parametrize("address", ["203.0.113.7:6379", "ray://203.0.113.7:10001"])
 def test_a_relative_root_on_a_remote_cluster_is_refused(address):
-    with pytest.raises(ConfigError, match=r"storage.root \(runs\).*192\.0\.2\.7.*absolute"):
+    with pytest.raises(ConfigError, match=r"storage.root \(runs\).*203\.0\.113\.7.*absolute"):
         command.check_storage(load_config(), {"RAY_ADDRESS": address})
 
 
@@ -240,7 +240,7 @@ def test_a_relative_root_in_a_submitted_job_is_refused():
 @pytest.mark.parametrize("root", ["/shared/runs", "~/runs"])
 def test_an_absolute_root_is_fine_everywhere(root):
     config = load_config(None, [f"storage.root={root}"])
-    command.check_storage(config, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "192.0.2.7:6379"})
+    command.check_storage(config, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "203.0.113.7:6379"})
 
 
 def test_a_root_that_is_a_url_is_refused():
