@@ -16,12 +16,13 @@ import ray
 import ray.data
 import torch
 
+from twotower import errors
 from twotower.cluster.failures import plain_errors
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW, Dataset
-from twotower.errors import ArtefactError
+from twotower.errors import ArtefactError, TwotowerError
 from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
@@ -55,13 +56,23 @@ class EncodeItems:
         self._device = device
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the vectors of a table of items as one part; returns its path and the rows of each shard."""
+        """Write the vectors of a table of items as one part; returns its path and the rows of each shard.
+
+        What is wrong with the items comes back as a row too: Ray Data loses the cause of an exception on
+        its way to the driver, and prints its trace.
+        """
+        try:
+            part = self._write(table)
+        except TwotowerError as error:
+            return _facts("", [], type(error).__name__, str(error))
+        return _facts(part.path, part.shard_rows, "", "")
+
+    def _write(self, table: pa.Table) -> Part:
         rows = table[ITEM_ROW].to_numpy()
         vectors = encode_table(self._checkpoint, table, self._device)
         check_vectors(vectors)
         shards = shard_of(table["item_id"].to_pylist(), self._num_shards)
-        part = write_part(self._directory, rows, shards, vectors, self._num_shards)
-        return pa.table({"path": [part.path], "shard_rows": [part.shard_rows]})
+        return write_part(self._directory, rows, shards, vectors, self._num_shards)
 
 
 def encode_catalogue(
@@ -112,12 +123,12 @@ def encode_catalogue(
     parts: list[Part] = []
     try:
         with plain_errors(), without_native_log(), bar(num_items, "encode", unit="items") as progress:
-            facts = ray.data.read_parquet(
+            items = ray.data.read_parquet(
                 dataset.item_paths,
-                columns=_needed_columns(dataset, checkpoint.schema),
                 num_cpus=cluster.cpus_per_reader,
                 override_num_blocks=max(len(dataset.item_paths), size * _READ_BLOCKS_PER_ENCODER),
-            ).map_batches(
+            ).select_columns(_needed_columns(dataset, checkpoint.schema))
+            facts = items.map_batches(
                 encoder,
                 fn_constructor_kwargs=settings,
                 batch_size=cluster.encode_batch_size,
@@ -131,6 +142,8 @@ def encode_catalogue(
             )
             for table in tables:
                 for fact in table.to_pylist():
+                    if fact["error"]:
+                        raise getattr(errors, fact["error"])(fact["message"])
                     parts.append(Part(fact["path"], fact["shard_rows"]))
                     progress.update(parts[-1].num_rows)
     finally:
@@ -138,6 +151,17 @@ def encode_catalogue(
     remove_strays(out_dir, parts)
     check_parts(parts, num_items)
     return parts
+
+
+def _facts(path: str, shard_rows: list[int], error: str, message: str) -> pa.Table:
+    return pa.table(
+        {
+            "path": [path],
+            "shard_rows": pa.array([shard_rows], pa.list_(pa.int64())),
+            "error": [error],
+            "message": [message],
+        }
+    )
 
 
 def _needed_columns(dataset: Dataset, schema: FeatureSchema) -> list[str]:

@@ -1,0 +1,208 @@
+"""Encoding and building on a real local Ray, against the same in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
+from twotower.cluster.build import build_generation
+from twotower.cluster.encode import EncodeItems, encode_catalogue, load_vectors
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError, RefusedError
+from twotower.index.spec import shard_of
+from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
+from twotower.model.towers import TwoTower
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.store import Store
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, small_values: Callable[..., dict[str, Any]]) -> Config:
+    return parse_config(small_values(tmp_path_factory.mktemp("build")))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(config: Config, small_dataset: Dataset) -> Checkpoint:
+    return untrained_checkpoint(config, small_dataset, config.checkpoints / "c")
+
+
+def with_index(config: Config, root: Path, **index: Any) -> Config:
+    values = config.to_json()
+    values["storage"]["root"] = str(root)
+    values["index"] |= index
+    return parse_config(values)
+
+
+class DyingEncoder(EncodeItems):
+    """Dies once, after it has written a part and before it says so."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        facts = super().__call__(table)
+        mark = self._directory.parent / "died"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return facts
+
+
+class RepeatingEncoder(EncodeItems):
+    """Announces each part twice."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        facts = super().__call__(table)
+        return pa.concat_tables([facts, facts])
+
+
+class LosingEncoder(EncodeItems):
+    """Leaves the first item of each table out."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return super().__call__(table.slice(1))
+
+
+@pytest.mark.parametrize(("num_shards", "encoder"), [(3, EncodeItems), (1, DyingEncoder)])
+def test_ray_encodes_as_one_process_does(
+    num_shards: int,
+    encoder: type[EncodeItems],
+    ray_local: None,
+    config: Config,
+    small_dataset: Dataset,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "parts"
+    parts = encode_catalogue(checkpoint.path, small_dataset, out, config, num_shards, encoder)
+    assert len(parts) > 1
+    assert (tmp_path / "died").exists() == (encoder is DyingEncoder)
+    # Files of the attempt that died are gone.
+    assert len(list(out.iterdir())) == 2 * len(parts)
+    found = load_vectors(parts, small_dataset.num_catalogue_items)
+    np.testing.assert_allclose(found, catalogue_vectors(checkpoint, small_dataset), atol=1e-6)
+    shards = shard_of(small_dataset.item_table()["item_id"].to_pylist(), num_shards)
+    for part in parts:
+        for number in range(num_shards):
+            rows = part.item_rows()[part.shard(number)]
+            assert (shards[rows] == number).all()
+            assert (np.diff(rows) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [(RepeatingEncoder, "encoded twice"), (LosingEncoder, r"of 210 items were not encoded, the first is")],
+)
+def test_items_are_counted_once(
+    encoder: type[EncodeItems],
+    message: str,
+    ray_local: None,
+    config: Config,
+    small_dataset: Dataset,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        encode_catalogue(checkpoint.path, small_dataset, tmp_path / "parts", config, 2, encoder)
+
+
+def test_a_generation_built_on_ray_is_that_of_one_process(
+    ray_local: None,
+    config: Config,
+    small_dataset: Dataset,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = build_generation(config, small_dataset, checkpoint.path)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) < 20
+    for noise in ("Traceback", "core_worker", "WARNING", "Dataset"):
+        assert noise not in shown.err
+    generation = Generation.open(path)
+    plain = Generation.open(plain_generation(with_index(config, tmp_path), small_dataset, checkpoint, "p"))
+    assert [s["rows"] for s in generation.manifest["shards"]] == [s["rows"] for s in plain.manifest["shards"]]
+    assert generation.manifest["index"]["index_recall"] == 1.0
+    differing = {
+        name
+        for name, facts in generation.manifest["files"].items()
+        if facts["sha256"] != plain.manifest["files"][name]["sha256"]
+    }
+    assert set(generation.manifest["files"]) == set(plain.manifest["files"])
+    # Vectors of other batches may differ in the last bits.
+    assert differing <= {"config.json", *(f"shards/0000{n}/index.faiss" for n in range(3))}
+    rows = np.arange(210)
+    np.testing.assert_allclose(generation.searcher().vectors(rows), plain.searcher().vectors(rows), atol=1e-6)
+
+    before = path.stat().st_mtime_ns
+    assert build_generation(config, small_dataset, checkpoint.path) == path
+    assert path.stat().st_mtime_ns == before
+    assert "is there already" in capfd.readouterr().err
+    assert [p.name for p in (config.store / ".work").iterdir()] == [f"{path.name}.lock"]
+    store = Store(config.store)
+    assert store.current() is None
+    store.publish(path.name)
+    assert store.current() == path.name
+
+    other = build_generation(
+        with_index(config, config.storage.path, num_shards=2), small_dataset, checkpoint.path
+    )
+    assert other != path
+    assert set(store.generations()) == {path.name, other.name}
+
+
+def test_an_index_that_can_not_be_built_says_so_plainly(
+    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"^index.factory 'IVF100,Flat' has 100 centroids, but a shard has"):
+        build_generation(with_index(config, tmp_path, factory="IVF100,Flat"), small_dataset, checkpoint.path)
+    with pytest.raises(ConfigError, match="'Flatt'"):
+        build_generation(with_index(config, tmp_path, factory="Flatt"), small_dataset, checkpoint.path)
+    store = Store(with_index(config, tmp_path).store)
+    assert store.generations() == []
+    assert list((store.root / ".work").glob("*-*")) == []
+
+
+def test_an_approximate_index_is_tuned_to_its_target_or_refused(
+    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    tuned = with_index(config, tmp_path, factory="IVF8,Flat", target_index_recall=0.9)
+    path = build_generation(tuned, small_dataset, checkpoint.path)
+    index = Generation.open(path).manifest["index"]
+    assert 1 < index["effort"]["nprobe"] <= 8
+    assert index["index_recall"] > 0.8
+
+    coarse = with_index(config, tmp_path, factory="PQ2x4")
+    path = build_generation(coarse, small_dataset, checkpoint.path)
+    assert Generation.open(path).manifest["index"]["index_recall"] < 0.95
+    store = Store(coarse.store)
+    with pytest.raises(RefusedError, match="PQ2x4"):
+        store.publish(path.name)
+    assert store.current() is None
+    store.publish(path.name, force=True)
+    assert store.current() == path.name
+
+
+def test_a_broken_tower_and_a_foreign_vocabulary_are_refused(
+    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = TwoTower(small_dataset.schema, config.model, config.train.loss.temperature, seed=1)
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights_of(model).items()}
+    (tmp_path / "nan").mkdir()
+    write_checkpoint(tmp_path / "nan", weights, small_dataset, config, {})
+    with pytest.raises(ConfigError, match=r"^vector \d+ holds NaN"):
+        build_generation(with_index(config, tmp_path), small_dataset, tmp_path / "nan")
+
+    foreign = Dataset.open(small_dataset.path)
+    foreign.manifest = {**foreign.manifest, "vocabulary_hash": "another"}
+    with pytest.raises(ArtefactMismatchError, match="another"):
+        build_generation(with_index(config, tmp_path), foreign, checkpoint.path)
+    assert Store(with_index(config, tmp_path).store).generations() == []
