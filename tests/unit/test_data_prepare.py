@@ -18,8 +18,9 @@ from twotower import progress
 from twotower.config import Config, parse_config
 from twotower.data import prepare as module
 from twotower.data.dataset import Dataset
-from twotower.data.interactions import Interactions, user_blocks
+from twotower.data.interactions import Interactions, count_rows, user_blocks
 from twotower.data.prepare import prepare
+from twotower.data.reading import _Growing
 from twotower.errors import ArtefactError, DataError
 
 HEADER = ["who", "what", "when"]
@@ -257,3 +258,14 @@ def test_blocks_never_part_a_user() -> None:
         owners = [set(user[b].tolist()) for b in blocks]
         assert sum(map(len, owners)) == 5
     assert len(list(user_blocks(user, 3))) >= 4
+
+
+def test_columns_grow_over_many_chunks(rng: np.random.Generator) -> None:
+    parts = [rng.integers(0, 1_000, size=n).astype(np.int32) for n in (0, 60_000, 1, 70_000, 200_000, 5)]
+    growing = _Growing(np.int32)
+    for part in parts:
+        growing.append(part)
+    whole = growing.finish()
+    assert np.array_equal(whole, np.concatenate(parts))
+    counts = count_rows(np.tile(whole, 5), 1_003)
+    assert np.array_equal(counts, np.bincount(np.tile(whole, 5), minlength=1_003))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.data.chunks import BoolArray
-from twotower.data.interactions import user_blocks
+from twotower.data.interactions import count_rows, user_blocks
 from twotower.schema import KINDS
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -109,8 +109,8 @@ def drop_small(columns: Columns, num_users: int, num_items: int, user_min: int, 
     """Leave out users and items with too few interactions until none has; returns how many rows went."""
     before = len(columns["user_row"])
     while (user_min > 1 or item_min > 1) and len(columns["user_row"]):
-        user_stays = np.bincount(columns["user_row"], minlength=num_users) >= user_min
-        item_stays = np.bincount(columns["item_row"], minlength=num_items) >= item_min
+        user_stays = count_rows(columns["user_row"], num_users) >= user_min
+        item_stays = count_rows(columns["item_row"], num_items) >= item_min
         mask = user_stays[columns["user_row"]] & item_stays[columns["item_row"]]
         if mask.all():
             break
@@ -123,4 +123,7 @@ def compact(rows: npt.NDArray[np.int32], used: BoolArray) -> npt.NDArray[np.int3
     if used.all():
         return rows
     new_row = np.cumsum(used, dtype=np.int32) - np.int32(1)
-    return np.asarray(new_row[rows], dtype=np.int32)
+    result = np.empty_like(rows)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        result[start : start + _BLOCK_ROWS] = new_row[rows[start : start + _BLOCK_ROWS]]
+    return result

@@ -111,6 +111,12 @@ def user_blocks(user_row: npt.NDArray[np.int32], num_rows: int = 1 << 20) -> Ite
 
 def offsets(user_row: npt.NDArray[np.int32], num_users: int) -> npt.NDArray[np.int64]:
     """Return [num_users + 1] int64: where each user's rows start in a sorted ``user_row``."""
-    result = np.zeros(num_users + 1, dtype=np.int64)
-    np.cumsum(np.bincount(user_row, minlength=num_users), out=result[1:])
-    return result
+    return np.searchsorted(user_row, np.arange(num_users + 1, dtype=user_row.dtype)).astype(np.int64)
+
+
+def count_rows(rows: npt.NDArray[np.int32], num_rows: int) -> npt.NDArray[np.int64]:
+    """Return [num_rows] int64: how often each row is in ``rows`` [n], which are not copied as int64."""
+    counts = np.zeros(num_rows, dtype=np.int64)
+    for start in range(0, len(rows), 1 << 20):
+        counts += np.bincount(rows[start : start + (1 << 20)], minlength=num_rows)
+    return counts

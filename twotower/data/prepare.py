@@ -30,7 +30,7 @@ from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.dataset import ITEM_ROW, KIND, Dataset
 from twotower.data.fitting import as_categories, fit_features
 from twotower.data.hashing import array_hash, table_hash
-from twotower.data.interactions import Interactions
+from twotower.data.interactions import Interactions, count_rows
 from twotower.data.interning import Interner
 from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
@@ -172,13 +172,13 @@ def _vocabularies(
     """
     columns = raw.columns
     smallest = config.data.min_interactions
-    users_used = np.bincount(columns["user_row"], minlength=len(raw.users)) > 0
+    users_used = count_rows(columns["user_row"], len(raw.users)) > 0
     users = raw.users.ids().filter(pa.array(users_used))
     columns["user_row"] = filters.compact(columns["user_row"], users_used)
     if user_side is not None and smallest.user == 0:
         known = user_side.data.column("user_id").combine_chunks()
         users = pa.concat_arrays([users, known.filter(pc.invert(pc.is_in(known, value_set=users)))])
-    items_used = np.bincount(columns["item_row"], minlength=len(raw.items)) > 0
+    items_used = count_rows(columns["item_row"], len(raw.items)) > 0
     num_listed = 0 if item_side is None else item_side.data.num_rows
     if smallest.item == 0:
         items_used[:num_listed] = True  # without a minimum the catalogue is the whole item table

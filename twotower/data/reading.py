@@ -75,23 +75,38 @@ def read_interactions(
     """
     rules = _rules(source, config)
     users = Interner()
-    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in COLUMNS}
+    growing = {name: _Growing(kind) for name, kind in COLUMNS.items()}
     rows_read = outside = 0
     with progress.bar(source.num_rows, "reading", "interactions") as bar:
         for chunk in source.chunks(bad):
             columns, num_outside = _read_chunk(chunk, rules, users, items, bad)
             for name, column in columns.items():
-                parts[name].append(column)
+                growing[name].append(column)
             rows_read += len(chunk.rows)
             outside += num_outside
             bar.update(len(chunk.rows))
-    # Column by column, dropping the parts on the way: never more than one column is there twice.
-    joined = {}
-    for name, kind in COLUMNS.items():
-        chunks = parts.pop(name)
-        joined[name] = np.concatenate(chunks) if chunks else np.empty(0, dtype=kind)
-        chunks.clear()
+    joined = {name: column.finish() for name, column in growing.items()}
     return RawInteractions(joined, users, items, rows_read, outside)
+
+
+class _Growing:
+    """One array that grows in place: joining parts at the end would hold every column twice."""
+
+    def __init__(self, kind: Any) -> None:
+        self._array: npt.NDArray[Any] = np.empty(1 << 16, dtype=kind)
+        self._size = 0
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        end = self._size + len(values)
+        if end > len(self._array):
+            # The allocator moves the pages of a large array, not their content; unused ones cost nothing.
+            self._array.resize(max(end, len(self._array) * 3 // 2), refcheck=False)
+        self._array[self._size : end] = values
+        self._size = end
+
+    def finish(self) -> npt.NDArray[Any]:
+        self._array.resize(self._size, refcheck=False)
+        return self._array
 
 
 def _rules(source: RawSource, config: DataConfig) -> _Rules:

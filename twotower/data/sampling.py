@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from twotower.data.interactions import Interactions
+from twotower.data.interactions import Interactions, count_rows
 from twotower.schema import KINDS
 
 
 def popularity(interactions: Interactions, num_items: int) -> npt.NDArray[np.int64]:
     """Return [num_items] int64: the number of positive interactions of each item row."""
     positive = interactions.kind == KINDS["positive"]
-    return np.bincount(interactions.item_row[positive], minlength=num_items).astype(np.int64)
+    return count_rows(interactions.item_row[positive], num_items)
