@@ -50,7 +50,9 @@ logger = logging.getLogger("ray.serve")
 class Service:
     """A retriever and the threads that work for it."""
 
-    def __init__(self, retriever: Retriever, max_k: int, workers: int, settings: dict[str, dict[str, str]]) -> None:
+    def __init__(
+        self, retriever: Retriever, max_k: int, workers: int, settings: dict[str, dict[str, str]]
+    ) -> None:
         """Start the threads and answer one query, after which the service is ready.
 
         Args:
@@ -68,7 +70,9 @@ class Service:
 
     async def run(self, work: Callable[..., bytes], *arguments: Any) -> bytes:
         """Return what ``work`` returns, run in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(work, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, functools.partial(work, *arguments)
+        )
 
     def retrieve(self, query: Query) -> bytes:
         """Return the answer to a query as JSON."""
@@ -105,7 +109,11 @@ def make_api(service: Service) -> FastAPI:
     )
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer, "description": text}
-        for status, text in ((400, "The body is not JSON"), (413, "The body is too large"), (422, "Not allowed"))
+        for status, text in (
+            (400, "The body is not JSON"),
+            (413, "The body is too large"),
+            (422, "Not allowed"),
+        )
     }
     body = {
         "required": True,
@@ -121,22 +129,37 @@ def make_api(service: Service) -> FastAPI:
     }
 
     @api.post(
-        "/v1/retrieve", summary="The best items for a user", response_model=None,
-        responses={200: {"model": RetrieveAnswer}, **errors}, openapi_extra={"requestBody": body},
+        "/v1/retrieve",
+        summary="The best items for a user",
+        response_model=None,
+        responses={200: {"model": RetrieveAnswer}, **errors},
+        openapi_extra={"requestBody": body},
     )
     async def retrieve(request: Request) -> Response:
         query = parse_retrieve(await _body(request), service.max_k)
         return _json(await service.run(service.retrieve, query))
 
     parameters = [
-        {"name": "k", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": service.max_k, "default": 20}},
-        {"name": "fields", "in": "query", "schema": {"type": "string"}, "description": "Item columns, comma separated"},
+        {
+            "name": "k",
+            "in": "query",
+            "schema": {"type": "integer", "minimum": 1, "maximum": service.max_k, "default": 20},
+        },
+        {
+            "name": "fields",
+            "in": "query",
+            "schema": {"type": "string"},
+            "description": "Item columns, comma separated",
+        },
     ]
 
     @api.get(
-        "/v1/items/{item_id:path}/similar", summary="The items most similar to an item", response_model=None,
+        "/v1/items/{item_id:path}/similar",
+        summary="The items most similar to an item",
+        response_model=None,
         responses={
-            200: {"model": RetrieveAnswer}, 404: {"model": ErrorAnswer, "description": "No such item"},
+            200: {"model": RetrieveAnswer},
+            404: {"model": ErrorAnswer, "description": "No such item"},
             422: errors[422],
         },
         openapi_extra={"parameters": parameters},
@@ -145,7 +168,9 @@ def make_api(service: Service) -> FastAPI:
         k, fields = parse_similar(request.query_params.multi_items(), service.max_k)
         return _json(await service.run(service.similar, item_id, k, fields))
 
-    @api.get("/v1/generation", summary="What answers: the generation's manifest in short", response_model=None)
+    @api.get(
+        "/v1/generation", summary="What answers: the generation's manifest in short", response_model=None
+    )
     async def generation() -> Response:
         return _json(orjson.dumps(service.retriever.describe()))
 
@@ -154,13 +179,19 @@ def make_api(service: Service) -> FastAPI:
         return _json(b'{"status":"ok"}')
 
     @api.get(
-        "/readyz", summary="The index is loaded and has answered a query", response_model=None,
+        "/readyz",
+        summary="The index is loaded and has answered a query",
+        response_model=None,
         responses={503: {"model": ErrorAnswer, "description": "Not ready yet"}},
     )
     async def readyz() -> Response:
         if not service.ready:
             raise BadRequest("the index is being loaded", "try again in a second", 503, "not_ready")
-        content = {"status": "ready", "generation": service.retriever.generation_id, "settings": service.settings}
+        content = {
+            "status": "ready",
+            "generation": service.retriever.generation_id,
+            "settings": service.settings,
+        }
         return _json(orjson.dumps(content))
 
     _add_error_handlers(api)

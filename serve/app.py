@@ -1,7 +1,6 @@
 """The Serve application: ``serve run serve.app:build store=/data/runs/movielens/store``."""
 
-from __future__ import annotations
-
+# No postponed annotations: Ray reads the type of build's argument from the annotation as it stands.
 from pathlib import Path
 from typing import Annotated
 

@@ -45,11 +45,15 @@ class Retrieval:
         found = Store(store)
         generation_id = found.current(pointer)
         if generation_id is None:
-            raise ArtefactError(f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first")
+            raise ArtefactError(
+                f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
+            )
         retriever = Retriever.open(found.path(generation_id), threads=threads)
         self._service = Service(retriever, max_k, workers, serve_settings())
         if missing := self._service.settings["missing"]:
-            logger.warning("settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing)))
+            logger.warning(
+                "settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing))
+            )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""

@@ -15,22 +15,20 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from serve.processes import (
-    alive,
-    children,
+    Guard,
+    descendants,
     end_haproxy,
     free_port,
     port_is_free,
-    start_guard,
     wait_until_free,
 )
 from twotower import progress
@@ -45,6 +43,7 @@ APP_NAME = "twotower"
 _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.05
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Ports that Serve opens beside its HTTP port, by the variable that moves each. Moved only where taken.
 _SIDE_PORTS = {
@@ -55,8 +54,15 @@ _SIDE_PORTS = {
 
 
 @contextlib.contextmanager
-def running(config: Config, pointer: str = "CURRENT") -> Iterator[str]:
+def running(
+    config: Config, pointer: str = "CURRENT", connected: Callable[[], None] | None = None
+) -> Iterator[str]:
     """Serve a generation while the block runs; yields the base URL once ``/readyz`` answers 200.
+
+    Args:
+        config: names the store and where to listen.
+        pointer: pointer of the store.
+        connected: called once Ray is there.
 
     Raises:
         ArtefactError: nothing is published, or what is published is damaged.
@@ -80,7 +86,7 @@ def running(config: Config, pointer: str = "CURRENT") -> Iterator[str]:
             )
         )
 
-    with serving(make, config) as url:
+    with serving(make, config, connected) as url:
         yield url
 
 
@@ -97,15 +103,17 @@ def check_published(config: Config, pointer: str = "CURRENT") -> str:
     generation_id = store.current(pointer)
     if generation_id is None:
         raise ArtefactError(
-            f"nothing is published: {config.store} has no pointer {pointer}. Run `python -m jobs.pipeline` with "
-            "the same --config and --set first, or name the configuration that was run"
+            f"nothing is published: {config.store} has no pointer {pointer}. Run `python -m jobs.pipeline` "
+            "with the same --config and --set first, or name the configuration that was run"
         )
     Generation.open(store.path(generation_id), verify=True)
     return str(generation_id)
 
 
 @contextlib.contextmanager
-def serving(make: Callable[[], Application], config: Config) -> Iterator[str]:
+def serving(
+    make: Callable[[], Application], config: Config, connected: Callable[[], None] | None = None
+) -> Iterator[str]:
     """Run an application on Ray Serve while the block runs; yields the base URL once ``/readyz`` answers 200.
 
     Ray is used if this process is connected to it, else joined if it runs, else started. Only what was
@@ -114,79 +122,113 @@ def serving(make: Callable[[], Application], config: Config) -> Iterator[str]:
     Args:
         make: makes the application; called when Ray is there.
         config: its ``serve`` section says where to listen.
+        connected: called once Ray is there.
     """
     apply_environment()
     host, port = config.serve.host, config.serve.port
-    with _ray(config) as started_ray, _serve(make, host, port, started_ray):
-        url = f"http://{_url_host(host)}:{port}"
-        _wait_until_ready(url + "/readyz")
-        yield url
+    opened: list[tuple[str, int]] = []
+    try:
+        with _ray(config) as ray_runs:
+            if connected is not None:
+                connected()
+            with _serve(make, host, port, ray_runs, opened):
+                url = f"http://{_url_host(host)}:{port}"
+                _wait_until_ready(url + "/readyz")
+                yield url
+    finally:
+        if held := wait_until_free(opened, _STOP_TIMEOUT_S):
+            progress.say(f"warning: after stopping, something still listens on ports {held}")
 
 
 @contextlib.contextmanager
-def _ray(config: Config) -> Iterator[bool]:
-    """Connect to Ray; yields whether it was started here."""
+def _ray(config: Config) -> Iterator[Callable[[], bool]]:
+    """Connect to Ray; yields a function that says whether what was started here still runs."""
+    import ray
+
     from twotower.cluster.session import session
 
-    before = set(children(os.getpid()))
-    started: list[int] = []
+    before = descendants(os.getpid())
+    guard = None
     try:
         with session(config):
-            started = sorted(set(children(os.getpid())) - before)
-            yield bool(started)
+            started = descendants(os.getpid()) - before
+            if started:
+                guard = Guard([node["NodeID"] for node in ray.nodes()], started)
+            yield lambda: all(process.alive for process in started)
     finally:
-        _wait_until_gone(started)
+        if guard is not None:
+            guard.close()
 
 
 @contextlib.contextmanager
-def _serve(make: Callable[[], Application], host: str, port: int, started_ray: bool) -> Iterator[None]:
+def _serve(
+    make: Callable[[], Application],
+    host: str,
+    port: int,
+    ray_runs: Callable[[], bool],
+    opened: list[tuple[str, int]],
+) -> Iterator[None]:
+    """Run an application on Serve, which is started if need be, and take away again what was added.
+
+    Args:
+        make: makes the application.
+        host: address to listen on.
+        port: port to listen on.
+        ray_runs: whether Ray still runs at the end.
+        opened: gets the addresses that were opened here.
+    """
     import ray
     from ray import serve
 
     # Importing serve sets its logger to INFO. Its log files keep everything.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     client = _existing_client()
-    ports = {}
-    if client is None:
-        if not port_is_free(host, port):
-            raise ConfigError(
-                f"port {port} on {host} is taken; stop what listens there, or choose another with --set serve.port="
-            )
-        ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
+    if client is not None:
+        _check_existing(client, host, port)
+        try:
+            _run(make())
+            yield
+        finally:
+            with contextlib.suppress(Exception):
+                serve.delete(APP_NAME)
+        return
+    if not port_is_free(host, port):
+        raise ConfigError(
+            f"port {port} on {host} is taken; stop what listens there, or choose another port with "
+            "--set serve.port="
+        )
+    ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
+    opened += [(host, port), *(("", side_port) for side_port in ports.values())]
+    node_ids = [node["NodeID"] for node in ray.nodes()]
+    try:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
             controller_options={"runtime_env": {"env_vars": {n: str(p) for n, p in ports.items()}}},
         )
-    else:
-        _check_existing(client, host, port)
-    node_ids = [node["NodeID"] for node in ray.nodes()]
-    guard = start_guard(node_ids) if started_ray else None
-    try:
-        try:
-            serve.run(make(), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise _explained(error) from None
+        _run(make())
         yield
     finally:
-        if client is None:
-            _shut_down_serve(node_ids)
-        else:
-            with contextlib.suppress(Exception):
-                serve.delete(APP_NAME)
-        if guard is not None and guard.stdin is not None:
-            guard.stdin.close()
-            guard.wait()
-        held = [] if client else wait_until_free([(host, port), *(("", p) for p in ports.values())], _STOP_TIMEOUT_S)
-        if held:
-            progress.say(f"warning: after stopping, something still listens on ports {held}")
+        if ray_runs():
+            _shut_down_serve()
+        end_haproxy(node_ids)
+
+
+def _run(application: Application) -> None:
+    from ray import serve
+
+    try:
+        serve.run(application, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise _explained(error) from None
 
 
 def _existing_client() -> Any:
-    from ray.serve.context import _get_global_client
+    """Return the client of the Serve that runs on this cluster, or None. Ray has no public way to ask."""
+    from ray.serve import context
 
-    return _get_global_client(raise_if_no_controller_running=False)
+    return context._get_global_client(raise_if_no_controller_running=False)
 
 
 def _check_existing(client: Any, host: str, port: int) -> None:
@@ -195,17 +237,18 @@ def _check_existing(client: Any, host: str, port: int) -> None:
     options = client.http_config
     if (options.host, options.port) != (host, port):
         raise ConfigError(
-            f"this Ray cluster runs Serve on {options.host}:{options.port} already, and that can not change while it "
-            f"runs; use --set serve.port={options.port} serve.host={options.host}, or end it with `serve shutdown -y`"
+            f"this Ray cluster runs Serve on {options.host}:{options.port} already, and that can not change "
+            f"while it runs; use --set serve.port={options.port} serve.host={options.host}, or end it with "
+            "`serve shutdown -y`"
         )
     if APP_NAME in serve.status().applications:
         raise ConfigError(
-            f"this Ray cluster serves the application {APP_NAME!r} already on {host}:{port}; end that one first "
-            "(`serve shutdown -y`)"
+            f"this Ray cluster serves the application {APP_NAME!r} already on {host}:{port}; end that one "
+            "first (`serve shutdown -y`)"
         )
 
 
-def _shut_down_serve(node_ids: list[str]) -> None:
+def _shut_down_serve() -> None:
     import ray
     from ray import serve
 
@@ -218,11 +261,8 @@ def _shut_down_serve(node_ids: list[str]) -> None:
         _wait_until_serve_is_gone()
         serve.shutdown()
     except Exception as error:
-        # Whatever is left is ended below and, where Ray was started here, with Ray.
+        # Whatever is left ends with Ray where Ray was started here.
         progress.say(f"warning: Serve did not stop cleanly ({type(error).__name__})")
-    finally:
-        if ray.is_initialized():
-            end_haproxy(node_ids)
 
 
 def _wait_until_serve_is_gone() -> None:
@@ -233,12 +273,6 @@ def _wait_until_serve_is_gone() -> None:
     while time.monotonic() < deadline:
         if not any(actor["namespace"] == "serve" for actor in list_named_actors(all_namespaces=True)):
             return
-        time.sleep(_POLL_S)
-
-
-def _wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while alive(pids) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
@@ -277,57 +311,59 @@ class _Stop(BaseException):
     """A signal asked for the end."""
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[Callable[[], None]]:
-    """End the block, with its clean-up, at the first SIGINT, SIGTERM or SIGHUP; yields a function that waits for it.
+class _Signals:
+    """Ends the block with its clean-up at the first SIGINT, SIGTERM or SIGHUP.
 
-    Later signals change nothing: an interrupted clean-up would leave processes behind.
+    Later signals change nothing: a clean-up that is interrupted would leave processes behind.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    stopping = threading.Event()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if not stopping.is_set():
-            stopping.set()
-            raise _Stop
+    def __init__(self) -> None:
+        self._stopping = False
 
-    def install() -> None:
-        for number in numbers:
-            signal.signal(number, stop)
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        self.catch()
+        return self
 
-    def wait() -> NoReturn:
-        # Ray installs a SIGTERM handler of its own when it starts.
-        install()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        return kind is not None and issubclass(kind, _Stop)
+
+    def catch(self) -> None:
+        """Install the handlers; Ray replaces them when it starts."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._stop)
+
+    def wait(self) -> NoReturn:
+        """Sleep until a signal ends the block."""
         while True:
             signal.pause()
 
-    before = {number: signal.getsignal(number) for number in numbers}
-    install()
-    try:
-        yield wait
-    except _Stop:
-        pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if not self._stopping:
+            self._stopping = True
+            raise _Stop
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m serve.local", description=__doc__)
     parser.add_argument("--config", type=Path, help="YAML file of the scenario")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a value")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a value"
+    )
     parser.add_argument("--pointer", default="CURRENT", help="pointer of the store to serve")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
-        with _stopped_by_signals() as wait:
+        with _Signals() as signals:
             progress.stage(f"serve {config.name}")
-            with running(config, options.pointer) as url:
+            with running(config, options.pointer, connected=signals.catch) as url:
                 _announce(url)
-                wait()
+                signals.wait()
     except TwotowerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     progress.say("stopped")
     return 0

@@ -3,12 +3,14 @@
 Serve runs HAProxy as a child of one of its actors, from a configuration file in a folder named after the
 Ray node. That name tells our processes from anybody else's: nothing is ever ended by program name.
 
-Run as ``python -m serve.processes NODE_ID...`` this module is the guard of ``serve.local``: it waits until
-its standard input closes, which also happens when ``serve.local`` is killed, and ends what is left.
+Run as ``python -m serve.processes NODE_ID... PID:START...`` this module is the guard of ``serve.local``: it
+waits until its standard input closes, which also happens when ``serve.local`` is killed, and ends what is
+left of that HAProxy and of those processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 _POLL_S = 0.05
@@ -107,45 +110,86 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def alive(pids: Iterable[int]) -> list[int]:
-    """Return the PIDs that still run; a zombie does not."""
-    left = []
-    for pid in pids:
+@dataclass(frozen=True)
+class Process:
+    """One process: its PID and when it started, since PIDs are used again."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """Return the process that has a PID now; None where there is none, or only a zombie."""
         try:
-            state = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+            fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
         except OSError:
-            continue
-        if state != "Z":
-            left.append(pid)
-    return left
+            return None
+        # Of all fields of the file, the third is the state and the 22nd the start time.
+        return None if fields[0] == "Z" else cls(pid, fields[19])
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return Process.of(self.pid) == self
 
 
-def start_guard(node_ids: Iterable[str]) -> subprocess.Popen[bytes]:
-    """Start the guard process; close its ``stdin`` to end it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "serve.processes", *node_ids],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[1],
-        # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
-        start_new_session=True,
-    )
+def descendants(pid: int) -> set[Process]:
+    """Return all processes below a process."""
+    return {process for child in children(pid) if (process := Process.of(child))}
+
+
+def end(processes: Iterable[Process], patience_s: float, grace_s: float = _GRACE_S) -> None:
+    """Wait for processes to end by themselves, then ask them to (SIGTERM), then force them (SIGKILL)."""
+    left = list(processes)
+    for number, wait_s in ((None, patience_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+        for process in left:
+            if number is not None and process.alive:
+                _signal(process.pid, number)
+        deadline = time.monotonic() + wait_s
+        while (left := [process for process in left if process.alive]) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+
+class Guard:
+    """A process that cleans up when this one is gone without having done so."""
+
+    def __init__(self, node_ids: Iterable[str], processes: Iterable[Process]) -> None:
+        """Start it.
+
+        Args:
+            node_ids: Ray nodes whose HAProxy it ends.
+            processes: it ends these too.
+        """
+        names = [*node_ids, *(f"{process.pid}:{process.started}" for process in processes)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serve.processes", *names],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[1],
+            # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
+            start_new_session=True,
+        )
+
+    def close(self) -> None:
+        """Let it do its work, and wait for its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
-def _guard(node_ids: list[str]) -> None:
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+def _guard(names: list[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     while sys.stdin.buffer.read(1):
         pass
-    end_haproxy(node_ids)
+    end_haproxy(name for name in names if ":" not in name)
+    end((Process(int(name.split(":")[0]), name.split(":")[1]) for name in names if ":" in name), _GRACE_S)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ class BadRequest(Exception):
     """A request that is answered with an error of the one shape."""
 
     def __init__(
-        self, message: str, allowed: str, status: int = 422, code: str = "invalid_request",
+        self,
+        message: str,
+        allowed: str,
+        status: int = 422,
+        code: str = "invalid_request",
         details: list[dict[str, str]] | None = None,
     ) -> None:
         """Keep what the answer says."""
@@ -54,7 +58,7 @@ class BadRequest(Exception):
 def error_body(
     code: str, message: str, allowed: str, details: list[dict[str, str]] | None = None
 ) -> dict[str, Any]:
-    """Return the JSON of an error: what was wrong, what is allowed, and one entry for each thing that was wrong."""
+    """Return the JSON of an error: what was wrong, what is allowed, and an entry for each thing wrong."""
     return {"error": {"code": code, "message": message, "allowed": allowed, "details": details or []}}
 
 
@@ -111,7 +115,11 @@ _ENTRY_SCHEMA = {
         *_ID_SCHEMA["anyOf"],
         {
             "type": "object",
-            "properties": {"item_id": _ID_SCHEMA, "time": _TIME_SCHEMA, "weight": {"type": "number", "default": 1.0}},
+            "properties": {
+                "item_id": _ID_SCHEMA,
+                "time": _TIME_SCHEMA,
+                "weight": {"type": "number", "default": 1.0},
+            },
             "required": ["item_id"],
             "additionalProperties": False,
         },
@@ -128,7 +136,9 @@ class RetrieveRequest(BaseModel):
     """Number of items wanted."""
     user_id: Id | None = None
     """The user; an unknown one is served from history or features, and with neither from popularity."""
-    history: list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]] | None = None
+    history: list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]] | None = (
+        None
+    )
     """The user's items, oldest first; replaces the stored history."""
     features: dict[str, Any] = {}
     """Values of user feature columns; each replaces the stored value."""
@@ -189,7 +199,10 @@ def parse_retrieve(body: bytes, max_k: int) -> Query:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest(
-            f"the body is not JSON: {error}", 'a JSON object such as {"user_id": "1", "k": 10}', 400, "malformed_json"
+            f"the body is not JSON: {error}",
+            'a JSON object such as {"user_id": "1", "k": 10}',
+            400,
+            "malformed_json",
         ) from None
     if not isinstance(value, dict):
         raise BadRequest(
@@ -198,7 +211,9 @@ def parse_retrieve(body: bytes, max_k: int) -> Query:
     try:
         request = RetrieveRequest.model_validate(value)
     except ValidationError as error:
-        details = [_detail(e, max_k) for e in error.errors(include_url=False)]
+        # A misspelled key comes first: it is also why another is missing.
+        problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        details = [_detail(e, max_k) for e in problems]
         raise _invalid(details) from None
     check_k(request.k, max_k)
     history = request.history

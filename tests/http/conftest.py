@@ -14,7 +14,7 @@ import pytest
 
 from serve.local import running
 from serve.processes import free_port
-from tests.generations import build_store
+from tests.shop import build_store
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.retrieval.retriever import Retriever

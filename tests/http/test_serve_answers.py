@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.generations import NUM_ITEMS, NUM_OUTSIDE, NUM_USERS
 from tests.http.conftest import Client, Shop
+from tests.shop import NUM_ITEMS, NUM_OUTSIDE, NUM_USERS
 from twotower.retrieval.retriever import HistoryItem, Query, Retriever
 from twotower.schema import KINDS
 
@@ -27,7 +27,9 @@ def log_of(shop: Shop, user_id: str) -> list[tuple[str, int, float, int]]:
     assert row is not None
     part = slice(log.user_offsets[row], log.user_offsets[row + 1])
     ids = shop.dataset.item_ids.ids(log.item_row[part])
-    return list(zip(ids, log.time[part].tolist(), log.weight[part].tolist(), log.kind[part].tolist(), strict=True))
+    return list(
+        zip(ids, log.time[part].tolist(), log.weight[part].tolist(), log.kind[part].tolist(), strict=True)
+    )
 
 
 def positives(shop: Shop, user_id: str) -> list[dict[str, Any]]:
@@ -55,7 +57,9 @@ QUERIES: list[tuple[dict[str, Any], Query]] = [
 
 
 @pytest.mark.parametrize(("body", "query"), QUERIES, ids=range(len(QUERIES)))
-def test_the_answer_is_the_librarys(client: Client, library: Retriever, body: dict[str, Any], query: Query) -> None:
+def test_the_answer_is_the_librarys(
+    client: Client, library: Retriever, body: dict[str, Any], query: Query
+) -> None:
     answer = client.retrieve(**body).json
     expected = library.retrieve(query)
     assert answer["items"] == expected.items
@@ -163,7 +167,9 @@ def test_popular_items_are_those_that_most_users_have_had(client: Client, shop: 
     assert scores == sorted(scores, reverse=True)
     assert 0 < scores[0] <= 1
     best = items[0]["item_id"]
-    assert [i["item_id"] for i in client.items(k=3, exclude_items=[best])] == [i["item_id"] for i in items[1:4]]
+    assert [i["item_id"] for i in client.items(k=3, exclude_items=[best])] == [
+        i["item_id"] for i in items[1:4]
+    ]
     assert [i["item_id"] for i in client.items(k=3, history=["zz", best], at="2024-01-01")]
 
 

@@ -1,4 +1,4 @@
-"""Bad requests: each gets a 4xx that says what was wrong and what is allowed, in one shape, and gives nothing away."""
+"""Bad requests: each gets a 4xx of one shape that says what was wrong and what is allowed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"k": 5, "history": ["1", False]}, "history[1].item_id: false is no id", ID),
     ({"k": 5, "history": [["1"]]}, "history[0].item_id", ID),
     ({"k": 5, "history": [{}]}, "history[0].item_id: is missing", ID),
-    ({"k": 5, "history": [{"item": "1"}]}, "history[0].item: there is no such key; did you mean 'item_id'?", "item_id"),
+    (
+        {"k": 5, "history": [{"item": "1"}]},
+        "history[0].item: there is no such key; did you mean 'item_id'?",
+        "item_id",
+    ),
     ({"k": 5, "history": [{"item_id": "1", "time": 5}]}, "history[0].time: 5 is no time", "ISO 8601"),
     ({"k": 5, "history": [{"item_id": "1", "time": "soon"}]}, '"soon" is no ISO 8601 time', "ISO 8601"),
     ({"k": 5, "history": [{"item_id": "1", "weight": "1"}]}, "history[0].weight", "a number"),
@@ -89,7 +93,9 @@ BODIES: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("body", "message", "allowed"), BODIES, ids=range(len(BODIES)))
-def test_values_that_are_not_allowed(client: Client, shop: Shop, body: dict[str, Any], message: str, allowed: str) -> None:
+def test_values_that_are_not_allowed(
+    client: Client, shop: Shop, body: dict[str, Any], message: str, allowed: str
+) -> None:
     check(client.retrieve(**body), shop, 422, message, allowed)
 
 
@@ -111,7 +117,9 @@ RAW: list[tuple[bytes, int, str]] = [
 
 
 @pytest.mark.parametrize(("body", "status", "message"), RAW, ids=range(len(RAW)))
-def test_bodies_that_are_no_requests(client: Client, shop: Shop, body: bytes, status: int, message: str) -> None:
+def test_bodies_that_are_no_requests(
+    client: Client, shop: Shop, body: bytes, status: int, message: str
+) -> None:
     allowed = "at most 1048576 bytes" if status == 413 else "a JSON object such as"
     check(client.send("POST", "/v1/retrieve", body), shop, status, message, allowed)
 
@@ -146,7 +154,13 @@ def test_paths_and_parameters(
 
 def test_every_problem_is_listed(client: Client) -> None:
     error = client.retrieve(k=0.5, user_id=True, history=[{"time": 1}], at="x").json["error"]
-    assert [d["where"] for d in error["details"]] == ["k", "user_id", "history[0].item_id", "history[0].time", "at"]
+    assert [d["where"] for d in error["details"]] == [
+        "k",
+        "user_id",
+        "history[0].item_id",
+        "history[0].time",
+        "at",
+    ]
 
 
 def test_the_service_still_answers(client: Client) -> None:

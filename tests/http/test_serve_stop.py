@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.processes import alive, children, free_port, port_is_free
-from tests.generations import build_store
+from serve.processes import Process, descendants, free_port, port_is_free
 from tests.http.conftest import Shop
+from tests.shop import build_store
 
 ROOT = Path(__file__).parents[2]
 START_S, STOP_S = 180, 60
@@ -40,14 +40,14 @@ class Command:
             text=True,
             start_new_session=True,
         )
-        self.pids: set[int] = set()
+        self.started: set[Process] = set()
 
     def wait_until_ready(self, url: str) -> None:
         """Poll until the service answers, and note the processes on the way."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.communicate()[0]
-            self.pids |= set(children(self.process.pid))
+            self.started |= descendants(self.process.pid)
             try:
                 if urllib.request.urlopen(f"{url}/readyz", timeout=2).status == 200:
                     break
@@ -55,26 +55,34 @@ class Command:
                 time.sleep(0.1)
         else:
             pytest.fail("not ready in time")
-        self.pids |= set(children(self.process.pid))
+        self.started |= descendants(self.process.pid)
 
     def output(self) -> str:
         """Wait for the end and return what was printed."""
         return self.process.communicate(timeout=STOP_S)[0]
 
-    def left(self) -> list[int]:
-        """Return the PIDs that still run some time after the end."""
+    def left(self) -> list[str]:
+        """Return the command lines that still run some time after the end."""
         deadline = time.monotonic() + STOP_S
-        while (pids := alive(self.pids)) and time.monotonic() < deadline:
+        while (left := [p.pid for p in self.started if p.alive]) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return pids
+        return [f"{pid} {command_line(pid)}" for pid in left]
 
     def clean_up(self) -> None:
         """End what a failed test left."""
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(STOP_S)
-        for pid in alive(self.pids):
-            os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            if process.alive:
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 @pytest.fixture
@@ -93,12 +101,13 @@ def config_path(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def listening(pids: set[int]) -> set[tuple[str, int]]:
+def listening(processes: set[Process]) -> set[tuple[str, int]]:
     """Return the TCP addresses that processes listen on, as (hexadecimal address, port)."""
     inodes = set()
-    for pid in pids:
+    for process in processes:
+        folder = f"/proc/{process.pid}/fd"
         try:
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            links = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
         except OSError:
             continue
         inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
@@ -113,27 +122,32 @@ def listening(pids: set[int]) -> set[tuple[str, int]]:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_nothing_is_left_after_the_end(config_path: Path, commands: list[Command], number: signal.Signals) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "Ctrl-C"])
+def test_nothing_is_left_after_the_end(config_path: Path, commands: list[Command], how: str) -> None:
     port = free_port()
     command = Command("--config", str(config_path), "--set", f"serve.port={port}")
     commands.append(command)
     command.wait_until_ready(f"http://127.0.0.1:{port}")
-    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive(command.pids)]
+    names = [command_line(process.pid) for process in command.started]
     # The guard against a vacuous pass: all of these run and listen now.
-    assert any(b"haproxy" in name for name in names)
-    assert any(b"Retrieval" in name for name in names)
-    addresses = listening(command.pids)
+    assert any("haproxy" in name for name in names)
+    assert any("Retrieval" in name for name in names)
+    addresses = listening(command.started)
     assert ("0100007F", port) in addresses
     assert not any(p == port and address != "0100007F" for address, p in addresses)
     held = {p for _, p in addresses}
     assert len(held) > 5
 
-    os.kill(command.process.pid, number)
+    if how == "Ctrl-C":
+        # A terminal sends it to the whole process group, twice for an impatient person.
+        os.killpg(command.process.pid, signal.SIGINT)
+        os.killpg(command.process.pid, signal.SIGINT)
+    else:
+        os.kill(command.process.pid, signal.Signals[how])
     output = command.output()
     assert command.left() == []
     assert [p for p in held if not port_is_free("", p)] == []
-    if number == signal.SIGTERM:
+    if how != "SIGKILL":
         assert command.process.returncode == 0, output
         lines = output.strip().splitlines()
         assert len(lines) < 20, output
@@ -162,7 +176,9 @@ def test_a_port_that_is_taken(config_path: Path) -> None:
         (["--set", "serve.port=0"], "serve.port"),
     ],
 )
-def test_what_can_not_be_served_says_so_at_once(config_path: Path, arguments: list[str], message: str) -> None:
+def test_what_can_not_be_served_says_so_at_once(
+    config_path: Path, arguments: list[str], message: str
+) -> None:
     command = Command("--config", str(config_path), *arguments)
     output = command.output()
     assert command.process.returncode == 2
@@ -202,7 +218,9 @@ def test_the_deploy_file_is_valid() -> None:
     assert schema.http_options.host == "127.0.0.1"
     assert application["import_path"] == "serve.app:build"
     built = build_app(
-        call_user_app_builder_with_args_if_necessary(build, application["args"]), name="twotower", default_runtime_env={}
+        call_user_app_builder_with_args_if_necessary(build, application["args"]),
+        name="twotower",
+        default_runtime_env={},
     )
     known = {deployment.name for deployment in built.deployments}
     for deployment in application["deployments"]:

@@ -68,7 +68,9 @@ def test_a_known_user_has_his_stored_history(inputs: Inputs) -> None:
     assert found.excluded.tolist() == [0, 1, 3, 4]
 
 
-@pytest.mark.parametrize(("at", "rows"), [(41, [0, 3, 5]), (40, [3, 5, 1]), (30, [5, 1, -1]), (10, [-1, -1, -1])])
+@pytest.mark.parametrize(
+    ("at", "rows"), [(41, [0, 3, 5]), (40, [3, 5, 1]), (30, [5, 1, -1]), (10, [-1, -1, -1])]
+)
 def test_only_what_is_strictly_before_the_moment_counts(inputs: Inputs, at: int, rows: list[int]) -> None:
     stored = inputs.resolve(Query(k=7, user_id="u0", at=at), NOW)
     assert stored.history_rows.tolist() == rows
@@ -92,14 +94,22 @@ def test_items_without_a_time_count_at_every_moment(inputs: Inputs) -> None:
 
 
 def test_unknown_items_take_no_place(inputs: Inputs) -> None:
-    history = [HistoryItem("i1"), HistoryItem("nobody"), HistoryItem("i2"), HistoryItem("none"), HistoryItem("i0")]
+    history = [
+        HistoryItem("i1"),
+        HistoryItem("nobody"),
+        HistoryItem("i2"),
+        HistoryItem("none"),
+        HistoryItem("i0"),
+    ]
     found = inputs.resolve(Query(k=7, history=history), NOW)
     assert found.history_rows.tolist() == [0, 2, 1]
     assert found.excluded.tolist() == [0, 1, 2]
 
 
 def test_exclusions(inputs: Inputs) -> None:
-    query = Query(k=7, user_id="u1", history=[HistoryItem("i0")], exclude_seen=False, exclude_items=["i4", "x5", "zz"])
+    query = Query(
+        k=7, user_id="u1", history=[HistoryItem("i0")], exclude_seen=False, exclude_items=["i4", "x5", "zz"]
+    )
     assert inputs.resolve(query, NOW).excluded.tolist() == [4]
     # Later items of the history are not encoded, and are still not recommended.
     late = Query(k=7, history=[HistoryItem("i3", time=NOW + 1)])
@@ -142,7 +152,10 @@ def test_a_history_is_of_no_use_to_a_model_without_one() -> None:
 def test_given_features_replace_stored_ones_one_by_one() -> None:
     age = FittedFeature(spec=NumericFeature(name="age"), mean=30.0, std=10.0)
     schema = make_schema(group=GENRE, age=age)
-    stored = {"group": np.array([[1], [2], [-1]], np.int32), "age": np.array([[1, 0], [2, 0], [0, 1]], np.float32)}
+    stored = {
+        "group": np.array([[1], [2], [-1]], np.int32),
+        "age": np.array([[1, 0], [2, 0], [0, 1]], np.float32),
+    }
     inputs = make_inputs(schema, stored)
     assert inputs.user_columns == ["age", "age_group"]
 
@@ -214,7 +227,9 @@ def test_feature_values_that_are_not_allowed(features: dict[str, Any], name: str
         ({"face": [1, 2, 3, 4.5]}, "face", [[1, 2, 3, 4.5]]),
     ],
 )
-def test_feature_values_of_each_type(features: dict[str, Any], name: str, expected: list[list[float]]) -> None:
+def test_feature_values_of_each_type(
+    features: dict[str, Any], name: str, expected: list[list[float]]
+) -> None:
     columns = make_inputs(make_schema(**FEATURES), {}).resolve(Query(k=7, features=features), NOW).columns
     assert columns[name].tolist() == expected
 

@@ -30,7 +30,7 @@ _LINE = re.compile(r'^export (?P<name>[A-Z][A-Za-z0-9_]*)="\$\{(?P=name):-(?P<va
 
 
 def read_settings(path: Path = RAY_ENV_PATH) -> dict[str, str]:
-    """Return the variables of ``deploy/ray.env`` by name, or the built-in ones where the file is not there."""
+    """Return the variables of ``deploy/ray.env`` by name, or the built-in ones where it is not there."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:

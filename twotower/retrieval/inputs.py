@@ -127,7 +127,7 @@ class Inputs:
         return Input(strategy, row, rows, weights, {**stored, **given}, self._excluded(query, row, listed))
 
     def batch(self, inputs: Sequence[Input]) -> tuple[IntArray, Columns, IntArray, FloatArray]:
-        """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H] twice."""
+        """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H]."""
         columns = {f.spec.name: _stacked([i.columns[f.spec.name] for i in inputs]) for f in self._static}
         return (
             np.array([i.user_row for i in inputs], dtype=np.int64),
@@ -137,7 +137,7 @@ class Inputs:
         )
 
     def _listed_rows(self, query: Query) -> IntArray:
-        """Return the rows of the items of the query's history, -1 for those that are not in the vocabulary."""
+        """Return the rows of the items of the query's history, -1 outside the vocabulary."""
         if not query.history:
             return np.zeros(0, np.int64)
         return self.item_ids.rows([h.item_id for h in query.history], missing="negative")
@@ -180,7 +180,9 @@ class Inputs:
             if name not in known:
                 raise NotAllowedError(
                     f"features: the model has no user column {name!r}",
-                    ", ".join(known) if known else "none: this model has no features of users beside id and history",
+                    ", ".join(known)
+                    if known
+                    else "none: this model has no features of users beside id and history",
                 )
         return _encoded([f for f in self._static if _column(f) in values], values)
 
@@ -220,7 +222,9 @@ def _checked(feature: FittedFeature, value: Any) -> Any:
         if number:
             return float(value)
     elif isinstance(spec, VectorFeature):
-        if isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+        if isinstance(value, list) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
+        ):
             return [float(v) for v in value]
     elif isinstance(spec, MultiHotFeature) and isinstance(value, list):
         if all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in value):

@@ -44,7 +44,7 @@ class Query:
     k: int
     """Number of items wanted, 1 or more."""
     user_id: str | None = None
-    """External id; None or an unknown one is served from history or features, and with neither from popularity."""
+    """External id; None or an unknown one is served from history or features, else from popularity."""
     history: Sequence[HistoryItem] | None = None
     """The user's items, oldest first; None takes the stored history."""
     features: dict[str, Any] = field(default_factory=dict)

@@ -81,7 +81,7 @@ class Retriever:
         return self._generation.id
 
     def prepare_thread(self) -> None:
-        """Set the number of torch threads for the calling thread; call it once in each thread that retrieves."""
+        """Set the number of torch threads; call it once in each thread that retrieves."""
         torch.set_num_threads(self._threads)
 
     def warm_up(self) -> None:
@@ -103,8 +103,16 @@ class Retriever:
         """Return the facts of the generation that a client may want, as plain JSON values without paths."""
         manifest = self._generation.manifest
         names = (
-            "id", "created", "checkpoint_fingerprint", "dataset_fingerprint", "vocabulary_hash", "embedding_dim",
-            "metric", "num_items", "as_of", "index",
+            "id",
+            "created",
+            "checkpoint_fingerprint",
+            "dataset_fingerprint",
+            "vocabulary_hash",
+            "embedding_dim",
+            "metric",
+            "num_items",
+            "as_of",
+            "index",
         )
         facts = {name: manifest[name] for name in names}
         return {
@@ -136,8 +144,10 @@ class Retriever:
         ranked = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
         vectors = self._encode([inputs[i] for i in ranked])
         encoded = time.perf_counter()
-        hits = [self._popular(each.excluded, query.k) if each.strategy == "popular" else None
-                for each, query in zip(inputs, queries, strict=True)]
+        hits = [
+            self._popular(each.excluded, query.k) if each.strategy == "popular" else None
+            for each, query in zip(inputs, queries, strict=True)
+        ]
         for k in sorted({queries[i].k for i in ranked}):
             places = [place for place, i in enumerate(ranked) if queries[i].k == k]
             excluded = [inputs[ranked[place]].excluded for place in places]
@@ -145,7 +155,9 @@ class Retriever:
                 hits[ranked[place]] = found
         searched = time.perf_counter()
         items = [
-            self._described(found, query.fields) for found, query in zip(hits, queries, strict=True) if found is not None
+            self._described(found, query.fields)
+            for found, query in zip(hits, queries, strict=True)
+            if found is not None
         ]
         timing = _timing(start, encoded, searched)
         return [
@@ -164,7 +176,9 @@ class Retriever:
         self._check(k, fields)
         row = self._item_ids.row(item_id)
         if row is None or row >= len(self._popularity):
-            reason = "is not known" if row is None else "only occurs in interactions, it is not in the catalogue"
+            reason = (
+                "is not known" if row is None else "only occurs in interactions, it is not in the catalogue"
+            )
             shown = item_id if len(item_id) <= 60 else item_id[:60] + "..."
             raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
         vector = self._searcher.vectors([row])
@@ -180,7 +194,8 @@ class Retriever:
         for name in fields:
             if name not in self.item_fields:
                 raise NotAllowedError(
-                    f"fields: items have no column {name!r}", ", ".join(self.item_fields) or "none: items have ids only"
+                    f"fields: items have no column {name!r}",
+                    ", ".join(self.item_fields) or "none: items have ids only",
                 )
 
     def _encode(self, inputs: Sequence[Input]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,120 @@
+"""A small published generation: own files with user features, negatives and items outside the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from tests.generations import plain_generation
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
+from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
+from twotower.model.towers import TwoTower
+from twotower.retrieval.store import Store
+
+NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 37, 59, 3
+
+
+def write_files(folder: Path) -> None:
+    """Write interactions, items and users; ids are integers, users of an odd number have features."""
+    rng = np.random.default_rng(8)
+    rows = []
+    for user in range(NUM_USERS):
+        items = rng.permutation(NUM_ITEMS + NUM_OUTSIDE)[: rng.integers(8, 19)]
+        begin = 1_700_000_000 + int(rng.integers(10_000_000))
+        for place, item in enumerate(items):
+            event = ("like", "love", "view", "dislike")[int(rng.integers(4)) if place > 4 else place % 2]
+            rows.append((user, 1000 + int(item), begin + 86_400 * place, event))
+    names = ["user", "item", "time", "event"]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    folder.mkdir(parents=True)
+    pacsv.write_csv(pa.table(columns, names=names), folder / "interactions.csv")
+    genres = ["Comedy", "Drama", "Horror", "War"]
+    items = pa.table(
+        {
+            "item": [1000 + i for i in range(NUM_ITEMS)],
+            "name": [f"Title {i}" for i in range(NUM_ITEMS)],
+            "genres": ["|".join(rng.permutation(genres)[: rng.integers(1, 4)]) for _ in range(NUM_ITEMS)],
+            "year": rng.integers(1950, 2020, NUM_ITEMS),
+        }
+    )
+    pacsv.write_csv(items, folder / "items.csv")
+    odd = list(range(1, NUM_USERS, 2))
+    users = pa.table(
+        {
+            "user": odd,
+            "age": rng.integers(18, 80, len(odd)),
+            "group": [["red", "green", "blue"][u % 3] for u in odd],
+        }
+    )
+    pacsv.write_csv(users, folder / "users.csv")
+
+
+def make_config(root: Path) -> Config:
+    """Return a configuration on these files; every width differs."""
+    files = root / "files"
+    return parse_config(
+        {
+            "name": "shop",
+            "storage": {"root": str(root / "runs")},
+            "data": {
+                "source": {
+                    "kind": "files",
+                    "interactions": str(files / "interactions.csv"),
+                    "columns": {
+                        "user": "user",
+                        "item": "item",
+                        "time": "time",
+                        "time_unit": "s",
+                        "event": "event",
+                    },
+                    "events": {"like": 1.0, "love": 0.25, "view": "seen_only", "dislike": "negative"},
+                    "items": {"path": str(files / "items.csv"), "id": "item", "title": "name"},
+                    "users": {"path": str(files / "users.csv"), "id": "user"},
+                }
+            },
+            "features": {
+                "query": [
+                    {"name": "user_id", "type": "id", "dim": 5},
+                    {"name": "history", "type": "history", "dim": 14, "max_length": 6, "pooling": "weighted"},
+                    {"name": "taste", "type": "profile", "of": "genres", "max_length": 8},
+                    {"name": "age", "type": "numeric"},
+                    {"name": "colour", "type": "categorical", "column": "group", "dim": 3},
+                ],
+                "item": [
+                    {"name": "item_id", "type": "id", "dim": 14},
+                    {"name": "genres", "type": "multi_hot", "dim": 7},
+                    {"name": "year", "type": "numeric"},
+                ],
+            },
+            "model": {"embedding_dim": 11, "query_tower": {"hidden": [23]}, "item_tower": {"hidden": [19]}},
+            "index": {"num_shards": 3},
+            "serve": {"max_k": 200},
+        }
+    )
+
+
+def build_store(root: Path) -> tuple[Config, Dataset, Path]:
+    """Prepare, initialise a model, build and publish."""
+    write_files(root / "files")
+    config = make_config(root)
+    dataset = prepare(config)
+    checkpoint = fresh_checkpoint(config, dataset, root / "checkpoint")
+    path = plain_generation(config, dataset, checkpoint, "g1")
+    Store(config.store).publish("g1")
+    return config, dataset, path
+
+
+def fresh_checkpoint(config: Config, dataset: Dataset, path: Path, seed: int = 3) -> Checkpoint:
+    """Return a checkpoint of an untrained model."""
+    model = TwoTower(dataset.schema, config.model, 0.1, seed=seed)
+    # Small initial weights would give all users nearly the same ranking.
+    for table in model.tables.values():
+        table.data *= 1.0 / table.data.std()
+    path.mkdir(parents=True)
+    write_checkpoint(path, weights_of(model), dataset, config, {})
+    return Checkpoint.open(path)
