@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
-from twotower.cluster.build import build_generation
+from twotower.cluster.build import build_generation, generation_id
 from twotower.cluster.encode import EncodeItems, encode_catalogue, load_vectors
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError, RefusedError
+from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
@@ -152,12 +152,6 @@ def test_a_generation_built_on_ray_is_that_of_one_process(
     store.publish(path.name)
     assert store.current() == path.name
 
-    other = build_generation(
-        with_index(config, config.storage.path, num_shards=2), small_dataset, checkpoint.path
-    )
-    assert other != path
-    assert set(store.generations()) == {path.name, other.name}
-
 
 def test_an_index_that_can_not_be_built_says_so_plainly(
     ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
@@ -171,28 +165,13 @@ def test_an_index_that_can_not_be_built_says_so_plainly(
     assert list((store.root / ".work").glob("*-*")) == []
 
 
-def test_an_approximate_index_is_tuned_to_its_target_or_refused(
-    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    tuned = with_index(config, tmp_path, factory="IVF8,Flat", target_index_recall=0.9)
-    path = build_generation(tuned, small_dataset, checkpoint.path)
-    index = Generation.open(path).manifest["index"]
-    assert 1 < index["effort"]["nprobe"] <= 8
-    assert index["index_recall"] > 0.8
-
-    coarse = with_index(config, tmp_path, factory="PQ2x4")
-    path = build_generation(coarse, small_dataset, checkpoint.path)
-    assert Generation.open(path).manifest["index"]["index_recall"] < 0.95
-    store = Store(coarse.store)
-    with pytest.raises(RefusedError, match="PQ2x4"):
-        store.publish(path.name)
-    assert store.current() is None
-    store.publish(path.name, force=True)
-    assert store.current() == path.name
-
-
 def test_a_broken_tower_and_a_foreign_vocabulary_are_refused(
-    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+    ray_local: None,
+    config: Config,
+    small_dataset: Dataset,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = TwoTower(small_dataset.schema, config.model, config.train.loss.temperature, seed=1)
     weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights_of(model).items()}
@@ -200,9 +179,27 @@ def test_a_broken_tower_and_a_foreign_vocabulary_are_refused(
     write_checkpoint(tmp_path / "nan", weights, small_dataset, config, {})
     with pytest.raises(ConfigError, match=r"^vector \d+ holds NaN"):
         build_generation(with_index(config, tmp_path), small_dataset, tmp_path / "nan")
+    assert "Traceback" not in capfd.readouterr().err
 
     foreign = Dataset.open(small_dataset.path)
     foreign.manifest = {**foreign.manifest, "vocabulary_hash": "another"}
     with pytest.raises(ArtefactMismatchError, match="another"):
         build_generation(with_index(config, tmp_path), foreign, checkpoint.path)
     assert Store(with_index(config, tmp_path).store).generations() == []
+
+
+def test_other_inputs_have_another_name(
+    config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    name = generation_id(config, small_dataset, checkpoint)
+    elsewhere = with_index(config, tmp_path)
+    assert generation_id(elsewhere, small_dataset, checkpoint) == name
+    other = untrained_checkpoint(config, small_dataset, tmp_path / "other", seed=4)
+    names = {
+        name,
+        generation_id(config, small_dataset, other),
+        generation_id(with_index(config, tmp_path, num_shards=2), small_dataset, checkpoint),
+        generation_id(with_index(config, tmp_path, factory="HNSW8"), small_dataset, checkpoint),
+        generation_id(with_index(config, tmp_path, target_index_recall=0.9), small_dataset, checkpoint),
+    }
+    assert len(names) == 5

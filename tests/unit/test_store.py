@@ -184,3 +184,29 @@ def test_publishing_processes_exclude_each_other(store: Store) -> None:
         assert process.exitcode == 0
     winners = [name for name, won in results.items() if won]
     assert winners == [store.current()]
+
+
+def test_an_approximate_index_is_tuned_to_its_target_or_refused(
+    small_values: Callable[..., dict[str, Any]], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    def build(name: str, **index: Any) -> tuple[Store, dict[str, Any]]:
+        values = small_values(tmp_path)
+        values["index"] |= {"num_recall_queries": 100, **index}
+        config = parse_config(values)
+        checkpoint = untrained_checkpoint(config, small_dataset, tmp_path / f"checkpoint-{name}")
+        directory = plain_generation(config, small_dataset, checkpoint, name)
+        return Store(config.store), json.loads((directory / MANIFEST).read_text())["index"]
+
+    store, index = build("tuned", factory="IVF8,Flat", target_index_recall=0.8)
+    assert 1 < index["effort"]["nprobe"] < 8
+    # It was tuned on other queries than it is reported on, so that it may miss its target by a little.
+    assert index["index_recall"] > 0.75
+    assert index["num_queries"] == 100
+
+    store, index = build("coarse", factory="PQ2x4")
+    assert index["index_recall"] < index["target_index_recall"] == 0.95
+    with pytest.raises(RefusedError, match="PQ2x4"):
+        store.publish("coarse")
+    assert store.current() is None
+    store.publish("coarse", force=True)
+    assert store.current() == "coarse"
