@@ -19,7 +19,8 @@ import torch
 from twotower import errors
 from twotower.cluster.failures import plain_errors
 from twotower.cluster.native_log import without_native_log
-from twotower.cluster.session import quiet, wants_gpu
+from twotower.cluster.pool import without_bars
+from twotower.cluster.session import wants_gpu
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW, Dataset
 from twotower.errors import ArtefactError, TwotowerError
@@ -108,7 +109,7 @@ def encode_catalogue(
     if use_gpu:
         size = max(1, min(size, int(ray.cluster_resources()["GPU"])))
     # More actors than batches would only load the model.
-    size = min(size, -(-num_items // cluster.encode_batch_size))
+    size = max(1, min(size, -(-num_items // cluster.encode_batch_size)))
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint_dir.absolute()),
         "directory": str(out_dir),
@@ -116,38 +117,36 @@ def encode_catalogue(
         "device": "cuda" if use_gpu else "cpu",
         "threads": max(1, int(cluster.cpus_per_encoder)),
     }
-    quiet()
-    context = ray.data.DataContext.get_current()
-    shown = context.enable_progress_bars
-    context.enable_progress_bars = False
     parts: list[Part] = []
-    try:
-        with plain_errors(), without_native_log(), bar(num_items, "encode", unit="items") as progress:
-            items = ray.data.read_parquet(
-                dataset.item_paths,
-                num_cpus=cluster.cpus_per_reader,
-                override_num_blocks=max(len(dataset.item_paths), size * _READ_BLOCKS_PER_ENCODER),
-            ).select_columns(_needed_columns(dataset, checkpoint.schema))
-            facts = items.map_batches(
-                encoder,
-                fn_constructor_kwargs=settings,
-                batch_size=cluster.encode_batch_size,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=size),
-                num_cpus=cluster.cpus_per_encoder,
-                num_gpus=1 if use_gpu else None,
-            )
-            tables: Iterator[Any] = iter(
-                facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-            )
-            for table in tables:
-                for fact in table.to_pylist():
-                    if fact["error"]:
-                        raise getattr(errors, fact["error"])(fact["message"])
-                    parts.append(Part(fact["path"], fact["shard_rows"]))
-                    progress.update(parts[-1].num_rows)
-    finally:
-        context.enable_progress_bars = shown
+    with (
+        without_bars(),
+        plain_errors(),
+        without_native_log(),
+        bar(num_items, "encode", unit="items") as progress,
+    ):
+        items = ray.data.read_parquet(
+            dataset.item_paths,
+            num_cpus=cluster.cpus_per_reader,
+            override_num_blocks=max(len(dataset.item_paths), size * _READ_BLOCKS_PER_ENCODER),
+        ).select_columns(_needed_columns(dataset, checkpoint.schema))
+        facts = items.map_batches(
+            encoder,
+            fn_constructor_kwargs=settings,
+            batch_size=cluster.encode_batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=size),
+            num_cpus=cluster.cpus_per_encoder,
+            num_gpus=1 if use_gpu else None,
+        )
+        tables: Iterator[Any] = iter(
+            facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        )
+        for table in tables:
+            for fact in table.to_pylist():
+                if fact["error"]:
+                    raise getattr(errors, fact["error"])(fact["message"])
+                parts.append(Part(fact["path"], fact["shard_rows"]))
+                progress.update(parts[-1].num_rows)
     remove_strays(out_dir, parts)
     check_parts(parts, num_items)
     return parts
