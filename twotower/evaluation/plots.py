@@ -184,7 +184,7 @@ def _write_titles(
         if not title:
             continue
         text = axes.annotate(
-            _short(title, 32), point, xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=_INK,
+            _short(title, 40), point, xytext=(4, 3), textcoords="offset points", fontsize=7.5, color=_INK,
             bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
         )  # fmt: skip
         box = text.get_window_extent(renderer).padded(6)
