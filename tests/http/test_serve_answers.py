@@ -43,17 +43,30 @@ def positives(shop: Shop, user_id: str) -> list[dict[str, Any]]:
 
 QUERIES: list[tuple[dict[str, Any], Query]] = [
     *(({"user_id": u, "k": 13}, Query(user_id=u, k=13)) for u in USERS),
-    ({"user_id": 10, "k": 4, "fields": ["title", "genres"]}, Query(user_id="10", k=4, fields=["title", "genres"])),
+    (
+        {"user_id": 10, "k": 4, "fields": ["title", "genres"]},
+        Query(user_id="10", k=4, fields=["title", "genres"]),
+    ),
     ({"user_id": "10", "k": 200, "exclude_seen": False}, Query(user_id="10", k=200, exclude_seen=False)),
-    ({"k": 9, "history": [1003, "1007", {"item_id": 1012, "weight": 0.5}]},
-     Query(k=9, history=[HistoryItem("1003"), HistoryItem("1007"), HistoryItem("1012", weight=0.5)])),
+    (
+        {"k": 9, "history": [1003, "1007", {"item_id": 1012, "weight": 0.5}]},
+        Query(k=9, history=[HistoryItem("1003"), HistoryItem("1007"), HistoryItem("1012", weight=0.5)]),
+    ),
     ({"k": 6, "features": {"age": 44, "group": "red"}}, Query(k=6, features={"age": 44, "group": "red"})),
-    ({"k": 8, "user_id": "7", "features": {"group": "blue"}}, Query(k=8, user_id="7", features={"group": "blue"})),
+    (
+        {"k": 8, "user_id": "7", "features": {"group": "blue"}},
+        Query(k=8, user_id="7", features={"group": "blue"}),
+    ),
     ({"k": 5}, Query(k=5)),
-    ({"k": 7, "user_id": "nobody", "exclude_items": [1001, "1002"]},
-     Query(k=7, user_id="nobody", exclude_items=["1001", "1002"])),
-    ({"k": 12, "user_id": "5", "at": "2023-12-01T00:00:00"}, Query(k=12, user_id="5", at=1_701_388_800_000_000)),
-]  # fmt: skip
+    (
+        {"k": 7, "user_id": "nobody", "exclude_items": [1001, "1002"]},
+        Query(k=7, user_id="nobody", exclude_items=["1001", "1002"]),
+    ),
+    (
+        {"k": 12, "user_id": "5", "at": "2023-12-01T00:00:00"},
+        Query(k=12, user_id="5", at=1_701_388_800_000_000),
+    ),
+]
 
 
 @pytest.mark.parametrize(("body", "query"), QUERIES, ids=range(len(QUERIES)))
