@@ -106,3 +106,16 @@ def test_validation_masks_train_and_never_reads_test(small_dataset: Dataset) -> 
         masked = users.masked_rows[users.masked_offsets[q] : users.masked_offsets[q + 1]]
         assert set(relevant) == set(items[splits == SPLITS["validation"]].tolist())
         assert set(masked) == set(items[splits == SPLITS["train"]].tolist())
+
+
+def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -> None:
+    examples = Examples(small_dataset, "train")
+    some, candidates = np.arange(0, 900, 90), np.array([3, 5, 3, 200, 17, 41, 60])
+    train = small_dataset.interactions.select(small_dataset.interactions.split == SPLITS["train"])
+    pairs = set(zip(train.user_row.tolist(), train.item_row.tolist(), strict=True))
+    for _ in range(2):  # nothing is left over from the call before
+        known = examples.known_positives(some, candidates)
+        users = examples._user_of[examples._examples[some]]
+        expected = [[(int(u), int(c)) in pairs for c in candidates] for u in users]
+        assert known.tolist() == expected
+    assert 0 < known.sum() < known.size
