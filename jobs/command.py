@@ -31,15 +31,6 @@ RESULT_PREFIX = "TWOTOWER_RESULT"
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-# Ray's own chatter, which would bury the progress of a stage. A value that is already set is kept: to look
-# into Ray itself, RAY_BACKEND_LOG_LEVEL=info gives a Ray that the job starts its log files back.
-QUIET = {
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-}
-
 
 @dataclass(frozen=True)
 class Result:
@@ -85,8 +76,6 @@ def run(
     """
     options = _parser(job, description, arguments, default_config).parse_args(argv)
     apply_environment()
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         config = load_config(options.config, [item for group in options.set for item in group])
