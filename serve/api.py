@@ -35,7 +35,16 @@ from twotower.retrieval.retriever import Retriever
 MAX_BODY_BYTES = 1 << 20
 _REQUEST_ID = b"x-request-id"
 _MAX_REQUEST_ID_LENGTH = 200
-_ROUTES = "POST /v1/retrieve, GET /v1/items/{item_id}/similar, GET /v1/generation, GET /healthz, GET /readyz, GET /docs"
+_ROUTES = ", ".join(
+    [
+        "POST /v1/retrieve",
+        "GET /v1/items/{item_id}/similar",
+        "GET /v1/generation",
+        "GET /healthz",
+        "GET /readyz",
+        "GET /docs",
+    ]
+)
 _EXAMPLE = {"user_id": "42", "k": 10}
 _EXAMPLE_HISTORY = {
     "history": ["1", {"item_id": "50", "time": "2026-01-31T10:00:00Z", "weight": 0.75}],
@@ -99,8 +108,13 @@ def to_json(answer: Answer) -> bytes:
     )
 
 
-def make_api(service: Service) -> FastAPI:
-    """Return the application that answers over HTTP for a service."""
+def make_api(service: Service, request_ids: bool = True) -> FastAPI:
+    """Return the application that answers over HTTP for a service.
+
+    Args:
+        service: answers.
+        request_ids: answer with X-Request-ID; Ray Serve does so itself.
+    """
     api = FastAPI(
         title="twotower",
         version=twotower.__version__,
@@ -195,7 +209,8 @@ def make_api(service: Service) -> FastAPI:
         return _json(orjson.dumps(content))
 
     _add_error_handlers(api)
-    api.add_middleware(RequestIds)
+    if request_ids:
+        api.add_middleware(RequestIds)
     return api
 
 
@@ -260,8 +275,7 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [h for h in message["headers"] if h[0] != _REQUEST_ID]
-                message = {**message, "headers": [*headers, (_REQUEST_ID, request_id)]}
+                message = {**message, "headers": [*message["headers"], (_REQUEST_ID, request_id)]}
             await send(message)
 
         await self.app(scope, receive, send_with_id)

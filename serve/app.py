@@ -2,7 +2,7 @@
 
 # No postponed annotations: Ray reads the type of build's argument from the annotation as it stands.
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
@@ -31,13 +31,16 @@ class BuildArgs(BaseModel):
 
 def build(args: BuildArgs) -> Application:
     """Return the application in the fused topology."""
-    from serve.deployments import Retrieval
+    from serve import deployments
 
     # OpenMP reads its variables when it is loaded, before any code of ours runs in the replica.
     variables = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    deployment = Retrieval.options(
+    # Ray's decorators have no types: to a type checker this is still the class.
+    retrieval: Any = deployments.Retrieval
+    deployment = retrieval.options(
         num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": variables}},
     )
     store = str(Path(args.store).expanduser().absolute())
-    return deployment.bind(store, args.pointer, args.threads, args.workers, args.max_k)
+    application: Application = deployment.bind(store, args.pointer, args.threads, args.workers, args.max_k)
+    return application

@@ -57,7 +57,7 @@ class Retrieval:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service)
+        return make_api(self._service, request_ids=False)
 
 
 def serve_settings() -> dict[str, dict[str, str]]:

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -147,17 +148,33 @@ def _ray(config: Config) -> Iterator[Callable[[], bool]]:
 
     from twotower.cluster.session import session
 
+    if ray.is_initialized():
+        yield lambda: True
+        return
     before = descendants(os.getpid())
-    guard = None
+    guard = Guard()
+    connected = threading.Event()
+
+    def watch() -> None:
+        # A signal in the middle of Ray's start ends this process at once, with half of Ray running.
+        while not connected.wait(_POLL_S):
+            guard.add_processes(descendants(os.getpid()) - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         with session(config):
-            started = descendants(os.getpid()) - before
+            connected.set()
+            watcher.join()
+            started = descendants(os.getpid()) - before - {guard.process}
+            guard.add_processes(started)
             if started:
-                guard = Guard([node["NodeID"] for node in ray.nodes()], started)
+                guard.add_nodes(node["NodeID"] for node in ray.nodes())
             yield lambda: all(process.alive for process in started)
     finally:
-        if guard is not None:
-            guard.close()
+        connected.set()
+        watcher.join()
+        guard.close()
 
 
 @contextlib.contextmanager
@@ -328,7 +345,8 @@ class _Signals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        return kind is not None and issubclass(kind, _Stop)
+        # While Ray starts its own handler is in place, which raises SystemExit.
+        return kind is not None and issubclass(kind, (_Stop, SystemExit))
 
     def catch(self) -> None:
         """Install the handlers; Ray replaces them when it starts."""
@@ -373,6 +391,13 @@ def _announce(url: str) -> None:
     body = json.dumps({"user_id": "1", "k": 5})
     progress.say(f"ready: {url} (try {url}/docs)")
     progress.say(f"curl -s {url}/v1/retrieve -H 'Content-Type: application/json' -d '{body}'")
+    with urllib.request.urlopen(f"{url}/readyz") as answer:
+        missing = json.load(answer)["settings"]["missing"]
+    if missing:
+        progress.say(
+            f"warning: slower than it could be: Ray was started without {', '.join(sorted(missing))}; source "
+            "deploy/ray.env before `ray start`"
+        )
     progress.say("Ctrl-C stops it")
 
 

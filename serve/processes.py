@@ -3,9 +3,9 @@
 Serve runs HAProxy as a child of one of its actors, from a configuration file in a folder named after the
 Ray node. That name tells our processes from anybody else's: nothing is ever ended by program name.
 
-Run as ``python -m serve.processes NODE_ID... PID:START...`` this module is the guard of ``serve.local``: it
-waits until its standard input closes, which also happens when ``serve.local`` is killed, and ends what is
-left of that HAProxy and of those processes.
+Run as ``python -m serve.processes`` this module is the guard of ``serve.local``: it reads node ids and
+processes from its standard input until that closes, which also happens when ``serve.local`` is killed, and
+ends what is left of them.
 """
 
 from __future__ import annotations
@@ -153,16 +153,10 @@ def end(processes: Iterable[Process], patience_s: float, grace_s: float = _GRACE
 class Guard:
     """A process that cleans up when this one is gone without having done so."""
 
-    def __init__(self, node_ids: Iterable[str], processes: Iterable[Process]) -> None:
-        """Start it.
-
-        Args:
-            node_ids: Ray nodes whose HAProxy it ends.
-            processes: it ends these too.
-        """
-        names = [*node_ids, *(f"{process.pid}:{process.started}" for process in processes)]
+    def __init__(self) -> None:
+        """Start it; it watches over nothing yet."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serve.processes", *names],
+            [sys.executable, "-m", "serve.processes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -170,12 +164,36 @@ class Guard:
             # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
             start_new_session=True,
         )
+        found = Process.of(self._process.pid)
+        self._told = set() if found is None else {found}
+
+    @property
+    def process(self) -> Process | None:
+        """Itself."""
+        return Process.of(self._process.pid)
+
+    def add_nodes(self, node_ids: Iterable[str]) -> None:
+        """Watch over the HAProxy of Ray nodes."""
+        self._tell(node_ids)
+
+    def add_processes(self, processes: Iterable[Process]) -> None:
+        """Watch over processes; itself and those it knows are passed over."""
+        new = set(processes) - self._told
+        self._told |= new
+        self._tell(f"{process.pid}:{process.started}" for process in new)
 
     def close(self) -> None:
         """Let it do its work, and wait for its end."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+
+    def _tell(self, names: Iterable[str]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("".join(f"{name}\n" for name in names).encode())
+            self._process.stdin.flush()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -183,14 +201,13 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _guard(names: list[str]) -> None:
+def _guard() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    while sys.stdin.buffer.read(1):
-        pass
+    names = [line.strip() for line in sys.stdin]
     end_haproxy(name for name in names if ":" not in name)
     end((Process(int(name.split(":")[0]), name.split(":")[1]) for name in names if ":" in name), _GRACE_S)
 
 
 if __name__ == "__main__":
-    _guard(sys.argv[1:])
+    _guard()

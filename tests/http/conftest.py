@@ -36,6 +36,8 @@ class Reply:
     status: int
     headers: dict[str, str]
     content: bytes
+    names: list[str]
+    """Names of the headers, in lower case, as often as each came."""
 
     @property
     def json(self) -> Any:
@@ -56,7 +58,8 @@ class Client:
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
-            return Reply(answer.status, {n.lower(): v for n, v in answer.getheaders()}, answer.read())
+            headers = [(name.lower(), value) for name, value in answer.getheaders()]
+            return Reply(answer.status, dict(headers), answer.read(), [name for name, _ in headers])
         finally:
             connection.close()
 

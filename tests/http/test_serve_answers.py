@@ -244,3 +244,4 @@ def test_request_ids_are_echoed_or_made(client: Client) -> None:
     assert len(made) == 3
     refused = client.send("POST", "/v1/retrieve", b"{", {"X-Request-ID": "abc-124"})
     assert (refused.status, refused.headers["x-request-id"]) == (400, "abc-124")
+    assert refused.names.count("x-request-id") == 1
