@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,9 @@ class Result:
         return {**value, **self.details}
 
 
+_stopped = threading.Event()
+"""Whether this job was asked to stop."""
+
 Work = Callable[[Config, argparse.Namespace], Result]
 Arguments = Callable[[argparse.ArgumentParser], None]
 
@@ -76,7 +80,8 @@ def run(
     """
     options = _parser(job, description, arguments, default_config).parse_args(argv)
     apply_environment()
-    signal.signal(signal.SIGTERM, _terminate)
+    _stopped.clear()
+    stop_on_sigterm()
     try:
         config = load_config(options.config, [item for group in options.set for item in group])
         check_storage(config)
@@ -91,8 +96,8 @@ def run(
         print(f"\njobs.{job}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except SystemExit as stop:
-        # Ray puts its own SIGTERM handler in place of ours; it exits with the bare signal number.
-        if stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
+        # Inside a call of Ray the code becomes 1, and Ray's own handler exits with the signal's number.
+        if not _stopped.is_set() and stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
             raise
         print(f"\njobs.{job}: stopped by SIGTERM; run it again to go on", file=sys.stderr, flush=True)
         return EXIT_TERMINATED
@@ -183,5 +188,14 @@ def _report(job: str, result: Result, path: Path | None) -> None:
     print(f"{RESULT_PREFIX} {value}", flush=True)
 
 
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end the job with its clean-up; call it again after Ray has started.
+
+    Ray's core puts a handler of its own below Python's, which aborts the process.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    _stopped.set()
     raise SystemExit(EXIT_TERMINATED)

@@ -56,6 +56,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
 
     stage("serve")
     with running(config) as url:
+        command.stop_on_sigterm()
         say(f"the service answers at {url}")
         for user_row in _users(dataset):
             _ask(url, dataset, user_row)

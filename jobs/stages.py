@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs import command
 from twotower.artefacts import read_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
@@ -105,6 +106,7 @@ def on_ray(config: Config) -> Iterator[None]:
     from twotower.cluster.session import session
 
     with session(config):
+        command.stop_on_sigterm()
         yield
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +14,11 @@ import pytest
 import yaml
 
 from jobs import build_index, evaluate, generations, pipeline, prepare, recommend, train
+from serve.processes import descendants
 from twotower.data.dataset import Dataset
+
+ROOT = Path(__file__).parents[2]
+_DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +143,42 @@ def test_a_gate_that_refuses_exits_3_and_leaves_the_pointer(published, file, cap
     assert code == 3
     assert "is not published" in capsys.readouterr().err
     assert (store / "CURRENT").read_text() == before
+
+
+def test_sigterm_during_a_call_of_ray_exits_143_and_leaves_no_process(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from jobs import command, stages\n"
+        "def work(config, arguments):\n"
+        "    with stages.on_ray(config):\n"
+        "        import ray\n"
+        "        wait = ray.remote(num_cpus=0.5)(lambda: time.sleep(600)).remote()\n"
+        "        Path(sys.argv[1]).touch()\n"
+        "        ray.get(wait)\n"
+        "sys.exit(command.run('probe', None, work, argv=[]))\n"
+    )
+    ready = tmp_path / "ready"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ready)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + _DEADLINE_S
+    while not ready.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = descendants(process.pid)
+    assert started, "Ray was not started by the job"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=_DEADLINE_S)
+    assert process.returncode == 143
+    assert out == ""
+    assert "stopped by SIGTERM" in err
+    assert "Traceback" not in err
+    while any(child.alive for child in started):
+        assert time.monotonic() < deadline, "processes of Ray outlived the job"
+        time.sleep(0.05)
