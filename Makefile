@@ -27,7 +27,7 @@ quickstart: $(STAMP)  ## MovieLens in, recommendations out over HTTP, on this ma
 	@$(BIN)/python -m jobs.quickstart $(ARGS)
 
 serve: $(STAMP)  ## Serve the published generation of CONFIG on 127.0.0.1 until Ctrl-C
-	@$(BIN)/python -m serve.local --config $(CONFIG) $(ARGS)
+	@$(BIN)/python -m jobs.serve --config $(CONFIG) $(ARGS)
 
 test: $(STAMP)  ## Run all tests (tests that need a GPU or the MovieLens mirror say why they do not run)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest

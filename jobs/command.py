@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 
 from jobs.reference import config_reference
 from twotower.artefacts import write_bytes
-from twotower.cluster.environment import apply_environment
 from twotower.config import Config, load_config
+from twotower.environment import apply_environment
 from twotower.errors import ConfigError, TwotowerError
 
 RESULT_PREFIX = "TWOTOWER_RESULT"

@@ -34,7 +34,7 @@ _TIMEOUT_S = 30
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
-    from serve.local import running
+    from twotower.cluster.service import running
 
     begin = time.monotonic()
     overrides = [item for group in arguments.set for item in group]
@@ -68,7 +68,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     same = " ".join([f"--config {shown}", *(["--set", *overrides] if overrides else [])])
     say("next:")
-    say(f"  .venv/bin/python -m serve.local {same}        keep it running (make serve)")
+    say(f"  .venv/bin/python -m jobs.serve {same}        keep it running (make serve)")
     say(f"  .venv/bin/python -m jobs.recommend {same}     the top k of every user as Parquet")
     say("  .venv/bin/python -m jobs.pipeline --config configs/own-data.yaml    your own files (README.md)")
     return result

@@ -1,7 +1,7 @@
 """The Serve application: ``serve run serve.app:build store=/data/runs/movielens/store``.
 
 With HAProxy on, Ray's own ``serve run MODULE:BUILDER`` listens on all interfaces. ``serve/config.yaml`` and
-``python -m serve.local`` name the loopback address.
+``python -m jobs.serve`` name the loopback address.
 """
 
 # No postponed annotations: Ray reads the type of build's argument from the annotation as it stands.

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve.api import Service, make_api
-from twotower.cluster.environment import read_settings
+from twotower.environment import read_settings
 from twotower.errors import ArtefactError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store

@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Child processes and Ray workers import the tests' modules too.
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    from twotower.cluster.environment import apply_environment
+    from twotower.environment import apply_environment
 
     apply_environment()
     config.pluginmanager.register(_RealDataSummary(), "realdata-summary")

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serve.local import running
-from serve.processes import free_port
 from tests.shop import build_store
+from twotower.cluster.processes import free_port
+from twotower.cluster.service import running
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.retrieval.retriever import Retriever

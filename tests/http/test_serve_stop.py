@@ -17,22 +17,22 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.processes import Process, descendants, free_port, port_is_free
 from tests.http.conftest import Shop
 from tests.shop import build_store
+from twotower.cluster.processes import Process, descendants, free_port, port_is_free
 
 ROOT = Path(__file__).parents[2]
 START_S, STOP_S = 180, 60
 
 
 class Command:
-    """A running ``python -m serve.local``, with everything that it started."""
+    """A running ``python -m jobs.serve``, with everything that it started."""
 
     def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.printed = folder / "printed.txt"
         with open(self.printed, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve.local", *arguments],
+                [sys.executable, "-m", "jobs.serve", *arguments],
                 cwd=ROOT,
                 # It must start a Ray of its own, whatever runs on this machine.
                 env={**os.environ, "RAY_ADDRESS": "local", **environment},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twotower.cluster.environment import DEFAULTS, RAY_ENV_PATH, apply_environment, read_settings
+from twotower.environment import DEFAULTS, RAY_ENV_PATH, apply_environment, read_settings
 
 
 def sourced(**extra: str) -> dict[str, str]:
@@ -79,5 +79,5 @@ def test_a_token_is_made_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_ray_is_not_imported() -> None:
-    code = "import sys; import twotower.cluster.environment; assert 'ray' not in sys.modules"
+    code = "import sys; import twotower.environment; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twotower.cluster.environment import read_settings
+from twotower.environment import read_settings
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())

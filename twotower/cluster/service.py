@@ -1,30 +1,23 @@
-"""Serve the published generation of a configuration on this machine, and leave nothing behind.
+"""The service on this machine: start it on Ray, wait until it is ready, and leave nothing behind.
 
-    python -m serve.local --config configs/generated.yaml [--set serve.port=8001]
-
-This is ``make serve``. It joins a running Ray cluster or starts Ray, runs ``serve.app:build`` behind
-HAProxy, waits for Ctrl-C or SIGTERM, and then stops everything that it started.
+It joins a running Ray cluster or starts Ray, runs ``serve.app:build`` behind HAProxy, and stops what it
+started when the block ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any
 
-from serve.processes import (
+from twotower import progress
+from twotower.cluster.processes import (
     Guard,
     descendants,
     end_haproxy,
@@ -32,9 +25,8 @@ from serve.processes import (
     port_is_free,
     wait_until_free,
 )
-from twotower import progress
-from twotower.cluster.environment import apply_environment
-from twotower.config import Config, load_config
+from twotower.config import Config
+from twotower.environment import apply_environment
 from twotower.errors import ArtefactError, ConfigError, TwotowerError
 
 if TYPE_CHECKING:
@@ -44,7 +36,6 @@ APP_NAME = "twotower"
 _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.05
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Ports that Serve opens beside its HTTP port, by the variable that moves each. Moved only where taken.
 _SIDE_PORTS = {
@@ -322,84 +313,3 @@ def _url_host(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
-
-
-class _Stop(BaseException):
-    """A signal asked for the end."""
-
-
-class _Signals:
-    """Ends the block with its clean-up at the first SIGINT, SIGTERM or SIGHUP.
-
-    Later signals change nothing: a clean-up that is interrupted would leave processes behind.
-    """
-
-    def __init__(self) -> None:
-        self._stopping = False
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-        self.catch()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        # While Ray starts its own handler is in place, which raises SystemExit.
-        return kind is not None and issubclass(kind, (_Stop, SystemExit))
-
-    def catch(self) -> None:
-        """Install the handlers; Ray replaces them when it starts."""
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._stop)
-
-    def wait(self) -> NoReturn:
-        """Sleep until a signal ends the block."""
-        while True:
-            signal.pause()
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if not self._stopping:
-            self._stopping = True
-            raise _Stop
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m serve.local", description=__doc__)
-    parser.add_argument("--config", type=Path, help="YAML file of the scenario")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a value"
-    )
-    parser.add_argument("--pointer", default="CURRENT", help="pointer of the store to serve")
-    options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, options.set)
-        with _Signals() as signals:
-            progress.stage(f"serve {config.name}")
-            with running(config, options.pointer, connected=signals.catch) as url:
-                _announce(url)
-                signals.wait()
-    except TwotowerError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    progress.say("stopped")
-    return 0
-
-
-def _announce(url: str) -> None:
-    body = json.dumps({"user_id": "1", "k": 5})
-    progress.say(f"ready: {url} (try {url}/docs)")
-    progress.say(f"curl -s {url}/v1/retrieve -H 'Content-Type: application/json' -d '{body}'")
-    with urllib.request.urlopen(f"{url}/readyz") as answer:
-        missing = json.load(answer)["settings"]["missing"]
-    if missing:
-        progress.say(
-            f"warning: slower than it could be: Ray was started without {', '.join(sorted(missing))}; source "
-            "deploy/ray.env before `ray start`"
-        )
-    progress.say("Ctrl-C stops it")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

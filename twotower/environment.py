@@ -11,7 +11,7 @@ import re
 from collections.abc import MutableMapping
 from pathlib import Path
 
-RAY_ENV_PATH = Path(__file__).parents[2] / "deploy" / "ray.env"
+RAY_ENV_PATH = Path(__file__).parents[1] / "deploy" / "ray.env"
 
 DEFAULTS: dict[str, str] = {
     "RAY_AUTH_MODE": "token",

@@ -3,9 +3,9 @@
 Serve runs HAProxy as a child of one of its actors, from a configuration file in a folder named after the
 Ray node. That name tells our processes from anybody else's: nothing is ever ended by program name.
 
-Run as ``python -m serve.processes`` this module is the guard of ``serve.local``: it reads node ids and
-processes from its standard input until that closes, which also happens when ``serve.local`` is killed, and
-ends what is left of them.
+Run as ``python -m twotower.cluster.processes`` this module is the guard of ``cluster.service``: it reads node
+ids and processes from its standard input until that closes, which also happens when the service's process
+is killed, and ends what is left of them.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Guard:
     def __init__(self) -> None:
         """Start it; it watches over nothing yet."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serve.processes"],
+            [sys.executable, "-m", "twotower.cluster.processes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

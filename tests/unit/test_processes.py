@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.processes import (
+from twotower.cluster.processes import (
     Guard,
     Process,
     descendants,
@@ -105,7 +105,7 @@ def test_haproxy_is_told_by_its_node() -> None:
 def test_the_guard_ends_what_a_killed_process_leaves() -> None:
     code = f"""
 import subprocess, sys, time
-from serve.processes import Guard, Process
+from twotower.cluster.processes import Guard, Process
 guard = Guard()
 left = subprocess.Popen({SLEEP!r}, start_new_session=True)
 guard.add_processes([Process.of(left.pid)])
