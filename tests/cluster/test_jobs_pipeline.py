@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jobs import build_index, evaluate, generations, pipeline, prepare, recommend, train
-from serve.processes import descendants
+from twotower.cluster.processes import descendants
 from twotower.data.dataset import Dataset
 
 ROOT = Path(__file__).parents[2]
