@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+import ray.exceptions
 
 from twotower.artefacts import building, fingerprint, has_manifest, locked
 from twotower.cluster.encode import encode_catalogue
@@ -22,7 +23,7 @@ from twotower.cluster.failures import plain_errors
 from twotower.cluster.session import session
 from twotower.config import Config
 from twotower.data.dataset import Dataset
-from twotower.errors import ArtefactError
+from twotower.errors import ArtefactError, TwotowerError
 from twotower.index.parts import Part
 from twotower.index.spec import empty_index
 from twotower.model.checkpoint import Checkpoint
@@ -124,14 +125,26 @@ def build_shards(
     ]
     rows = 0
     with plain_errors(), bar(num_shards, "index", unit="shards") as progress:
-        while pending:
-            done, pending = ray.wait(pending)
-            rows += sum(ray.get(done))
-            progress.update(len(done))
+        try:
+            while pending:
+                done, pending = ray.wait(pending)
+                rows += sum(ray.get(done))
+                progress.update(len(done))
+        finally:
+            _end(pending)
     if rows != dataset.num_catalogue_items:
         raise ArtefactError(
             f"the shards hold {rows} items, the catalogue has {dataset.num_catalogue_items}; build again"
         )
+
+
+def _end(tasks: list[ray.ObjectRef]) -> None:
+    """Cancel tasks and wait until they are over, so that none writes into a folder that is being removed."""
+    for task in tasks:
+        ray.cancel(task)
+    for task in tasks:
+        with contextlib.suppress(ray.exceptions.RayError, TwotowerError):
+            ray.get(task)
 
 
 @contextlib.contextmanager
