@@ -196,3 +196,20 @@ def test_a_member_that_is_damaged_inside_a_complete_zip_is_named(tmp_path: Path,
     path.write_bytes(bytes(data))
     with pytest.raises(DownloadError, match=r"ml-20m\.zip is damaged"):
         prepare(config(tmp_path, "ml-20m"))
+
+
+def test_a_later_job_needs_no_mirror_and_no_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("twotower.data.sources.movielens.OFFICIAL", "http://127.0.0.1:9/none")
+    monkeypatch.delenv("TWOTOWER_MIRROR", raising=False)
+    ml_1m(tmp_path)
+    cache = str(tmp_path / "cache")
+    prepared = prepare(config(tmp_path, "ml-1m", cache=cache))
+    again = prepare(config(tmp_path, "ml-1m", cache=cache, mirror=None))
+    assert again.path == prepared.path
+    assert "which these settings gave before" in capsys.readouterr().err
+    with pytest.raises(DownloadError):  # other settings, nothing prepared
+        prepare(config(tmp_path, "ml-1m", cache=cache, mirror=None, repeats="first"))
+    with pytest.raises(DownloadError):  # a mirror that is named must work
+        prepare(config(tmp_path, "ml-1m", cache=cache, mirror=str(tmp_path / "absent")))

@@ -36,7 +36,7 @@ from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
 from twotower.data.splits import assign_splits
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import ArtefactError, DataError
+from twotower.errors import ArtefactError, DataError, DownloadError
 from twotower.schema import KINDS, SPLITS, FeatureSchema
 
 PREPARE_VERSION = 1
@@ -56,7 +56,16 @@ def prepare(config: Config) -> Dataset:
         ConfigError: settings contradict each other or the source.
         DataError: the raw data is missing, unreadable or breaks a rule.
     """
-    source = open_source(config)
+    try:
+        source = open_source(config)
+    except DownloadError as error:
+        # A mirror that is named and does not work is an error; later jobs need not name it again.
+        dataset = None if config.mirror else _prepared_before(config)
+        if dataset is None:
+            raise
+        progress.say(str(error))
+        progress.say(f"going on with dataset {dataset.path.name}, which these settings gave before")
+        return dataset
     directory = config.datasets / _name(config, source)
     with locked(directory.with_name(f".{directory.name}.prepare.lock")):
         if has_manifest(directory):
@@ -86,6 +95,18 @@ def _name(config: Config, source: RawSource) -> str:
     seed = config.seed if config.split.kind in ("random", "given") else None
     key = [PREPARE_VERSION, SCHEMA_VERSION, sections, source.signature(), seed]
     return f"{config.data.source.kind}-{fingerprint(key)[:12]}"
+
+
+def _prepared_before(config: Config) -> Dataset | None:
+    """Return the latest finished dataset of the same sections and seed, whatever raw data it came from."""
+    wanted = _sections(config) | {"seed": config.seed}
+    found = []
+    for path in config.datasets.glob(f"{config.data.source.kind}-*/manifest.json"):
+        with contextlib.suppress(ArtefactError):
+            dataset = Dataset.open(path.parent)
+            if dataset.manifest["config"] == wanted:
+                found.append((path.stat().st_mtime_ns, dataset))
+    return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _sections(config: Config) -> dict[str, Any]:
