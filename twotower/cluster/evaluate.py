@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from twotower.artefacts import building, fingerprint, has_manifest, read_manifest, write_json, write_manifest
 from twotower.cluster.encode import encode_catalogue
+from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
 from twotower.cluster.session import session
 from twotower.config import Config, GeneratedSource
@@ -224,7 +225,7 @@ def _rank(
         "ks": config.evaluation.ks,
     }
     merged: dict[str, Outcome] = {}
-    with bar(len(held), "rank test users", unit="users") as progress:
+    with without_native_log(), bar(len(held), "rank test users", unit="users") as progress:
         for row in work_through(RankUsers, settings, ranges(len(held), config), config, gpu=True):
             name = row["ranker"]
             outcome = merged.setdefault(name, Outcome(dataset.num_catalogue_items, config.evaluation.ks))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from twotower.artefacts import building, fingerprint, has_manifest, read_manifest, write_json, write_manifest
+from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
 from twotower.cluster.session import session
 from twotower.config import Config
@@ -72,7 +73,7 @@ def recommend(config: Config, generation_dir: Path) -> Path:
             stray.unlink()
         missing = [part for name, part in parts.items() if not (partial / name).is_file()]
         settings = {"generation": str(generation_dir), "out": str(partial.absolute()), **section}
-        with bar(num_users, "recommend", unit="users") as progress:
+        with without_native_log(), bar(num_users, "recommend", unit="users") as progress:
             progress.update(num_users - sum(part["stop"] - part["start"] for part in missing))
             if missing:
                 with session(config):
