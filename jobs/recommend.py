@@ -15,13 +15,13 @@ from twotower.progress import stage
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
-    from twotower.cluster.recommend import recommend
+    from twotower.cluster.recommend import PARTS, recommend
 
     generation = stages.generation_for(config, arguments.generation)
     with stages.on_ray(config):
         stage("recommend")
         path = recommend(config, generation)
-    return command.Result(path=path, details={"generation": generation.name})
+    return command.Result(path=path / PARTS, details={"generation": generation.name})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

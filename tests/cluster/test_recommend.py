@@ -53,7 +53,7 @@ def recommended(ray_local, config, store):
 def lists_of(directory):
     """(item_id, score) of each user, by rank, from all parts."""
     lists = {}
-    for path in sorted(directory.glob("part-*.parquet")):
+    for path in sorted(directory.glob("parts/part-*.parquet")):
         table = pq.read_table(path)
         assert table.schema.equals(SCHEMA), path
         for row in table.to_pylist():
@@ -75,7 +75,7 @@ def test_every_user_gets_what_the_retriever_answers(recommended, store):
     ids = [str(i) for i in range(NUM_USERS)]
     lists = lists_of(recommended)
     assert sorted(lists) == sorted(ids)
-    assert len(list(recommended.glob("part-*.parquet"))) == 5
+    assert len(list(recommended.glob("parts/part-*.parquet"))) == 5
     for user_id in ids:
         answer = retriever.retrieve(Query(user_id=user_id, k=K))
         assert len(answer.items) == K
@@ -101,7 +101,8 @@ def test_manifest_counts_rows(recommended, config):
     assert manifest["num_users"] == NUM_USERS
     assert manifest["num_rows"] == NUM_USERS * K
     assert manifest["generation"] == "g1"
-    assert {p.suffix for p in recommended.iterdir()} == {".parquet", ".json"}
+    assert sorted(p.name for p in recommended.iterdir()) == ["config.json", "manifest.json", "parts"]
+    assert pq.read_table(recommended / "parts").num_rows > 0
 
 
 def test_same_inputs_are_recommended_once(recommended, config, store, monkeypatch):
@@ -122,9 +123,9 @@ def test_fewer_than_k_only_where_fewer_are_left_and_seen_items_on_request(ray_lo
 
 def test_a_run_goes_on_with_the_parts_that_are_missing(recommended, config, store, tmp_path, monkeypatch):
     mine = variant(config, tmp_path)
-    partial = mine.recommendations / f".{recommended.name}.partial"
+    partial = mine.recommendations / f".{recommended.name}.partial" / "parts"
     partial.mkdir(parents=True)
-    parts = sorted(recommended.glob("part-*.parquet"))
+    parts = sorted(recommended.glob("parts/part-*.parquet"))
     for path in parts[1:3]:
         shutil.copy(path, partial / path.name)
     # Left by another sharing-out, and by a write that did not end.
@@ -141,14 +142,14 @@ def test_a_run_goes_on_with_the_parts_that_are_missing(recommended, config, stor
     path = recommend(mine, store[2])
     assert [part["start"] for part in asked] == [0, 24, 32]
     assert_same(lists_of(path), lists_of(recommended))
-    assert {p.name for p in path.iterdir()} == {p.name for p in recommended.iterdir()}
+    assert {p.name for p in path.rglob("*")} == {p.name for p in recommended.rglob("*")}
 
 
 def test_damaged_part_is_an_error_and_nothing_is_finished(recommended, config, store, tmp_path):
     mine = variant(config, tmp_path)
-    partial = mine.recommendations / f".{recommended.name}.partial"
+    partial = mine.recommendations / f".{recommended.name}.partial" / "parts"
     partial.mkdir(parents=True)
-    for path in recommended.glob("part-*.parquet"):
+    for path in recommended.glob("parts/part-*.parquet"):
         shutil.copy(path, partial / path.name)
     last = max(partial.iterdir())
     last.write_bytes(last.read_bytes()[:-30])
@@ -203,5 +204,5 @@ def test_killed_run_leaves_nothing_visible_and_the_next_one_finishes(recommended
     visible = [p for p in mine.recommendations.iterdir() if not p.name.startswith(".")]
     assert visible == []
     left = mine.recommendations / f".{recommended.name}.partial"
-    assert len(list(left.glob("part-*.parquet"))) == 2
+    assert len(list(left.glob("parts/part-*.parquet"))) == 2
     assert_same(lists_of(recommend(mine, store[2])), lists_of(recommended))

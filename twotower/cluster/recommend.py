@@ -33,6 +33,9 @@ _USERS = b"num_users"
 _VERSION = 1
 """Changes whenever the same inputs give other parts."""
 
+PARTS = "parts"
+"""Folder of the Parquet files, which hold nothing else: any reader takes the folder as one table."""
+
 _AT_ONCE = 256
 """Users of one batch of the retriever."""
 
@@ -50,8 +53,8 @@ def recommend(config: Config, generation_dir: Path) -> Path:
         generation_dir: a finished generation.
 
     Returns:
-        ``config.recommendations / ID`` with ``part-*.parquet`` (columns of ``SCHEMA``, users in the order of
-        their rows, best item first). The same inputs are recommended once.
+        ``config.recommendations / ID`` with ``parts/part-*.parquet`` (columns of ``SCHEMA``, users in the order
+        of their rows, best item first). The same inputs are recommended once.
 
     Raises:
         ArtefactError: the generation is damaged, or the parts do not hold every user once.
@@ -68,18 +71,20 @@ def recommend(config: Config, generation_dir: Path) -> Path:
     num_users = len(Vocabulary.open(generation_dir / "user_ids.arrow"))
     parts = {_name(**part): part for part in ranges(num_users, config)}
     with building(directory, keep_partial=True) as partial:
+        folder = partial / PARTS
+        folder.mkdir(exist_ok=True)
         # Files of another way to share out the users, and of writes that did not end.
-        for stray in [path for path in partial.iterdir() if path.name not in parts]:
+        for stray in [path for path in folder.iterdir() if path.name not in parts]:
             stray.unlink()
-        missing = [part for name, part in parts.items() if not (partial / name).is_file()]
-        settings = {"generation": str(generation_dir), "out": str(partial.absolute()), **section}
+        missing = [part for name, part in parts.items() if not (folder / name).is_file()]
+        settings = {"generation": str(generation_dir), "out": str(folder.absolute()), **section}
         with without_native_log(), bar(num_users, "recommend", unit="users") as progress:
             progress.update(num_users - sum(part["stop"] - part["start"] for part in missing))
             if missing:
                 with session(config):
                     for fact in work_through(RecommendUsers, settings, missing, config, gpu=False):
                         progress.update(fact["users"])
-        num_rows = sum(_checked(partial / name, **part, k=config.recommend.k) for name, part in parts.items())
+        num_rows = sum(_checked(folder / name, **part, k=config.recommend.k) for name, part in parts.items())
         write_json(partial / "config.json", config.to_json())
         counts = {"num_users": num_users, "num_rows": num_rows, "num_parts": len(parts)}
         write_manifest(partial, KIND, {"id": directory.name, **inputs, **counts})
