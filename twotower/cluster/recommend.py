@@ -53,8 +53,8 @@ def recommend(config: Config, generation_dir: Path) -> Path:
         generation_dir: a finished generation.
 
     Returns:
-        ``config.recommendations / ID`` with ``parts/part-*.parquet`` (columns of ``SCHEMA``, users in the order
-        of their rows, best item first). The same inputs are recommended once.
+        ``config.recommendations / ID`` with ``parts/part-*.parquet`` (columns of ``SCHEMA``, users in row
+        order, best item first). The same inputs are recommended once.
 
     Raises:
         ArtefactError: the generation is damaged, or the parts do not hold every user once.
