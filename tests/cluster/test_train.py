@@ -174,3 +174,21 @@ def test_a_killed_training_goes_on_and_ends_as_if_undisturbed(
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed).fingerprint
+
+
+def test_a_run_killed_after_its_last_epoch_is_published_by_the_next(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = variant(trained[0], tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("twotower.cluster.train._publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, small_dataset)
+    assert list((config.checkpoints / ".runs").glob("train-*"))
+    path = train(config, small_dataset)
+    assert Checkpoint.open(path).fingerprint == Checkpoint.open(trained[1]).fingerprint
+    assert not list((config.checkpoints / ".runs").glob("train-*"))
