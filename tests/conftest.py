@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
+        # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
         MPLBACKEND="Agg",
     )
     os.environ.pop("RAY_ADDRESS", None)
