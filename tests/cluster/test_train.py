@@ -146,7 +146,7 @@ def test_a_worker_s_own_error_reaches_the_person(
     ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path: Path
 ) -> None:
     config = variant(small_config, tmp_path, global_batch_size=500_000, max_failures=0)
-    with pytest.raises(TrainingError, match="global_batch_size .500000. is above"):
+    with pytest.raises(TrainingError, match=r"^train\.global_batch_size \(500000\) is above"):
         train(config, small_dataset)
 
 

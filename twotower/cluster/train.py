@@ -22,6 +22,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from twotower.artefacts import building, fingerprint, has_manifest
+from twotower.cluster.failures import own_error
 from twotower.cluster.session import session, wants_gpu
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -273,10 +274,8 @@ def _explained(error: Exception) -> TwotowerError:
     """Return the worker's own error where it is one for people, without Ray's frames around it."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, TwotowerError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        own = own_error(failure)
+        if own is not None:
+            return own
     first = next(iter(failures.values()), error)
     return TrainingError(f"training failed: {first}")

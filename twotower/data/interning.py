@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.chunks import BoolArray
-from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError
 
 _WHOLE_FLOAT = r"^[+-]?\d+\.0*$"
@@ -92,7 +91,3 @@ class Interner:
     def ids(self) -> pa.StringArray:
         """Return the ids in row order."""
         return pa.array(self._rows.keys(), type=pa.string(), size=len(self._rows))
-
-    def vocabulary(self) -> Vocabulary:
-        """Return the ids as a vocabulary."""
-        return Vocabulary(self.ids())
