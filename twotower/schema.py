@@ -52,6 +52,10 @@ class IdFeature(_Feature):
     """Width of the embedding."""
     unknown_rate: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of training rows whose id is replaced by the unknown id, so that unknown ids are trained too."""
+    buckets: Annotated[int, Field(ge=2)] | None = None
+    """Rows of a hashed table that ids share; each id has a row of its own when not given."""
+    hashes: Annotated[int, Field(ge=1, le=8)] = 2
+    """Rows of a hashed table added up for an id; two ids are the same only where all of them agree."""
 
 
 class CategoricalFeature(_ColumnFeature):

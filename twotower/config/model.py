@@ -1,4 +1,4 @@
-"""Sections of the model: features, towers, training."""
+"""Sections of the model: features and towers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class TowerConfig(Section):
     activation: Literal["relu", "gelu", "silu", "leaky_relu", "tanh"] = "gelu"
     """Activation after each hidden layer."""
     norm: Literal["none", "layer", "batch"] = "layer"
-    """Normalisation before each activation; batch needs ``train.num_workers: 1``."""
+    """Normalisation before each activation; batch takes its statistics over the global batch, and is refused
+    with ``train.tower_chunk_size``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout after each activation."""
     input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -83,93 +84,7 @@ class ModelConfig(Section):
     """The item tower."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of fresh embedding tables."""
-
-
-class LossConfig(Section):
-    """In-batch softmax over the global batch."""
-
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Initial temperature; divides the scores."""
-    learn_temperature: bool = True
-    """Learn the temperature."""
-    min_temperature: Annotated[float, Field(gt=0)] = 0.01
-    """Floor of the learned temperature."""
-    log_q: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Strength of the logQ correction: 1 is the full one, 0 is off."""
-    mask_accidental_hits: bool = True
-    """Leave out in-batch negatives that are the positive item itself."""
-    mask_known_positives: bool = True
-    """Leave out in-batch negatives that the user has interacted with elsewhere in the fitted data."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_temperature > self.temperature:
-            raise ValueError(
-                f"min_temperature ({self.min_temperature}) is above temperature ({self.temperature}); "
-                "lower it"
-            )
-        return self
-
-
-class OptimizerConfig(Section):
-    """AdamW for the towers, a row-wise optimiser for embedding tables."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of the towers and the temperature."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled weight decay of the towers."""
-    table_kind: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
-    """Optimiser of embedding rows; only the rows of a batch are touched."""
-    table_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    """Peak learning rate of embedding rows."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rates after warm-up, down to 0 for linear and cosine."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of all steps in which learning rates rise from 0."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the towers' gradient; larger ones are scaled down."""
-
-
-class ValidationConfig(Section):
-    """The measurement after each epoch that picks the best checkpoint."""
-
-    k: PositiveInt = 100
-    """k of recall@k and ndcg@k."""
-    metric: Literal["recall", "ndcg"] = "recall"
-    """Which of the two picks the best epoch."""
-    max_users: PositiveInt = 5_000
-    """Users measured, drawn once; fewer where there are fewer."""
-
-
-class TrainConfig(Section):
-    """Training."""
-
-    epochs: PositiveInt = 10
-    """Passes over the training interactions."""
-    global_batch_size: PositiveInt = 1024
-    """Pairs of an optimiser step, over all workers; every other candidate in it is a negative."""
-    num_workers: PositiveInt = 2
-    """Ray Train workers; must divide the global batch size."""
-    threads_per_worker: PositiveInt = 1
-    """CPU threads of a worker."""
-    fit: Literal["train", "all"] = "all"
-    """The published model is fitted on the train split, or on everything for the best number of epochs."""
-    loss: LossConfig = LossConfig()
-    """The loss."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimisers."""
-    validation: ValidationConfig = ValidationConfig()
-    """Validation after each epoch."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Worker failures after which training gives up; each restarts from the last checkpoint."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        batch, workers = self.global_batch_size, self.num_workers
-        if batch % workers:
-            lower, upper = batch - batch % workers, batch - batch % workers + workers
-            fix = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ValueError(
-                f"global_batch_size ({batch}) must be divisible by num_workers ({workers}); use {fix}"
-            )
-        return self
+    normalize: bool = True
+    """Scale embeddings to length 1, so that scores are cosines; without it scores are inner products."""
+    table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that embedding tables are held in; updates are computed in float32."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from twotower.config.data import DataConfig, FilesSource, LightGCNSource, SplitConfig
-from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig, TrainConfig
+from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.section import Section
 from twotower.config.service import (
     ClusterConfig,
@@ -19,6 +19,7 @@ from twotower.config.service import (
     ServeConfig,
     StorageConfig,
 )
+from twotower.config.training import TrainConfig
 from twotower.schema import residual_feature
 
 
@@ -55,11 +56,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         norms = {self.model.query_tower.norm, self.model.item_tower.norm}
-        if "batch" in norms and self.train.num_workers > 1:
+        if "batch" in norms and self.train.tower_chunk_size is not None:
             raise ValueError(
-                f"norm: batch needs train.num_workers: 1 (it is {self.train.num_workers}), since "
-                "statistics of a worker's share of the batch change the model with the number of workers; "
-                "use norm: layer"
+                "norm: batch takes statistics over the whole batch, so it can not work with "
+                f"train.tower_chunk_size ({self.train.tower_chunk_size}); use norm: layer, or "
+                "train.tower_chunk_size: null"
+            )
+        if self.train.ingest == "stream" and self.train.negatives.mined.per_query:
+            raise ValueError(
+                f"train.negatives.mined.per_query ({self.train.negatives.mined.per_query}) needs the "
+                "interactions in memory, and train.ingest is stream; use ingest: memory, or per_query: 0"
             )
         source = self.data.source
         if self.split.kind == "given" and isinstance(source, FilesSource) and source.columns.split is None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from twotower.schema import STRICT
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
