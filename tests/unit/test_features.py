@@ -10,6 +10,7 @@ from twotower.model.features import (
     Bag,
     QueryFeatures,
     encode_columns,
+    forget,
     item_batch,
     profile_values,
     text_buckets,
@@ -154,3 +155,16 @@ def test_too_wide_a_profile_is_refused() -> None:
     )
     with pytest.raises(DataError, match="2001 wide; at most 1024"):
         profile_values(s, {"genres": np.zeros((4, 1), np.int32)})
+
+
+def test_a_forgotten_id_is_the_unknown_row_once() -> None:
+    several = Bag(
+        torch.tensor([[4, 7, 7], [0, -1, -1], [2, 9, 5]]), torch.tensor([[1.0] * 3, [1, 0, 0], [1] * 3])
+    )
+    found = forget(several, torch.tensor([True, False, False]))
+    assert found.ids.tolist() == [[0, -1, -1], [0, -1, -1], [2, 9, 5]]
+    assert found.weights.tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1]]
+    single = forget(Bag(torch.tensor([[4], [7]]), torch.ones(2, 1)), torch.tensor([False, True]))
+    assert single.ids.tolist() == [[4], [0]]
+    assert single.weights.tolist() == [[1], [1]]
+    assert forget(Bag(torch.zeros(0, 2).long(), torch.zeros(0, 2)), torch.zeros(0).bool()).ids.shape == (0, 2)

@@ -51,6 +51,21 @@ class Bag:
     """[B, L] float32; 0 at padding."""
 
 
+def forget(bag: Bag, forgotten_B: torch.Tensor) -> Bag:
+    """Return the bag of an id feature with some of its rows made those of the unknown id.
+
+    Args:
+        bag: of an id feature, [B, L]; L is 1, or the number of hashes of a hashed table.
+        forgotten_B: [B] bool, which rows.
+    """
+    # The unknown id is one row of the table, also where another id is the sum of several.
+    ids_L = torch.full(bag.ids.shape[1:], -1, dtype=bag.ids.dtype, device=bag.ids.device)
+    ids_L[0] = UNKNOWN_ROW
+    rows_B1 = forgotten_B[:, None]
+    weights_L = (ids_L >= 0).to(bag.weights.dtype)
+    return Bag(torch.where(rows_B1, ids_L, bag.ids), torch.where(rows_B1, weights_L, bag.weights))
+
+
 FeatureBatch = dict[str, Bag | torch.Tensor]
 """By feature name: a bag, or a dense float32 [B, D] tensor."""
 
