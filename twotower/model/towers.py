@@ -1,4 +1,4 @@
-"""The two towers: embedding tables, one multi-layer perceptron a side, L2-normalised output.
+"""The two towers: embedding tables and one multi-layer perceptron a side; output of length 1 by default.
 
 Tables and temperature are kept apart from the dense part (``Towers``): only the dense part is wrapped for
 data parallelism, tables are updated by row and the temperature's gradient is reduced explicitly.
@@ -8,7 +8,7 @@ Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from twotower.config import ModelConfig, TowerConfig
 from twotower.model.dropout import RowDropout
 from twotower.model.features import Bag, FeatureBatch, profile_width
+from twotower.model.norm import GlobalBatchNorm
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,
@@ -45,10 +46,15 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Tower(nn.Module):
-    """Multi-layer perceptron from concatenated features [B, in_dim] to unit vectors [B, D]."""
+    """Multi-layer perceptron from concatenated features [B, in_dim] to embeddings [B, D]."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, config: TowerConfig, residual_columns: slice | None
+        self,
+        in_dim: int,
+        out_dim: int,
+        config: TowerConfig,
+        residual_columns: slice | None,
+        normalize: bool,
     ) -> None:
         """Build the layers.
 
@@ -57,9 +63,10 @@ class Tower(nn.Module):
             out_dim: D.
             config: sizes and kinds.
             residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide.
+            normalize: scale the output to length 1.
         """
         super().__init__()
-        norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": GlobalBatchNorm}
         self.input_dropout = RowDropout(config.input_dropout, stream=0)
         self.layers = nn.ModuleList()
         width = in_dim
@@ -72,29 +79,38 @@ class Tower(nn.Module):
             ]
             width = size
         self.output = nn.Linear(width, out_dim)
+        self.normalize = normalize
         self.residual_columns = residual_columns if config.residual == "id" else None
         if config.residual == "linear":
             self.skip = nn.Linear(in_dim, out_dim, bias=False)
         if config.residual == "id":
             self.skip_scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, x: torch.Tensor, row_keys: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [B, D] float32, L2-normalised.
+    def forward(
+        self, x: torch.Tensor, row_keys: torch.Tensor | None = None, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return [B, D] float32, L2-normalised where ``normalize`` is set.
 
         Args:
             x: [B, in_dim] float32.
             row_keys: [B] int64, the seeds of each row's dropout masks; None leaves dropout out.
+            valid: [B] bool, false at padding, which takes no part in batch statistics; None means all.
         """
         x = self.input_dropout(x, row_keys)
         h = x
         for layer in self.layers:
-            h = layer(h, row_keys) if isinstance(layer, RowDropout) else layer(h)
+            if isinstance(layer, RowDropout):
+                h = layer(h, row_keys)
+            elif isinstance(layer, GlobalBatchNorm):
+                h = layer(h, valid)
+            else:
+                h = layer(h)
         out = self.output(h)
         if self.residual_columns is not None:
             out = out + self.skip_scale * x[:, self.residual_columns]
         elif hasattr(self, "skip"):
             out = out + self.skip(x)
-        return F.normalize(out, dim=-1)
+        return F.normalize(out, dim=-1) if self.normalize else out
 
 
 class Towers(nn.Module):
@@ -112,9 +128,11 @@ class Towers(nn.Module):
         item_x: torch.Tensor,
         query_keys: torch.Tensor | None,
         item_keys: torch.Tensor | None,
+        query_valid: torch.Tensor | None = None,
+        item_valid: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return query embeddings [Q, D] and candidate embeddings [C, D]."""
-        return self.query(query_x, query_keys), self.item(item_x, item_keys)
+        """Return query embeddings [Q, D] and candidate embeddings [C, D]; arguments as for ``Tower``."""
+        return self.query(query_x, query_keys, query_valid), self.item(item_x, item_keys, item_valid)
 
 
 class TwoTower(nn.Module):
@@ -138,8 +156,8 @@ class TwoTower(nn.Module):
             for name, (rows, width) in table_sizes(schema).items():
                 self.tables[name] = nn.Parameter(torch.randn(rows, width) * config.init_std)
             self.towers = Towers(
-                _tower(schema, "query", config.query_tower, config.embedding_dim),
-                _tower(schema, "item", config.item_tower, config.embedding_dim),
+                _tower(schema, "query", config.query_tower, config),
+                _tower(schema, "item", config.item_tower, config),
             )
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
 
@@ -160,14 +178,18 @@ class TwoTower(nn.Module):
         return torch.cat(parts, dim=1)
 
     def encode_queries(self, batch: FeatureBatch) -> torch.Tensor:
-        """Return query embeddings [B, D] float32, L2-normalised; without dropout or gradient."""
+        """Return query embeddings [B, D] float32, without dropout or gradient; see ``Tower.forward``."""
         with torch.inference_mode():
             return self.towers.query(self.inputs("query", batch))
 
     def encode_items(self, batch: FeatureBatch) -> torch.Tensor:
-        """Return candidate embeddings [B, D] float32, L2-normalised; without dropout or gradient."""
+        """Return candidate embeddings [B, D] float32, without dropout or gradient; see ``Tower.forward``."""
         with torch.inference_mode():
             return self.towers.item(self.inputs("item", batch))
+
+    def batch_norms(self) -> Iterator[GlobalBatchNorm]:
+        """Yield the layers whose statistics training sums over ranks."""
+        return (module for module in self.modules() if isinstance(module, GlobalBatchNorm))
 
     def _lookup(self, name: str, bag: Bag) -> torch.Tensor:
         return pool(self.tables[name], bag.ids.clamp(min=0), bag.weights)
@@ -211,7 +233,7 @@ def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def _tower(schema: FeatureSchema, side: Side, config: TowerConfig, out_dim: int) -> Tower:
+def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelConfig) -> Tower:
     features = schema.query if side == "query" else schema.item
     items = {f.spec.name: f for f in schema.item}
     added = residual_feature([f.spec for f in features])
@@ -227,4 +249,4 @@ def _tower(schema: FeatureSchema, side: Side, config: TowerConfig, out_dim: int)
             width += spec.dim
         if spec == added:
             columns = slice(start, width)
-    return Tower(width, out_dim, config, columns)
+    return Tower(width, model.embedding_dim, tower, columns, model.normalize)
