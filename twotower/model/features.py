@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 
 from twotower.errors import DataError
+from twotower.model.hashing import hashed_rows
 from twotower.schema import (
     MAX_PROFILE_WIDTH,
     UNKNOWN_ROW,
@@ -243,14 +244,30 @@ def _static_input(
 ) -> Bag | torch.Tensor:
     spec = feature.spec
     if isinstance(spec, IdFeature):
-        # A row of -1 becomes embedding row 0, the unknown one.
-        return Bag(torch.from_numpy(rows[:, None] + 1), torch.ones(len(rows), 1))
+        return _id_bag(spec, torch.tensor(rows))
     values = columns[spec.name]
     if values.dtype == np.float32:
         return torch.from_numpy(np.ascontiguousarray(values))
     ids = torch.from_numpy(values.astype(np.int64))
     valid = ids >= 0
     return Bag(ids, valid / valid.sum(1, keepdim=True).clamp(min=1))
+
+
+def _id_bag(spec: IdFeature, rows_B: torch.Tensor) -> Bag:
+    ids = _embedding_rows(spec, rows_B)
+    return forget(Bag(ids, torch.ones(ids.shape)), rows_B < 0)
+
+
+def _embedding_rows(spec: IdFeature | None, rows: torch.Tensor) -> torch.Tensor:
+    """Return the embedding rows that users or items read, [..., hashes].
+
+    Args:
+        spec: the id feature that declares the table; none where each row has an embedding of its own.
+        rows: [...] int64; what -1 reads has no meaning.
+    """
+    if spec is None or spec.buckets is None:
+        return rows[..., None] + 1
+    return hashed_rows(rows, spec.buckets, spec.hashes)
 
 
 def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, npt.NDArray[np.float32]]:
@@ -305,6 +322,7 @@ class QueryFeatures:
         """
         self.schema = schema
         self._profiles = profiles
+        self._item_id = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
 
     def __call__(
         self,
@@ -328,7 +346,12 @@ class QueryFeatures:
         for feature in self.schema.query:
             spec = feature.spec
             if isinstance(spec, HistoryFeature):
-                batch[spec.name] = _history(spec, items[:, : spec.max_length], weights[:, : spec.max_length])
+                batch[spec.name] = _history(
+                    spec,
+                    self._item_id if spec.share else None,
+                    items[:, : spec.max_length],
+                    weights[:, : spec.max_length],
+                )
             elif isinstance(spec, ProfileFeature):
                 batch[spec.name] = self._profile(
                     spec, items[:, : spec.max_length], weights[:, : spec.max_length]
@@ -351,7 +374,12 @@ class QueryFeatures:
         return torch.from_numpy(total / np.maximum(valid.sum(1, keepdims=True), 1).astype(np.float32))
 
 
-def _history(spec: HistoryFeature, items: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> Bag:
+def _history(
+    spec: HistoryFeature,
+    table: IdFeature | None,
+    items: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+) -> Bag:
     valid = items >= 0
     if spec.pooling == "mean":
         w = valid.astype(np.float32)
@@ -360,6 +388,7 @@ def _history(spec: HistoryFeature, items: npt.NDArray[np.int64], weights: npt.ND
     else:
         w = (valid * spec.decay ** np.arange(items.shape[1])).astype(np.float32)
     total = w.sum(1, keepdims=True)
-    # Item row r has embedding row r + 1; padding stays -1.
-    ids = np.where(valid, items + 1, -1)
-    return Bag(torch.from_numpy(ids), torch.from_numpy(w / np.where(total > 0, total, 1).astype(np.float32)))
+    pooled = torch.from_numpy(w / np.where(total > 0, total, 1).astype(np.float32))
+    ids = _embedding_rows(table, torch.tensor(items))
+    ids = ids.masked_fill(torch.from_numpy(~valid)[..., None], -1)
+    return Bag(ids.flatten(1), pooled[..., None].expand(ids.shape).flatten(1))

@@ -154,7 +154,9 @@ class TwoTower(nn.Module):
             torch.manual_seed(seed)
             self.tables = nn.ParameterDict()
             for name, (rows, width) in table_sizes(schema).items():
-                self.tables[name] = nn.Parameter(torch.randn(rows, width) * config.init_std)
+                # In place and in its own type: a table may be most of the machine's memory.
+                table = torch.empty(rows, width, dtype=getattr(torch, config.table_dtype))
+                self.tables[name] = nn.Parameter(table.normal_(std=config.init_std))
             self.towers = Towers(
                 _tower(schema, "query", config.query_tower, config),
                 _tower(schema, "item", config.item_tower, config),
@@ -196,7 +198,17 @@ class TwoTower(nn.Module):
 
 
 def pool(table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return weighted sums of table rows [B, E]; padding has weight 0."""
+    """Return weighted sums of table rows, [B, E] float32.
+
+    Args:
+        table: [R, E], of any floating type.
+        ids: [B, L] int64, all in the table; padding has weight 0.
+        weights: [B, L] float32.
+    """
+    if table.dtype != torch.float32:
+        # Only the rows that are read become float32.
+        distinct, ids = torch.unique(ids, return_inverse=True)
+        table = table.index_select(0, distinct).float()
     if ids.shape[1] == 1:
         return F.embedding(ids[:, 0], table) * weights
     return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
@@ -213,15 +225,18 @@ def table_name(side: Side, feature: FittedFeature) -> str:
 
 
 def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
-    """Return (rows, width) of every embedding table."""
+    """Return (rows, width) of every embedding table; row 0 of those of ids is the unknown id."""
     sizes: dict[str, tuple[int, int]] = {}
     sides: tuple[tuple[Side, list[FittedFeature]], ...] = (("item", schema.item), ("query", schema.query))
     for side, features in sides:
         for feature in features:
             spec = feature.spec
             if isinstance(spec, IdFeature):
-                rows = (schema.num_users if side == "query" else schema.num_items) + 1
+                ids = schema.num_users if side == "query" else schema.num_items
+                rows = (spec.buckets or ids) + 1
             elif isinstance(spec, HistoryFeature):
+                if spec.share:
+                    continue
                 rows = schema.num_items + 1
             elif isinstance(spec, (CategoricalFeature, MultiHotFeature)):
                 rows = len(feature.values or []) + 1
