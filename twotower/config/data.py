@@ -36,6 +36,10 @@ class ColumnsConfig(Section):
     """Column of a rating or another strength."""
     event: str | None = None
     """Column of the event type; ``events`` says what each type means."""
+    impressions: str | None = None
+    """Column of items that were shown and not chosen, each a negative: a list, or text with a separator."""
+    impressions_separator: Annotated[str, Field(min_length=1)] = "|"
+    """Between the ids of an impressions column of text, such as in CSV."""
     split: str | None = None
     """Column with train, validation or test, for ``split.kind: given``."""
 

@@ -43,6 +43,8 @@ class Chunk:
     """[n] numbers, or text that holds numbers."""
     event: pa.Array | None = None
     """[n] event types."""
+    impressions: pa.Array | None = None
+    """[n] lists of item ids, or text (binary where it is not decoded yet) that holds them."""
     split: pa.Array | None = None
     """[n] text: train, validation or test."""
 

@@ -1,5 +1,7 @@
 """Order, repeats and small users and items: from raw columns to the interactions that stay.
 
+Impressions are not among the rows yet: they stay or go with the interaction that lists them.
+
 All functions work on columns sorted by user_row, time and source order.
 """
 

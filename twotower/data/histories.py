@@ -83,7 +83,7 @@ class Histories:
         users = np.asarray(user_rows, dtype=np.int64)
         begin, end = self._bounds(users)
         if times is not None:
-            end = _first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
+            end = first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
         return self._take(begin, end, length, skipped=None)
 
     def others(
@@ -139,8 +139,15 @@ class Histories:
         return rows, weights
 
 
-def _first_not_before(times: IntArray, begin: IntArray, end: IntArray, when: IntArray) -> IntArray:
-    """Return for each segment [begin, end) of ascending times the first position with time >= when."""
+def first_not_before(times: IntArray, begin: IntArray, end: IntArray, when: IntArray) -> IntArray:
+    """Return for each segment of ascending times the first position with time >= when, its end if none is.
+
+    Args:
+        times: [n] int64.
+        begin: [B] int64, first position of each segment.
+        end: [B] int64, the position behind each segment.
+        when: [B] int64.
+    """
     low, high = begin.copy(), end.copy()
     while (open_ := low < high).any():
         middle = (low + high) // 2

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.schema import KINDS
+
 COLUMNS: dict[str, Any] = {
     "user_row": np.int32,
     "item_row": np.int32,
@@ -38,7 +40,7 @@ class Interactions:
     time: npt.NDArray[np.int64]
     """[n] int64, microseconds since 1970 UTC; zeros in a source without times."""
     weight: npt.NDArray[np.float32]
-    """[n] float32, at least 0."""
+    """[n] float32, at least 0; 1 for a negative that a person gave, 0 for an impression."""
     kind: npt.NDArray[np.int8]
     """[n] int8, a code of ``schema.KINDS``."""
     split: npt.NDArray[np.int8]
@@ -53,6 +55,12 @@ class Interactions:
     def num_users(self) -> int:
         """Users that the offsets know, those without interactions included."""
         return len(self.user_offsets) - 1
+
+    @property
+    def is_impression(self) -> npt.NDArray[np.bool_]:
+        """[n] bool, items that were shown and not chosen: not had, unlike those of all other interactions."""
+        mask: npt.NDArray[np.bool_] = (self.kind == KINDS["negative"]) & (self.weight == 0)
+        return mask
 
     @classmethod
     def of(cls, num_users: int, **columns: npt.NDArray[Any]) -> Interactions:

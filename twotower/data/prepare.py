@@ -30,6 +30,7 @@ from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.dataset import ITEM_ROW, KIND, Dataset
 from twotower.data.fitting import as_categories, fit_features
 from twotower.data.hashing import array_hash, table_hash
+from twotower.data.impressions import attach
 from twotower.data.interactions import Interactions, count_rows
 from twotower.data.interning import Interner
 from twotower.data.reading import RawInteractions, read_interactions
@@ -154,8 +155,13 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
             f"data.min_interactions (user {smallest.user}, item {smallest.item}) leaves no "
             "interactions; lower it"
         )
-    user_ids, item_ids, item_table, num_catalogue = _vocabularies(config, raw, item_side, user_side)
     columns["split"] = assign_splits(columns, config.split, source.has_times, config.seed)
+    if raw.impressions is not None:
+        # With a least number of interactions, none is left of an item that is only shown.
+        stays = count_rows(columns["item_row"], len(raw.items)) >= min(smallest.item, 1)
+        counts["impressions"] = attach(columns, raw.impressions, stays)
+        counts["impressions_left_out"] = len(raw.impressions) - counts["impressions"]
+    user_ids, item_ids, item_table, num_catalogue = _vocabularies(config, raw, item_side, user_side)
     interactions = Interactions.of(len(user_ids), **columns)
     schema, item_table, user_columns = fit_features(
         config.features,
@@ -327,12 +333,18 @@ def _summary(counts: dict[str, Any]) -> list[str]:
         "interactions "
         f"(train {splits['train']:,}, validation {splits['validation']:,}, test {splits['test']:,})"
     ]
-    others = {"negative": kinds["negative"], "seen only": kinds["seen_only"]}
+    impressions = counts.get("impressions", 0)  # not counted in a source without them
+    others = {
+        "negative": kinds["negative"] - impressions,
+        "impressions": impressions,
+        "seen only": kinds["seen_only"],
+    }
     others |= {
         "repeats reduced": counts["repeats"],
         "bad rows left out": counts["bad_rows"],
         "outside the window": counts["outside_window"],
         "below min_interactions": counts["below_min_interactions"],
+        "impressions left out with their interactions or items": counts.get("impressions_left_out", 0),
     }
     shown = ", ".join(f"{name} {count:,}" for name, count in others.items() if count)
     if shown:

@@ -1,6 +1,7 @@
 """Chunks of a source to typed arrays: what each row means, and which rows are bad.
 
-Nothing of a chunk is kept but 22 bytes a row and the ids that were new in it.
+Nothing of a chunk is kept but 22 bytes a row and the ids that were new in it; with impressions 4 bytes
+more a row, and 4 for each item shown.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from twotower import progress
 from twotower.config import DataConfig, FilesSource
 from twotower.data import times
 from twotower.data.chunks import BadRows, BoolArray, Chunk, RawSource, TimeUnit
+from twotower.data.impressions import LISTED_BY, Impressions, ShownItems
 from twotower.data.interactions import COLUMNS
 from twotower.data.interning import IdColumn, Interner
 from twotower.errors import ConfigError, DataError
@@ -25,6 +27,7 @@ from twotower.schema import KINDS, SPLITS
 
 NO_SPLIT = -1
 """Split code of a row that has not been split yet."""
+_SHOWN_COLUMNS: dict[str, Any] = {"num_shown": np.int32, "shown": np.int32}
 
 
 @dataclasses.dataclass
@@ -32,15 +35,20 @@ class RawInteractions:
     """Interactions in source order, before filters, sorting and splits."""
 
     columns: dict[str, npt.NDArray[Any]]
-    """The columns of ``Interactions``; split is ``NO_SPLIT`` unless the source gives it."""
+    """The columns of ``Interactions``; split is ``NO_SPLIT`` unless the source gives it.
+
+    With impressions also ``LISTED_BY``.
+    """
     users: Interner
     """Users in first-appearance order."""
     items: Interner
-    """Items: the item table first, then others in first-appearance order."""
+    """Items: the item table first, then others in first-appearance order, those only ever shown last."""
     rows_read: int
     """Rows seen, bad ones included."""
     outside_window: int
     """Good rows that were left out for their time."""
+    impressions: Impressions | None
+    """What the interactions list; None in a source without impressions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,7 @@ class _Rules:
     events: dict[str, tuple[int, float]] | None
     column: str
     unit: TimeUnit | None
+    separator: str
 
 
 def read_interactions(
@@ -75,18 +84,25 @@ def read_interactions(
     """
     rules = _rules(source, config)
     users = Interner()
-    growing = {name: _Growing(kind) for name, kind in COLUMNS.items()}
+    shown = Interner()
+    growing = {name: _Growing(kind) for name, kind in (COLUMNS | _SHOWN_COLUMNS).items()}
+    has_impressions = isinstance(config.source, FilesSource) and config.source.columns.impressions is not None
     rows_read = outside = 0
     with progress.bar(source.num_rows, "reading", "interactions") as bar:
         for chunk in source.chunks(bad):
-            columns, num_outside = _read_chunk(chunk, rules, users, items, bad)
+            columns, num_outside = _read_chunk(chunk, rules, users, items, shown, bad)
             for name, column in columns.items():
                 growing[name].append(column)
             rows_read += len(chunk.rows)
             outside += num_outside
             bar.update(len(chunk.rows))
     joined = {name: column.finish() for name, column in growing.items()}
-    return RawInteractions(joined, users, items, rows_read, outside)
+    num_shown, shown_rows = (joined.pop(name) for name in _SHOWN_COLUMNS)
+    impressions = None
+    if has_impressions:
+        impressions = Impressions.of(num_shown, shown_rows, shown, items)
+        joined[LISTED_BY] = np.arange(len(num_shown))
+    return RawInteractions(joined, users, items, rows_read, outside, impressions)
 
 
 class _Growing:
@@ -134,11 +150,12 @@ def _rules(source: RawSource, config: DataConfig) -> _Rules:
         raise ConfigError("data.window needs times, and the source has none; remove data.window")
     if start is not None and end is not None and start >= end:
         raise ConfigError(f"data.window is empty: start {window.start} is not before end {window.end}")
-    column, unit, events = "time", source.time_unit, None
+    column, unit, events, separator = "time", source.time_unit, None, ""
     if isinstance(config.source, FilesSource):
         column = config.source.columns.time or column
         events = _events(config.source)
-    return _Rules(config, value_range, start, end, events, column, unit)
+        separator = config.source.columns.impressions_separator
+    return _Rules(config, value_range, start, end, events, column, unit, separator)
 
 
 def _events(source: FilesSource) -> dict[str, tuple[int, float]] | None:
@@ -185,7 +202,7 @@ class _Check:
 
 
 def _read_chunk(
-    chunk: Chunk, rules: _Rules, users: Interner, items: Interner, bad: BadRows
+    chunk: Chunk, rules: _Rules, users: Interner, items: Interner, shown: Interner, bad: BadRows
 ) -> tuple[dict[str, npt.NDArray[Any]], int]:
     n = len(chunk.rows)
     check = _Check(chunk, bad)
@@ -193,6 +210,11 @@ def _read_chunk(
     for ids in (user, item):
         for mask, reason in ids.problems():
             check.refuse(mask, reason, ids.array)
+    listed = None
+    if chunk.impressions is not None:
+        listed = ShownItems(chunk.impressions, rules.separator)
+        for mask, reason, blamed in listed.problems():
+            check.refuse(mask, reason, blamed)
     micros = np.zeros(n, dtype=np.int64)
     if chunk.time is not None:
         micros, missing = times.to_micros(chunk.time, rules.unit, rules.data.timezone, rules.column)
@@ -213,6 +235,8 @@ def _read_chunk(
         "kind": kind[keep],
         "split": split[keep],
     }
+    if listed is not None:
+        columns |= listed.intern(item, keep, shown)
     return columns, int(good.sum() - keep.sum())
 
 

@@ -8,7 +8,8 @@ A held-out part never takes a user's last train interaction: of n positives ``mi
 are test, of the m that remain ``min(ceil(validation_share m), m - 1)`` are validation. So a user with one
 positive is all train, one with two has no validation. (``temporal_global`` and a given split follow the
 moment, or the data, whatever that leaves of a user.) In a random split, which has no such moment, those
-other interactions are train; in a given one they are what the data says.
+other interactions are train; in a given one they are what the data says. Impressions are not split here:
+``impressions.attach`` gives each the split of the interaction that lists it.
 """
 
 from __future__ import annotations

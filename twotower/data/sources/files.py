@@ -38,7 +38,7 @@ class Files:
         self.time_unit: TimeUnit | None = columns.time_unit
         self._mapped: dict[str, str] = {
             role: name
-            for role in ("user", "item", "time", "value", "event", "split")
+            for role in ("user", "item", "time", "value", "event", "impressions", "split")
             if (name := getattr(columns, role)) is not None
         }
         self._interactions = tables.find_files(source.interactions, "data.source.interactions")
@@ -76,15 +76,21 @@ class Files:
     def chunks(self, bad: BadRows) -> Iterator[Chunk]:
         """Yield the interactions, file by file in the order of their names."""
         distinct = list(dict.fromkeys(self._mapped.values()))
+        # A row with a list is worth many.
+        num_rows = max(CHUNK_ROWS // 16, 1) if "impressions" in self._mapped else CHUNK_ROWS
         for file in self._interactions:
             for batch, rows in tables.read_batches(file, distinct, bad):
-                for start in range(0, batch.num_rows, CHUNK_ROWS):
-                    part = batch.slice(start, CHUNK_ROWS)
+                for start in range(0, batch.num_rows, num_rows):
+                    part = batch.slice(start, num_rows)
                     roles = {
                         role: tables.non_empty(tables.decode(part.column(distinct.index(name))))
                         for role, name in self._mapped.items()
+                        if role != "impressions"
                     }
-                    yield Chunk(file=file.name, rows=rows[start : start + CHUNK_ROWS], **roles)
+                    if "impressions" in self._mapped:
+                        # Undecoded: a list that is no UTF-8 is a bad row, and none at all is not.
+                        roles["impressions"] = part.column(distinct.index(self._mapped["impressions"]))
+                    yield Chunk(file=file.name, rows=rows[start : start + num_rows], **roles)
 
 
 def _table_files(table: TableConfig | None, name: str) -> list[Path]:
