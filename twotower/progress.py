@@ -1,4 +1,7 @@
-"""What a person sees while a job runs: stage headings, lines and progress bars, all on stderr."""
+"""What a person sees while a job runs: stage headings, lines and progress bars, all on stderr.
+
+On a terminal a bar moves in place. Everywhere else (a log, ``ray job submit``) it is a line now and then.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 _LOG_INTERVAL_S = 5.0
+_TERMINAL_INTERVAL_S = 0.1
+_TERMINAL = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}{postfix}, {remaining} left"
+_LINE = (
+    "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}{postfix}, time left {remaining}"
+)
+_NO_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
 
 
 def stage(title: str) -> None:
@@ -22,19 +31,33 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
-def bar(total: int | None, description: str, unit: str = "rows") -> tqdm[Any]:
-    """Return a progress bar, a context manager; off a terminal it prints a line now and then."""
+def bar(
+    total: int | None, description: str, unit: str = "rows", initial: int = 0, leave: bool = True
+) -> tqdm[Any]:
+    """Return a progress bar, a context manager; off a terminal it prints a line now and then.
+
+    Args:
+        total: how many there are, where that is known.
+        description: what is counted, a few words.
+        unit: the things counted, in the plural.
+        initial: how many were done before; they do not count in the speed.
+        leave: let the bar stay, or its last line be printed, when it is closed.
+    """
     terminal = sys.stderr.isatty()
+    line = _TERMINAL if terminal else _LINE
     return tqdm(
         total=total,
         desc=f"   {description}",
         unit=f" {unit}",
         unit_scale=True,
+        bar_format=line if total else _NO_TOTAL,
         file=sys.stderr if terminal else _Lines(),
-        mininterval=0.1 if terminal else _LOG_INTERVAL_S,
+        mininterval=_TERMINAL_INTERVAL_S if terminal else _LOG_INTERVAL_S,
+        # By itself tqdm waits for as many things as came before the last line: late where they slow down.
+        miniters=0,
         dynamic_ncols=terminal,
-        ncols=None if terminal else 100,
-        leave=True,
+        initial=initial,
+        leave=leave,
     )
 
 
@@ -44,17 +67,18 @@ class _Lines:
     def __init__(self) -> None:
         self._pending = ""
         self._shown = ""
-        self._last = 0.0
+        self._last = time.monotonic()
 
     def write(self, text: str) -> None:
-        line = text.strip("\r\n")
-        final = text.endswith("\n")
+        """Print a bar's text as a line when the last one is old enough, or at its end."""
+        line = text.strip("\r\n").rstrip()
         if line:
             self._pending = line
+        final = text.endswith("\n")
         if self._pending and (final or time.monotonic() - self._last >= _LOG_INTERVAL_S):
             if self._pending != self._shown:
                 print(self._pending, file=sys.stderr, flush=True)
             self._shown, self._pending, self._last = self._pending, "", time.monotonic()
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        """Do nothing: lines are flushed as they are printed."""
