@@ -11,17 +11,19 @@ R queries of a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.loss_masks import Known, LeftOut
 
 __all__ = ["Known", "in_batch_softmax"]
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
 _LOG2_E = math.log2(math.e)
 
 
@@ -133,8 +135,9 @@ def _blocked(
     own = None if own_QHD is None else own_QHD.detach().to(dtype)
     loss = q_QD.new_zeros(())
     d_q = torch.empty_like(q_QD) if with_gradients else None
-    d_c = torch.zeros_like(c_CD) if with_gradients else None
+    d_c_DC = torch.zeros_like(c_CD.T) if with_gradients else None
     d_own = torch.empty_like(own) if with_gradients and own is not None else None
+    linear = _fastest_linear(q_QD)
     bias_C = batch.bias_C * _LOG2_E
     rows = max(1, _BLOCK_BYTES // (len(c_CD) * c_CD.element_size()))
     for first in range(0, len(q_QD), rows):
@@ -144,7 +147,7 @@ def _blocked(
         scaled_RD = q_RD * (_LOG2_E / t)
         weight_R = batch.weight_Q[first:last]
         positive_R1 = batch.positive_Q[first:last, None]
-        block_RC = torch.addmm(bias_C, scaled_RD, c_CD.T)
+        block_RC = linear(scaled_RD, c_CD, bias_C)
         right_R1 = block_RC.gather(1, positive_R1)
         for row, column in batch.left_out.pairs(first, last):
             block_RC.view(-1).index_fill_(0, row * len(c_CD) + column, -math.inf)
@@ -162,23 +165,37 @@ def _blocked(
             total_R += own_RH.sum(1)
         bits_R = total_R.log2() + (peak_R1 - right_R1)[:, 0]
         loss += (bits_R * weight_R).masked_fill_(weight_R == 0, 0).sum() / _LOG2_E
-        if d_q is None or d_c is None:
+        if d_q is None or d_c_DC is None:
             continue
         block_RC.scatter_add_(1, positive_R1, -total_R[:, None])
         scale_R1 = (weight_R / total_R).masked_fill_(weight_R == 0, 0)[:, None] / t
-        d_RD = torch.mm(block_RC, c_CD, out=d_q[first:last])
+        d_RD = linear(block_RC, c_CD.T)
         if own is not None and d_own is not None:
             d_RD += torch.einsum("rh,rhd->rd", own_RH, own[first:last])
             d_own[first:last] = (own_RH * scale_R1)[:, :, None] * q_RD[:, None, :]
-        d_RD *= scale_R1
-        d_c.addmm_(block_RC.T, q_RD * scale_R1)
-    if d_q is None or d_c is None:
+        torch.mul(d_RD, scale_R1, out=d_q[first:last])
+        d_c_DC += linear((q_RD * scale_R1).T, block_RC.T)
+    if d_q is None or d_c_DC is None:
         return loss, ()
     # dloss/dt = sum over logits of dloss/dlogit x (-score / t^2) = -(queries . d_queries) / t.
     d_t = -torch.dot(q_QD.flatten(), d_q.flatten()) / t
     return loss, (
         d_q.to(queries_QD.dtype),
-        d_c.to(candidates_CD.dtype),
+        d_c_DC.T.to(candidates_CD.dtype),
         d_t.to(temperature.dtype),
         None if d_own is None or own_QHD is None else d_own.to(own_QHD.dtype),
     )
+
+
+def _fastest_linear(x: Tensor) -> Callable[..., Tensor]:
+    """Return F.linear, or oneDNN's version of it where that is faster for tensors like ``x``.
+
+    On CPUs torch leaves float32 products to MKL, which uses AVX-512 on Intel's processors only; oneDNN, which
+    torch ships too, uses it on all that have it. Measured on two Zen 5 cores for the three products of a
+    block of 256 x 8192: 46, 43 and 45 ms for all blocks against 110, 102 and 110.
+    """
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    wide = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if onednn is None or not wide or x.dtype != torch.float32:
+        return F.linear
+    return lambda x, weight, bias=None: onednn(x, weight, bias, "none", [], "")
