@@ -20,6 +20,7 @@ from twotower.config.service import (
     StorageConfig,
 )
 from twotower.config.training import TrainConfig
+from twotower.config.tune import TuneConfig
 from twotower.schema import residual_feature
 
 
@@ -42,6 +43,8 @@ class Config(Section):
     """The towers."""
     train: TrainConfig = TrainConfig()
     """Training."""
+    tune: TuneConfig = TuneConfig()
+    """Sweeps."""
     index: IndexConfig = IndexConfig()
     """The index."""
     evaluation: EvaluationConfig = EvaluationConfig()
