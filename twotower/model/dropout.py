@@ -44,11 +44,18 @@ def row_keys(seed: int, step: int, rows: torch.Tensor, stream: int) -> torch.Ten
     return mix(key + (rows + 1) * _GOLDEN)
 
 
-def uniform(keys: torch.Tensor, columns: int, stream: int = 0) -> torch.Tensor:
-    """Return uniform numbers in [0, 1), [B, columns] float32, a function of each row's key."""
+def uniform(keys: torch.Tensor, columns: int, stream: int = 0, bits: int = 24) -> torch.Tensor:
+    """Return uniform numbers in [0, 1), [B, columns] float32, a function of each row's key.
+
+    Args:
+        keys: [B] int64, from ``row_keys``.
+        columns: how many for each row.
+        stream: keeps uses apart that share a key.
+        bits: the numbers are multiples of 2**-bits; at most 24, which float32 holds.
+    """
     counter = torch.arange(1, columns + 1, device=keys.device, dtype=torch.int64) + stream * (1 << 32)
-    bits = mix(keys[:, None] + counter * _GOLDEN)
-    return _shift(bits, 40).to(torch.float32) * 2.0**-24
+    random = mix(keys[:, None] + counter * _GOLDEN)
+    return _shift(random, 64 - bits).to(torch.float32) * 2.0**-bits
 
 
 class RowDropout(nn.Module):
