@@ -1,0 +1,383 @@
+"""Sweeps on Ray Tune: trainings with different settings, compared by the validation metric.
+
+A trial is a Tune function that runs ``cluster.train``, whose workers Ray Train starts; Tune's scheduler sees
+every epoch's validation. What is known of a trial is written at each of its epochs, so a sweep that is run
+again trains only what is missing: an ended trial stays as it is, an interrupted one goes on from its last
+checkpoint, and a failed one is tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+from twotower.artefacts import (
+    building,
+    fingerprint,
+    has_manifest,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from twotower.cluster.session import session, wants_gpu
+from twotower.cluster.train import checkpoint_id, train
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
+from twotower.errors import ConfigError, TrainingError, TwotowerError
+from twotower.evaluation.sweep import Trial, TrialResult, ranked, set_line, trials_of, write_sweep
+from twotower.progress import say
+
+KIND = "sweep"
+_EPOCH_KEYS = ("epoch", "loss", "temperature", "seconds", "validation_recall", "validation_ndcg")
+_ENDED = ("finished", "stopped")
+_TRIAL_BYTES = 256 << 20
+"""Memory that Ray sets aside for the process of a trial; it waits for its workers and takes no CPU."""
+
+
+def tune(config: Config, dataset: Dataset) -> Path:
+    """Run the sweep ``config.tune`` and return the directory of its table and picture.
+
+    Args:
+        config: the configuration that each trial changes.
+        dataset: of ``config``; trials that change the data get datasets of their own.
+
+    Returns:
+        ``config.home / "sweeps" / ID``. Its manifest has ``best`` (trial, parameters, metrics, ``set_line``)
+        and the number of trials by status. Where trials failed, the next call tries those again.
+
+    Raises:
+        ConfigError: the parameters are not valid, or two trials would be the same training. No trial ran.
+        TrainingError: no trial was measured.
+    """
+    trials = trials_of(config)
+    datasets = _datasets(trials, config, dataset)
+    checkpoints = _checkpoint_ids(trials, datasets)
+    shown = config.tune.model_dump(mode="json", exclude={"max_concurrent"})
+    name = fingerprint({"dataset": dataset.fingerprint, "trials": checkpoints, "tune": shown})
+    directory = config.home / "sweeps" / name
+    if has_manifest(directory) and not read_manifest(directory, KIND)["trials"].get("failed"):
+        say(f"sweep {name} is there already")
+        return directory
+    with building(directory, keep_partial=True) as partial:
+        if directory.is_dir() and not (partial / "trials").exists():
+            shutil.copytree(directory / "trials", partial / "trials")
+        records = _Records(partial / "trials", trials, config)
+        for trial in trials:
+            if has_manifest(config.checkpoints / checkpoints[trial.name]):
+                records.finish(trial.name, config.checkpoints / checkpoints[trial.name])
+        if missing := records.missing():
+            with session(config):
+                _run(config, missing, datasets, records, partial / "tune")
+        for result in records.results:
+            if result.status == "stopped" and result.run is not None:
+                shutil.rmtree(result.run, ignore_errors=True)
+        _write(partial, config, dataset, records.results)
+    return directory
+
+
+def _datasets(trials: Sequence[Trial], config: Config, dataset: Dataset) -> dict[str, Dataset]:
+    """Return the dataset of each trial, preparing those that are not that of the sweep's configuration."""
+    known = {_data_key(config): dataset}
+    for trial in trials:
+        key = _data_key(trial.config)
+        if key not in known:
+            known[key] = prepare(trial.config)
+    return {trial.name: known[_data_key(trial.config)] for trial in trials}
+
+
+def _data_key(config: Config) -> str:
+    # Random and given splits are drawn with the seed.
+    seed = config.seed if config.split.kind in ("random", "given") else None
+    sections = [s.model_dump(mode="json") for s in (config.data, config.split, config.features)]
+    return fingerprint([sections, seed])
+
+
+def _checkpoint_ids(trials: Sequence[Trial], datasets: Mapping[str, Dataset]) -> dict[str, str]:
+    ids: dict[str, str] = {}
+    for trial in trials:
+        name = checkpoint_id(trial.config, datasets[trial.name], "train", trial.config.train.epochs)
+        if name in ids.values():
+            twin = next(t for t in trials if ids.get(t.name) == name)
+            raise ConfigError(
+                f"tune.parameters: {twin.label} and {trial.label} are the same training, so they can not be "
+                "compared; leave out keys that do not change the result"
+            )
+        ids[trial.name] = name
+    return ids
+
+
+class _Records:
+    """What is known of each trial, in memory and as one file each."""
+
+    def __init__(self, folder: Path, trials: Sequence[Trial], config: Config) -> None:
+        """Read what an earlier run of the sweep has written."""
+        self.metric = config.train.validation.metric
+        self._folder = folder
+        self._trials = {trial.name: trial for trial in trials}
+        self._results = {}
+        folder.mkdir(exist_ok=True)
+        for trial in trials:
+            path = folder / f"{trial.name}.json"
+            if path.is_file():
+                self._results[trial.name] = TrialResult(**json.loads(path.read_text()))
+            else:
+                self._results[trial.name] = TrialResult(trial.name, trial.parameters)
+
+    @property
+    def results(self) -> list[TrialResult]:
+        """All trials, in their order."""
+        return list(self._results.values())
+
+    def missing(self) -> list[Trial]:
+        """Return the trials that have not ended, or failed."""
+        return [self._trials[r.name] for r in self.results if r.status not in _ENDED]
+
+    def ended(self) -> list[TrialResult]:
+        """Return the trials that have ended without an error."""
+        return [result for result in self.results if result.status in _ENDED]
+
+    def start(self, name: str) -> None:
+        """Forget the error of an earlier run."""
+        result = self._results[name]
+        result.status, result.error = "running", None
+
+    def add_epoch(self, name: str, report: Mapping[str, Any]) -> None:
+        """Add what an epoch came to; one that was trained again replaces the first."""
+        result = self._results[name]
+        epoch = {key: report[key] for key in _EPOCH_KEYS if key in report}
+        kept = [earlier for earlier in result.history if earlier["epoch"] < epoch["epoch"]]
+        result.history = [*kept, epoch]
+        if CHECKPOINT_PATH_KEY in report:
+            result.run = str(Path(report[CHECKPOINT_PATH_KEY]).parent)
+        self._write(name)
+        trial = self._trials[name]
+        say(
+            f"trial {name} {trial.label}: epoch {epoch['epoch']} of {trial.config.train.epochs}, "
+            f"validation {self.metric} {epoch[f'validation_{self.metric}']:.4f}"
+        )
+
+    def finish(self, name: str, checkpoint: Path) -> None:
+        """Take the history of a finished checkpoint."""
+        result = self._results[name]
+        result.history = [
+            {key: epoch[key] for key in _EPOCH_KEYS if key in epoch}
+            for epoch in read_manifest(checkpoint, "checkpoint")["history"]
+        ]
+        result.status, result.checkpoint, result.run, result.error = "finished", str(checkpoint), None, None
+        self._end(name)
+
+    def stop(self, name: str) -> None:
+        """Take the trial as given up by the scheduler, unless it had just trained its last epoch."""
+        result = self._results[name]
+        last = len(result.history) >= self._trials[name].config.train.epochs
+        result.status = "finished" if last else "stopped"
+        self._end(name)
+
+    def fail(self, name: str, error: str) -> None:
+        """Take the trial as ended by an error."""
+        result = self._results[name]
+        result.status, result.error = "failed", error
+        self._end(name)
+
+    def _end(self, name: str) -> None:
+        self._write(name)
+        result = self._results[name]
+        counted = sum(r.status != "running" for r in self.results)
+        suffix = f": {result.error}" if result.error else ""
+        ended = f"{result.status} ({counted} of {len(self.results)}){suffix}"
+        say(f"trial {name} {self._trials[name].label} {ended}")
+
+    def _write(self, name: str) -> None:
+        write_json(self._folder / f"{name}.json", self._results[name].to_json())
+
+
+class _Recorder(ray_tune.Callback):
+    """Writes down what Ray Tune hears of trials; runs in the driver."""
+
+    def __init__(self, records: _Records) -> None:
+        self._records = records
+        self._ended: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Forget an earlier error."""
+        self._records.start(trial.config["trial"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Take an epoch, or what the trial ended with."""
+        name = trial.config["trial"]
+        if "checkpoint" in result:
+            self._ended.add(name)
+            self._records.finish(name, Path(result["checkpoint"]))
+        elif "error" in result:
+            self._ended.add(name)
+            self._records.fail(name, result["error"])
+        elif f"validation_{self._records.metric}" in result:
+            self._records.add_epoch(name, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Take a trial that ended without saying so: the scheduler stopped it."""
+        if trial.config["trial"] not in self._ended:
+            self._records.stop(trial.config["trial"])
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Take an error that is no TwotowerError, such as a lost actor."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self._records.fail(trial.config["trial"], str(error).strip().splitlines()[-1])
+
+
+def _run(
+    config: Config, trials: Sequence[Trial], datasets: Mapping[str, Dataset], records: _Records, folder: Path
+) -> None:
+    """Train the trials that are missing, as many at a time as the cluster has room for."""
+    _keep_tune_quiet()
+    # Only what an earlier run left behind: the records above are all that a sweep resumes from.
+    shutil.rmtree(folder, ignore_errors=True)
+    work = {
+        trial.name: {
+            "config": with_absolute_root(trial.config).to_json(),
+            "dataset": str(datasets[trial.name].path.absolute()),
+        }
+        for trial in trials
+    }
+    concurrent = _room(config, trials)
+    say(f"{len(trials)} trials to train, {concurrent} at a time")
+    tuner = ray_tune.Tuner(
+        ray_tune.with_resources(ray_tune.with_parameters(train_trial, work=work), {"memory": _TRIAL_BYTES}),
+        param_space={"trial": ray_tune.grid_search([trial.name for trial in trials])},
+        tune_config=ray_tune.TuneConfig(
+            scheduler=_scheduler(config, trials, records),
+            max_concurrent_trials=concurrent,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=folder.name, storage_path=str(folder.parent), callbacks=[_Recorder(records)], verbose=0
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def train_trial(config: dict[str, Any], work: dict[str, dict[str, Any]]) -> None:
+    """Train one trial inside a Tune session; the last report names its checkpoint, or its error."""
+    settings = work[config["trial"]]
+    trial = parse_config(settings["config"])
+    try:
+        path = train(trial, Dataset.open(settings["dataset"]), callbacks=[TuneReportCallback()])
+    except TwotowerError as error:
+        # Tune would wrap it, and print it with all frames.
+        ray_tune.report({"error": str(error)})
+    else:
+        ray_tune.report({"checkpoint": str(path)})
+
+
+def with_absolute_root(config: Config) -> Config:
+    """Return the configuration with an absolute storage root: a trial runs in another working directory."""
+    storage = config.storage.model_copy(update={"root": str(config.storage.path)})
+    return config.model_copy(update={"storage": storage})
+
+
+def _name(trial: RayTrial) -> str:
+    return str(trial.config["trial"])
+
+
+def _scheduler(config: Config, trials: Sequence[Trial], records: _Records) -> TrialScheduler:
+    """Return ASHA that knows the trials of earlier runs of the sweep, or a scheduler that stops none.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, https://arxiv.org/abs/1810.05934
+    """
+    settings = config.tune
+    epochs = max(trial.config.train.epochs for trial in trials)
+    if settings.scheduler == "none" or settings.grace_epochs >= epochs:
+        return FIFOScheduler()
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        metric=f"validation_{records.metric}",
+        mode="max",
+        grace_period=settings.grace_epochs,
+        reduction_factor=settings.reduction_factor,
+        # After its last epoch there is nothing left to stop.
+        max_t=epochs - 1,
+        stop_last_trials=False,
+    )
+    for result in records.ended():
+        # All that it asks of a trial is its id.
+        stand_in: Any = SimpleNamespace(trial_id=result.name)
+        controller: Any = None
+        scheduler.on_trial_add(controller, stand_in)
+        for report in result.history:
+            scheduler.on_trial_result(controller, stand_in, report)
+    return scheduler
+
+
+def _room(config: Config, trials: Sequence[Trial]) -> int:
+    """Return how many trials the workers of the cluster have room for at a time, at least one."""
+    use_gpu = wants_gpu(config)
+    places = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            on_node = int(has.get("CPU", 0) / config.cluster.cpus_per_worker + 1e-9)
+            places += min(on_node, int(has.get("GPU", 0))) if use_gpu else on_node
+    workers = max(trial.config.train.num_workers for trial in trials)
+    if places < workers:
+        say(f"the cluster has room for {places} of {workers} training workers now; trials wait for more")
+    if any(trial.config.train.ingest == "stream" for trial in trials):
+        # Ray Data reads with CPUs beside those of the workers, which more trials would take.
+        return 1
+    return max(1, min(places // workers, config.tune.max_concurrent or places))
+
+
+def _keep_tune_quiet() -> None:
+    """Let Ray Tune write no logs of its own beside the records, and leave Ctrl-C to the job."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # The last report of a trial has no metric.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+
+
+def _write(partial: Path, config: Config, dataset: Dataset, results: Sequence[TrialResult]) -> None:
+    """Write the table, the picture and then the manifest."""
+    metric, k = config.train.validation.metric, config.train.validation.k
+    best = ranked(results, metric)[0]
+    epoch = best.best(metric)
+    if epoch is None:
+        first = next((f"{r.name}: {r.error}" for r in results if r.error), "no epoch was validated")
+        raise TrainingError(f"none of {len(results)} trials was measured; the first error is that of {first}")
+    write_sweep(partial, results, config.tune, metric, k)
+    write_json(partial / "config.json", config.to_json())
+    statuses = [result.status for result in results]
+    write_manifest(
+        partial,
+        KIND,
+        {
+            "dataset": dataset.fingerprint,
+            "metric": metric,
+            "k": k,
+            "trials": {status: statuses.count(status) for status in dict.fromkeys(statuses)},
+            "best": {
+                "trial": best.name,
+                "parameters": best.parameters,
+                "checkpoint": best.checkpoint,
+                "epoch": epoch["epoch"],
+                "recall": epoch["validation_recall"],
+                "ndcg": epoch["validation_ndcg"],
+                "set_line": set_line(best.parameters),
+            },
+        },
+    )
