@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 
 from twotower.config.training import MetricsConfig, MlflowConfig
 from twotower.errors import ConfigError
-from twotower.training.journal import Journal
+from twotower.training.journal import Journal, check_metrics
 
 REPORT = {"epoch": 1, "loss": 4.5, "seconds": 2.0, "validation_recall": 0.25, "validation_ndcg": None}
 
@@ -65,13 +65,14 @@ def run_steps(journal: Journal, first: int, last: int, loss: float) -> None:
 def test_lines_have_step_epoch_time_and_values(tmp_path: Path) -> None:
     with Journal(tmp_path / "logs" / "a", config(every_steps=2), "a", 0) as journal:
         for step in range(1, 6):
-            journal.step(step, 1, 8, {"loss": torch.tensor(step / 2), "temperature": 0.07})
+            journal.step(step, 1, 8, {"loss": torch.tensor(step / 2), "temperature": 0.07, "x": None})
         journal.epoch(REPORT, 5)
     lines = lines_of(tmp_path / "logs" / "a")
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert [line["epoch"] for line in lines] == [1, 1, 1]
     assert [line.get("loss") for line in lines] == [1.0, 2.0, None]
     assert lines[1]["temperature"] == 0.07
+    assert not any("x" in line for line in lines)
     report = {name: value for name, value in lines[2].items() if name.startswith("epoch/")}
     assert report == {"epoch/loss": 4.5, "epoch/seconds": 2.0, "epoch/validation_recall": 0.25}
     for line in lines:
@@ -202,12 +203,24 @@ def test_mlflow_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match=r"pip install 'twotower\[mlflow\]'"):
         Journal(tmp_path / "logs", mlflow_config(tmp_path), "a", 0)
     assert not (tmp_path / "logs").exists()
+    with pytest.raises(ConfigError, match=r"pip install 'twotower\[mlflow\]'"):
+        check_metrics(mlflow_config(tmp_path))
+    check_metrics(config())
 
 
 def test_mlflow_of_another_kind_is_refused_before_the_first_step(tmp_path: Path) -> None:
     metrics = config(mlflow=MlflowConfig(tracking_uri="gopher://nowhere"))
     with pytest.raises(ConfigError, match=r"tracking_uri \(gopher://nowhere\) takes no metrics"):
         Journal(tmp_path / "logs", metrics, "a", 0)
+    with pytest.raises(ConfigError, match=r"tracking_uri \(gopher://nowhere\) takes no metrics"):
+        check_metrics(metrics)
+
+
+def test_check_leaves_nothing_in_mlflow(tmp_path: Path) -> None:
+    metrics = mlflow_config(tmp_path)
+    check_metrics(metrics)
+    assert metrics.mlflow is not None
+    assert MlflowClient(metrics.mlflow.tracking_uri).get_experiment_by_name("shop") is None
 
 
 def test_mlflow_that_stops_answering_does_not_stop_the_training(

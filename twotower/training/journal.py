@@ -11,10 +11,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, Self, SupportsFloat
+from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -24,7 +25,21 @@ from twotower.config.training import MetricsConfig, MlflowConfig
 from twotower.errors import ConfigError
 from twotower.progress import say
 
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
 LINES = "metrics.jsonl"
+
+
+def check_metrics(config: MetricsConfig) -> None:
+    """Check, before any worker starts, that metrics can go where the configuration sends them.
+
+    Raises:
+        ConfigError: MLflow is configured and is not installed, or does not answer.
+    """
+    if config.mlflow is not None:
+        with _mlflow_client(config.mlflow) as client:
+            client.get_experiment_by_name(config.mlflow.experiment)
 
 
 class Journal:
@@ -62,8 +77,8 @@ class Journal:
             global_step: optimiser steps of the whole training so far, this one too.
             epoch: from 1.
             examples: examples of this step over all ranks.
-            values: such as loss and temperature; read only where they are written, so that scalars on a
-                GPU are not waited for at every step.
+            values: such as loss and temperature, what is None left out; read only where they are written,
+                so that scalars on a GPU are not waited for at every step.
         """
         now = time.perf_counter()
         if self._rate_since is None:
@@ -72,7 +87,7 @@ class Journal:
             self._rate_examples += examples
         if global_step % self._every_steps:
             return
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
         # Those scalars may have taken the GPU a while.
         now = time.perf_counter()
         if self._rate_examples:
@@ -188,34 +203,14 @@ class _Mlflow:
     """
 
     def __init__(self, config: MlflowConfig, run_name: str, resume_step: int) -> None:
-        # A training does not wait minutes for its tracking server (MLflow's own: 7 retries, 120 s each),
-        # nor report its use to others. MLflow 3 refuses folders, which still work, without the third.
-        for name, value in (
-            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
-            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
-            ("MLFLOW_ALLOW_FILE_STORE", "true"),
-            ("MLFLOW_DISABLE_TELEMETRY", "true"),
-        ):
-            os.environ.setdefault(name, value)
-        try:
-            from mlflow.entities import Metric
-            from mlflow.exceptions import MlflowException
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise ConfigError(
-                f"train.metrics.mlflow is set and MLflow can not be imported ({error}); "
-                "pip install 'twotower[mlflow]', or set train.metrics.mlflow to null"
-            ) from error
+        with _mlflow_client(config) as client:
+            self._client = client
+            self._run_id = self._open(config.experiment, run_name, resume_step)
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
         self._metric, self._error = Metric, MlflowException
         self._sending = True
-        try:
-            self._client = MlflowClient(tracking_uri=config.tracking_uri)
-            self._run_id = self._open(config.experiment, run_name, resume_step)
-        except MlflowException as error:
-            raise ConfigError(
-                f"train.metrics.mlflow.tracking_uri ({config.tracking_uri}) takes no metrics: {error}; "
-                "start the server, correct the address, or set train.metrics.mlflow to null"
-            ) from error
 
     def write(self, global_step: int, epoch: int, numbers: dict[str, float]) -> None:
         if not self._sending:
@@ -253,3 +248,32 @@ class _Mlflow:
                 return run_id
         run_id = self._client.create_run(experiment_id, run_name=run_name).info.run_id
         return run_id
+
+
+@contextmanager
+def _mlflow_client(config: MlflowConfig) -> Iterator[MlflowClient]:
+    """Give MLflow's client; what goes wrong inside the block, importing MLflow too, is a ConfigError."""
+    # A training does not wait minutes for its tracking server (MLflow's own: 7 retries, 120 s each), nor
+    # report its use to others. MLflow 3 refuses folders, which still work, without the third.
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+        ("MLFLOW_ALLOW_FILE_STORE", "true"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+    except ImportError as error:
+        raise ConfigError(
+            f"train.metrics.mlflow is set and MLflow can not be imported ({error}); "
+            "pip install 'twotower[mlflow]', or set train.metrics.mlflow to null"
+        ) from error
+    try:
+        yield MlflowClient(tracking_uri=config.tracking_uri)
+    except MlflowException as error:
+        raise ConfigError(
+            f"train.metrics.mlflow.tracking_uri ({config.tracking_uri}) takes no metrics: {error}; "
+            "start the server, correct the address, or set train.metrics.mlflow to null"
+        ) from error
