@@ -114,7 +114,6 @@ class Watch:
 
     def _draw(self, state: Progress) -> None:
         self._say_start(state)
-        self._lines = min(self._lines, len(state.history))
         for report in state.history[self._lines :]:
             self._close_bar(leave=False)
             say(epoch_line(report, self._epochs))
