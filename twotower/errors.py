@@ -39,3 +39,9 @@ class RefusedError(TwotowerError):
     """A gate refused to publish."""
 
     exit_code = 3
+
+
+class StoppedError(TwotowerError):
+    """The job was asked to stop by SIGTERM, and has left a state to go on from."""
+
+    exit_code = 143

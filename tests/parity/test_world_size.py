@@ -2,72 +2,154 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.parity.workers import assert_close, run_world, step_results
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 
 BATCH = 174  # divides by 1, 2 and 3
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks": {"tower_chunk_size": 23},
+    "mixed": {"negatives": {"uniform": 31, "popular": 17, "memory": 200, "memory_start": 1}},
+    "explicit and symmetric": {"negatives": {"explicit": 3}, "loss": {"symmetric": True}},
+    "everything": {
+        "tower_chunk_size": 40,
+        "loss": {"symmetric": True, "log_q": 0.7},
+        "optimizer": {"max_grad_norm": 0.5, "table_kind": "rowwise_adagrad"},
+        "negatives": {
+            "uniform": 10,
+            "popular": 7,
+            "memory": 150,
+            "memory_start": 1,
+            "explicit": 2,
+            "mined": {"per_query": 3, "skip": 4, "window": 30},
+        },
+    },
+    "batch norm": {},
+}
 
-@pytest.fixture(scope="module")
-def config(small_config: Config) -> Config:
+
+def variant(small_config: Config, name: str) -> Config:
     values = copy.deepcopy(small_config.to_json())
-    values["train"] |= {"global_batch_size": BATCH, "num_workers": 1}
+    values["train"] |= {"global_batch_size": BATCH, "num_workers": 1} | VARIANTS[name]
     values["model"]["query_tower"]["dropout"] = 0.3
     values["model"]["item_tower"] |= {"dropout": 0.2, "input_dropout": 0.1}
+    if name == "batch norm":
+        values["model"]["query_tower"]["norm"] = values["model"]["item_tower"]["norm"] = "batch"
     values["features"]["item"][0]["unknown_rate"] = 0.2
     return parse_config(values)
 
 
 @pytest.fixture(scope="module")
-def alone(config: Config, small_dataset: Dataset) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
-    torch.set_num_threads(1)
-    trainer = Trainer(config, small_dataset, World(), "train")
-    last = trainer.steps_per_epoch - 1
-    rest = len(trainer.examples) - last * BATCH
+def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Events of 240 users: three of four are positive, the others are explicit negatives."""
+    folder = tmp_path_factory.mktemp("events")
+    rng = np.random.default_rng(8)
+    count = 5_000
+    items = [f"{i},g{i % 5}|g{i % 7},word{i % 11}" for i in range(180)]
+    (folder / "items.csv").write_text("item_id,genres,title\n" + "\n".join(items))
+    rows = zip(
+        rng.integers(0, 240, count),
+        np.minimum(rng.exponential(30, count).astype(int), 179),
+        rng.integers(1_600_000_000, 1_700_000_000, count),
+        rng.choice(["buy", "buy", "buy", "skip"], count),
+        strict=True,
+    )
+    text = "\n".join(",".join(map(str, row)) for row in rows)
+    (folder / "events.csv").write_text("user_id,item_id,timestamp,event\n" + text)
+    values = copy.deepcopy(small_config.to_json())
+    values["storage"]["root"] = str(folder / "root")
+    values["data"]["source"] = {
+        "kind": "files",
+        "interactions": str(folder / "events.csv"),
+        "columns": {"time": "timestamp", "event": "event", "time_unit": "s"},
+        "events": {"buy": 1.0, "skip": "negative"},
+        "items": {"path": str(folder / "items.csv"), "id": "item_id"},
+    }
+    return prepare(parse_config(values))
+
+
+@pytest.fixture(scope="module")
+def steps(small_config: Config, dataset: Dataset) -> list[int]:
+    source = Trainer(variant(small_config, "plain"), dataset, World(), "train").source
+    last = source.steps_per_epoch - 1
+    rest = source.rows_per_epoch - last * BATCH
     assert rest % 2 or rest % 3, "the last batch must be uneven to test its padding"
-    return [0, 1, last], step_results(trainer, [0, 1, last])
+    return [0, 1, last]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(
+    request: pytest.FixtureRequest,
+    small_config: Config,
+    dataset: Dataset,
+    steps: list[int],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[str, list[dict]]]:
+    """Results of each variant, by rank."""
+    out = tmp_path_factory.mktemp("world") / "out"
+    configs = [variant(small_config, name) for name in VARIANTS]
+    found = run_world(configs, dataset, request.param, steps, out, update=False)
+    return [dict(zip(VARIANTS, results, strict=True)) for results in found]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_same_loss_and_gradients(
-    size: int, config: Config, small_dataset: Dataset, alone: tuple, tmp_path: Path
+    name: str, ranks: list[dict], small_config: Config, dataset: Dataset, steps: list[int]
 ) -> None:
-    steps, expected = alone
-    ranks = run_world(config, small_dataset, size, steps, tmp_path / "out")
-    for found, wanted in zip(ranks[0][:1], expected[:1], strict=True):
-        assert_close(found, wanted)
-    # Later steps start from weights that differ by rounding, which Adam's division can enlarge.
-    for found, wanted in zip(ranks[0][1:-1], expected[1:-1], strict=True):
-        assert_close(found, wanted, relative=1e-3)
+    torch.set_num_threads(1)
+    expected = step_results(
+        Trainer(variant(small_config, name), dataset, World(), "train"), steps, update=False
+    )
+    found = ranks[0][name]
     for other in ranks[1:]:
-        for mine, theirs in zip(ranks[0], other, strict=True):
+        for mine, theirs in zip(found, other[name], strict=True):
             assert mine.keys() == theirs.keys()
-            for name in mine:
-                assert torch.equal(mine[name], theirs[name]), f"{name} differs between ranks"
+            for tensor in mine:
+                assert torch.equal(mine[tensor], theirs[tensor]), f"{tensor} differs between ranks"
+    for mine, wanted in zip(found[:-1], expected[:-1], strict=True):
+        if name == "batch norm":
+            # What is added before it cancels: the true gradient is zero, and rounding is all that is left.
+            for side in ("query", "item"):
+                bias = f"towers.{side}.layers.0.bias"
+                weight = wanted[f"towers.{side}.layers.0.weight"].norm()
+                assert max(wanted.pop(bias).norm(), mine.pop(bias).norm()) < 1e-5 * weight
+        assert_close(mine, wanted)
 
 
-def test_the_last_uneven_batch_from_the_same_weights(
-    config: Config, small_dataset: Dataset, alone: tuple, tmp_path: Path
+def test_replicas_are_the_same_bits_after_100_steps(
+    small_config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
-    last = alone[0][-1]
-    expected = step_results(Trainer(config, small_dataset, World(), "train"), [last])[0]
-    found = run_world(config, small_dataset, 3, [last], tmp_path / "out")[0][0]
-    assert_close(found, expected)
+    """Tables and temperature are updated by every rank for itself."""
+    values = copy.deepcopy(small_config.to_json())
+    values["train"] |= {"global_batch_size": 60, "num_workers": 1}
+    config = parse_config(values)
+    steps = [step % 30 for step in range(100)]
+    ranks = [results[0] for results in run_world([config], dataset, 3, steps, tmp_path / "out")]
+    before = Trainer(config, dataset, World(), "train").model.state_dict()
+    for name, tensor in ranks[0][-1].items():
+        assert not torch.equal(tensor, before[name.removeprefix("weights.")]), f"{name} has not moved"
+        for other in ranks[1:]:
+            assert torch.equal(tensor, other[-1][name]), f"{name} differs between ranks"
 
 
-def test_local_negatives_alone_would_be_noticed(config: Config, small_dataset: Dataset) -> None:
+def test_local_negatives_alone_would_be_noticed(small_config: Config, dataset: Dataset) -> None:
     """A rank that only saw its own candidates would have another loss: the comparison above has force."""
-    whole = Trainer(config, small_dataset, World(), "train")
-    loss = whole.gradients(whole.order(0), 0, 0)
-    values = copy.deepcopy(config.to_json())
+    values = copy.deepcopy(small_config.to_json())
+    values["train"] |= {"global_batch_size": BATCH, "num_workers": 1}
+    whole = Trainer(parse_config(values), dataset, World(), "train")
+    loss = step_results(whole, [0], update=False)[0]["loss"]
     values["train"]["global_batch_size"] = BATCH // 2
-    half = Trainer(parse_config(values), small_dataset, World(), "train")
-    halves = torch.stack([half.gradients(whole.order(0), 0, step) for step in (0, 1)])
+    half = Trainer(parse_config(values), dataset, World(), "train")
+    halves = torch.stack([r["loss"] for r in step_results(half, [0, 1], update=False)[:-1]])
     assert abs(halves.mean() - loss) > 0.1 * loss

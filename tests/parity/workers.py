@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,43 +21,62 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def step_results(trainer: Trainer, steps: list[int], epoch: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Return loss and gradients by tensor name of each of some steps, updating the model after each."""
-    order = trainer.order(epoch)
+def step_results(
+    trainer: Trainer, steps: list[int], update: bool = True, epoch: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Return loss and gradients by tensor name of each of some steps, and the weights after them."""
     results = []
     trainer.model.train()
-    for number, step in enumerate(steps):
-        found = {"loss": trainer.gradients(order, epoch, step).clone()}
+    negatives = trainer.config.train.negatives.mined.per_query
+    if negatives:
+        # Mining itself rounds differently in each world; here the same lists are given to all.
+        shape = (len(trainer.source.examples), negatives)
+        drawn = np.random.default_rng(3).integers(-1, trainer.inputs.num_catalogue_items, shape)
+        trainer.assemble.mined = drawn.astype(np.int32)
+    for step in steps:
+        batch = trainer.assemble(next(trainer.source.shares(epoch, step)), step)
+        gradients = trainer.compute.gradients(batch)
+        found = {"loss": torch.tensor(gradients.loss, dtype=torch.float64)}
         for name, parameter in trainer.model.towers.named_parameters():
             assert parameter.grad is not None
             found[f"towers.{name}"] = parameter.grad.clone()
         assert trainer.model.log_temperature.grad is not None
         found["log_temperature"] = trainer.model.log_temperature.grad.clone()
-        for name, (ids, rows) in trainer.table_gradients.items():
+        for name, (ids, rows) in gradients.tables.items():
             dense = torch.zeros_like(trainer.model.tables[name])
             dense[ids] = rows
             found[f"tables.{name}"] = dense
-        trainer.update(number)
+        if update:
+            trainer.optimizers.update(gradients, trainer.optimizers.gradient_norm(gradients), 1.0)
         results.append(found)
     weights = {f"weights.{n}": t.clone() for n, t in trainer.model.state_dict().items()}
     return [*results, weights]
 
 
-def _run(rank: int, size: int, port: int, config: dict, dataset: str, steps: list[int], out: str) -> None:
+def _run(rank: int, size: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    trainer = Trainer(parse_config(config), Dataset.open(dataset), World.current(), "train")
-    torch.save(step_results(trainer, steps), Path(out) / f"{rank}.pt")
+    work = torch.load(Path(out) / "work.pt", weights_only=True)
+    results = []
+    for config in work["configs"]:
+        trainer = Trainer(parse_config(config), Dataset.open(work["dataset"]), World.current(), "train")
+        results.append(step_results(trainer, work["steps"], work["update"]))
+    torch.save(results, Path(out) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_world(config: Config, dataset: Dataset, size: int, steps: list[int], out: Path) -> list[list[dict]]:
-    """Return the results of every rank of a world of gloo processes."""
+def run_world(
+    configs: list[Config], dataset: Dataset, size: int, steps: list[int], out: Path, update: bool = True
+) -> list[list[list[dict]]]:
+    """Return the results of every configuration of every rank of a world of gloo processes."""
     out.mkdir()
-    args = (size, free_port(), config.to_json(), str(dataset.path), steps, str(out))
-    mp.start_processes(_run, args=args, nprocs=size, start_method="spawn")
+    plain = [c.to_json() for c in configs]
+    torch.save(
+        {"configs": plain, "dataset": str(dataset.path), "steps": steps, "update": update}, out / "work.pt"
+    )
+    mp.start_processes(_run, args=(size, free_port(), str(out)), nprocs=size, start_method="spawn")
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -1,6 +1,7 @@
 """The training loop of one process: it learns, resumes, repeats itself and refuses what can not work."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from twotower.model.checkpoint import weights_of
 from twotower.model.features import Bag
 from twotower.schema import KINDS, SPLITS
 from twotower.training.collectives import World
-from twotower.training.examples import Examples, held_out
-from twotower.training.loop import Trainer
+from twotower.training.examples import Examples, TowerInputs
+from twotower.training.loop import StepReport, Trainer
+from twotower.training.validation import held_out
 
 
 def with_train(config: Config, **train: object) -> Config:
@@ -36,6 +38,146 @@ def test_resuming_after_an_epoch_equals_not_stopping(small_config: Config, small
         assert torch.equal(tensor, weights_of(second.model)[name]), name
     assert [r.loss for r in whole.history] == [r.loss for r in second.history]
     assert whole.history[1].loss < whole.history[0].loss
+
+
+FULL = {
+    "global_batch_size": 200,
+    "epochs": 3,
+    "loss": {"symmetric": True},
+    "negatives": {
+        "uniform": 11,
+        "popular": 5,
+        "memory": 120,
+        "memory_start": 3,
+        "mined": {"per_query": 2, "skip": 3, "window": 20, "every_steps": 7},
+    },
+}
+
+
+def test_resuming_inside_an_epoch_equals_not_stopping(
+    small_config: Config, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    """With the memory of candidates, mined lists and the epoch's sums in the checkpoint, bit for bit."""
+    config = with_train(small_config, **FULL)
+    whole = Trainer(config, small_dataset, World(), "train")
+    saved = tmp_path / "state.pt"
+
+    def save(report: StepReport) -> None:
+        if report.step == whole.source.steps_per_epoch + 11:
+            torch.save((whole.state_dict(), weights_of(whole.model), whole.best_weights), saved)
+
+    for _ in range(3):
+        whole.run_epoch(save)
+    second = Trainer(config, small_dataset, World(), "train")
+    second.load_state_dict(*torch.load(saved, weights_only=True))
+    assert (second.epoch, second.step) == (1, whole.source.steps_per_epoch + 11)
+    assert second.assemble.mined is not None
+    first_steps: list[StepReport] = []
+    while second.epoch < 3:
+        second.run_epoch(first_steps.append)
+    assert first_steps[0].done == 12 * 200
+    for name, tensor in weights_of(whole.model).items():
+        assert torch.equal(tensor, weights_of(second.model)[name]), name
+    assert [(r.loss, r.validation_recall) for r in whole.history] == [
+        (r.loss, r.validation_recall) for r in second.history
+    ]
+
+
+def test_a_changed_model_can_not_be_resumed(small_config: Config, small_dataset: Dataset) -> None:
+    trainer = Trainer(small_config, small_dataset, World(), "train")
+    values = copy.deepcopy(small_config.to_json())
+    values["model"]["query_tower"]["hidden"] = [41]
+    other = Trainer(parse_config(values), small_dataset, World(), "train")
+    with pytest.raises(TrainingError, match=r"layers\.0\.bias has shape \(40,\) there and \(41,\)"):
+        other.load_state_dict(trainer.state_dict(), weights_of(trainer.model), {})
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    small_config: Config, small_dataset: Dataset
+) -> None:
+    trainer = Trainer(small_config, small_dataset, World(), "train")
+    reports: list[StepReport] = []
+
+    def damage(report: StepReport) -> None:
+        reports.append(report)
+        if report.step == 3:
+            with torch.no_grad():
+                trainer.model.towers.query.output.bias.fill_(torch.nan)
+
+    with pytest.raises(TrainingError) as error:
+        trainer.run_epoch(damage)
+    assert len(reports) == 3
+    text = str(error.value)
+    share = next(trainer.source.shares(0, 3))
+    user = small_dataset.user_ids.id(int(share.user_rows[0, 0]))
+    item = small_dataset.item_ids.id(int(share.item_rows[0, 0]))
+    assert "step 4 of epoch 1 has loss nan" in text
+    assert f"256 pairs (user, item) begins with ({user}, {item})" in text
+    assert "learning rate 0.00" in text
+
+
+def test_asked_to_stop_the_step_report_says_so(small_config: Config, small_dataset: Dataset) -> None:
+    trainer = Trainer(small_config, small_dataset, World(), "train")
+    reports: list[StepReport] = []
+    trainer.run_epoch(reports.append, lambda: len(reports) == 4)
+    assert [r.step for r in reports if r.stopping] == [5]
+
+
+def test_early_stopping_waits_for_its_patience(small_config: Config, small_dataset: Dataset) -> None:
+    config = with_train(small_config, early_stopping={"patience": 2, "min_delta": 1.0})
+    trainer = Trainer(config, small_dataset, World(), "train")
+    finished = []
+    for _ in range(3):
+        trainer.run_epoch()
+        finished.append(trainer.finished)
+    # No gain reaches 1.0, so the first epoch stays the best one.
+    assert finished == [False, False, True]
+    assert trainer.best_epoch == 1
+
+
+def test_gradient_clipping_bounds_the_whole_gradient(small_config: Config, small_dataset: Dataset) -> None:
+    """Rows of tables count in the norm; plain gradient descent shows what was applied."""
+    trainer = Trainer(small_config, small_dataset, World(), "train")
+    gradients = trainer.compute.gradients(trainer.assemble(next(trainer.source.shares(0)), 0))
+    norm = trainer.optimizers.gradient_norm(gradients)
+    parts = [p.grad.flatten() for p in trainer.compute.parameters if p.grad is not None]
+    parts += [rows.flatten() for _, rows in gradients.tables.values()]
+    assert norm == pytest.approx(torch.cat(parts).norm().item(), rel=1e-5)
+    clipped = Trainer(
+        with_train(small_config, optimizer={"max_grad_norm": norm / 4}), small_dataset, World(), "train"
+    )
+    same = clipped.compute.gradients(clipped.assemble(next(clipped.source.shares(0)), 0))
+    clipped.optimizers.update(same, clipped.optimizers.gradient_norm(same), 1.0)
+    for mine, whole in zip(clipped.compute.parameters, trainer.compute.parameters, strict=True):
+        torch.testing.assert_close(mine.grad, whole.grad / 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"negatives": {"explicit": 2}}, r"explicit is 2, and dataset .* no negative interaction"),
+        (
+            {"negatives": {"mined": {"per_query": 1, "skip": 10, "window": 300}}},
+            r"\(10 \+ 300\), and the catalogue has 210 items; use a window of at most 200",
+        ),
+    ],
+)
+def test_negatives_that_can_not_be_had_are_refused(
+    train: dict, message: str, small_config: Config, small_dataset: Dataset
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        Trainer(with_train(small_config, **train), small_dataset, World(), "train")
+
+
+@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"tower_chunk_size": 37}])
+def test_other_ways_to_compute_learn_the_same(
+    change: dict, small_config: Config, small_dataset: Dataset
+) -> None:
+    plain = Trainer(small_config, small_dataset, World(), "train")
+    other = Trainer(with_train(small_config, **change), small_dataset, World(), "train")
+    one, two = plain.run_epoch(), other.run_epoch()
+    assert two.loss == pytest.approx(one.loss, rel=5e-3)
+    assert not torch.equal(plain.model.tables["id_of_item"], other.model.tables["id_of_item"])
 
 
 def test_the_seed_decides_the_weights(small_config: Config, small_dataset: Dataset) -> None:
@@ -70,7 +212,7 @@ def test_the_learned_temperature_stays_above_its_floor(small_config: Config, sma
 
 
 def test_no_example_sees_itself_or_what_came_later(small_dataset: Dataset) -> None:
-    examples = Examples(small_dataset, "train")
+    examples = Examples.of(small_dataset, TowerInputs(small_dataset), "train")
     everything = small_dataset.interactions
     some = np.arange(0, len(examples), 37)
     batch = examples.queries(some)
@@ -96,7 +238,7 @@ def test_no_example_sees_itself_or_what_came_later(small_dataset: Dataset) -> No
 
 
 def test_validation_masks_train_and_never_reads_test(small_dataset: Dataset) -> None:
-    users = held_out(small_dataset, "validation", 50, seed=1)
+    users = held_out(lambda: [small_dataset.interactions], TowerInputs(small_dataset), 50, seed=1)
     assert len(users.user_rows) == 50
     everything = small_dataset.interactions
     for q, user in enumerate(users.user_rows):
@@ -109,13 +251,15 @@ def test_validation_masks_train_and_never_reads_test(small_dataset: Dataset) -> 
 
 
 def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -> None:
-    examples = Examples(small_dataset, "train")
-    some, candidates = np.arange(0, 900, 90), np.array([3, 5, 3, 200, 17, 41, 60])
+    examples = Examples.of(small_dataset, TowerInputs(small_dataset), "train")
+    some = np.concatenate([np.arange(0, 900, 90), [-1]])
     train = small_dataset.interactions.select(small_dataset.interactions.split == SPLITS["train"])
     pairs = set(zip(train.user_row.tolist(), train.item_row.tolist(), strict=True))
-    for _ in range(2):  # nothing is left over from the call before
-        known = examples.known_positives(some, candidates)
-        users = examples._user_of[examples._examples[some]]
-        expected = [[(int(u), int(c)) in pairs for c in candidates] for u in users]
-        assert known.tolist() == expected
-    assert 0 < known.sum() < known.size
+    among = np.array([3, 5, 3, -1, 200, 17, 41, 60])
+    for asked in (among, among, None):  # nothing is left over from the call before
+        offsets, rows = examples.known_positives(some, asked)
+        wanted = set(range(small_dataset.num_items)) if asked is None else set(asked.tolist())
+        for q, user in enumerate(examples.user_rows(some)):
+            expected = sorted(item for who, item in pairs if who == user and item in wanted)
+            assert sorted(rows[offsets[q] : offsets[q + 1]].tolist()) == expected
+        assert offsets[-1] == offsets[-2] == len(rows) > 5  # padding has none

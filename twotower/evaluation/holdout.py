@@ -80,7 +80,7 @@ def holdout(dataset: Dataset, max_users: int, seed: int) -> Holdout:
     in_test = interactions.split == SPLITS["test"]
     catalogue = interactions.item_row < num_items
     positive = in_test & (interactions.kind == KINDS["positive"])
-    had = _pairs(interactions, ~in_test & catalogue, num_items)
+    had = _pairs(interactions, ~in_test & catalogue & ~interactions.is_impression, num_items)
     wanted = _pairs(interactions, positive & catalogue, num_items)
     new = np.setdiff1d(wanted, had, assume_unique=True)
     users = np.unique(new // num_items)

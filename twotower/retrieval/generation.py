@@ -245,8 +245,11 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
 
 
 def seen_sets(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return what each user ever had, of every kind and split: offsets [U + 1], ascending item rows [m]."""
-    log = dataset.interactions
+    """Return what each user ever had, of every kind and split: offsets [U + 1], ascending item rows [m].
+
+    What was only shown to him, in an impression, he has not had.
+    """
+    log = dataset.interactions.select(~dataset.interactions.is_impression)
     pairs = np.unique((log.user_row.astype(np.int64) << 32) | log.item_row)
     counts = np.bincount(pairs >> 32, minlength=dataset.num_users)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -5,6 +5,7 @@ Every function here is a collective: all ranks call it, in the same order, with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(x: torch.Tensor, world: World) -> torch.Tensor:
     """Return all ranks' rows in rank order, [W b, ...].
 
-    Gradient: a row's gradient on its own rank is the sum over ranks of the gradients of its copies.
-    DDP's mean of parameter gradients over ranks then is the gradient of the mean of the ranks' losses.
+    Gradient: a row's gradient on its own rank is the sum over ranks of the gradients of its copies. The sum
+    over ranks of the parameters' gradients then is the gradient of the sum of the ranks' losses.
     """
     if world.size == 1:
         return x
@@ -84,6 +85,50 @@ def gather_ragged(x: torch.Tensor, world: World) -> torch.Tensor:
     padded[: x.shape[0]] = x
     everyone = gather(padded, world).reshape(world.size, longest, *x.shape[1:])
     return torch.cat([everyone[r, :n] for r, n in enumerate(counts)])
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, world: World) -> torch.Tensor:
+        ctx.world = world
+        return sum_over_ranks(x.clone(), world)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return sum_over_ranks(grad.clone(), ctx.world), None
+
+
+def sum_with_gradient(x: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the sum of ``x`` over ranks; its gradient is the sum over ranks of the gradients of that sum."""
+    if world.size == 1:
+        return x
+    summed: torch.Tensor = _SumWithGradient.apply(x, world)
+    return summed
+
+
+def reduce_gradients(
+    parameters: Sequence[torch.nn.Parameter], scalars: torch.Tensor, world: World
+) -> torch.Tensor:
+    """Replace every parameter's gradient by its sum over ranks, and return that of ``scalars``.
+
+    All of it goes through one flat buffer in the order of the parameters, in one collective: the sums are
+    the same bits in every run and after every restart. A missing gradient counts as zeros.
+
+    Args:
+        parameters: of one dtype, in the same order on all ranks.
+        scalars: [S], what else is summed in the same collective.
+        world: this process's place.
+    """
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    if world.size > 1:
+        flat = torch.cat([g.reshape(-1) for g in grads] + [scalars.to(grads[0].dtype)])
+        sum_over_ranks(flat, world)
+        pieces = flat.split([g.numel() for g in grads] + [len(scalars)])
+        grads = [piece.view_as(g) for piece, g in zip(pieces, grads, strict=False)]
+        scalars = pieces[-1]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    return scalars
 
 
 def sum_over_ranks(x: torch.Tensor, world: World) -> torch.Tensor:

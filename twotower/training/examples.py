@@ -1,15 +1,14 @@
-"""The training interactions in memory, and the batches made of them.
+"""Training interactions in memory as examples, and the towers' inputs of them.
 
 An example is a positive interaction of the fitted split with a catalogue item. Its query knows what the
 user did strictly before the interaction's time inside the fitted split; where there are no times, the
-user's other interactions of that split.
+user's other interactions of that split. ``Examples`` holds all users, or those of a part of the stream.
 
-Shapes: B rows of a batch, n examples, H history length.
+Shapes: B rows of a batch, n examples, C candidates, H history length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,152 +26,188 @@ from twotower.model.features import (
     item_batch,
     profile_values,
 )
-from twotower.schema import KINDS, SPLITS
+from twotower.schema import SPLITS
+from twotower.training.explicit import ExplicitNegatives
 
 Fit = Literal["train", "all"]
+IntArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Queries of users with held-out items."""
+class TowerInputs:
+    """What both towers read of items and users: the static columns of the whole tables, by row."""
 
-    user_rows: npt.NDArray[np.int64]
-    """[Q] int64."""
-    masked_offsets: npt.NDArray[np.int64]
-    """[Q + 1] int64."""
-    masked_rows: npt.NDArray[np.int64]
-    """Items of the fitted split of each user."""
-    relevant_offsets: npt.NDArray[np.int64]
-    """[Q + 1] int64."""
-    relevant_rows: npt.NDArray[np.int64]
-    """Held-out items of each user."""
+    def __init__(self, dataset: Dataset) -> None:
+        """Encode the item and user tables."""
+        self.schema = dataset.schema
+        self.num_items = dataset.num_items
+        self.num_catalogue_items = dataset.num_catalogue_items
+        self.has_times = dataset.has_times
+        self._item_columns = encode_columns(dataset.schema.item, dataset.item_table())
+        self._user_columns = encode_columns(dataset.schema.query, dataset.user_table())
+        self._queries = QueryFeatures(dataset.schema, profile_values(dataset.schema, self._item_columns))
+
+    def items(self, item_rows: IntArray) -> FeatureBatch:
+        """Return the item tower's input of catalogue items [B]; -1 is padding, fed as some item."""
+        rows = np.maximum(item_rows, 0)
+        return item_batch(self.schema, rows, {n: c[rows] for n, c in self._item_columns.items()})
+
+    def queries(
+        self, user_rows: IntArray, history_rows: IntArray, history_weights: npt.NDArray[np.float32]
+    ) -> FeatureBatch:
+        """Return the query tower's input of users [B] with histories [B, H]; -1 is padding."""
+        rows = np.maximum(user_rows, 0)
+        columns: Columns = {n: c[rows] for n, c in self._user_columns.items()}
+        return self._queries(user_rows, columns, history_rows, history_weights)
 
 
 class Examples:
-    """What a worker trains on."""
+    """Examples of some users, each numbered by its place among them."""
 
-    def __init__(self, dataset: Dataset, fit: Fit) -> None:
-        """Load the fitted split.
+    def __init__(
+        self,
+        inputs: TowerInputs,
+        fitted: Interactions,
+        user_rows: IntArray | None = None,
+        with_explicit: bool = False,
+    ) -> None:
+        """Take the fitted interactions of some users.
+
+        Args:
+            inputs: of the dataset.
+            fitted: all interactions of these users that may be trained on.
+            user_rows: row in the user table of each user of ``fitted``; the same number when not given.
+            with_explicit: keep their negative interactions too, for ``explicit_negatives``.
+        """
+        self.inputs = inputs
+        self.histories = Histories.of(fitted)
+        self._user_rows = user_rows
+        self._user_of = np.repeat(
+            np.arange(self.histories.num_users, dtype=np.int32), np.diff(self.histories.offsets)
+        )
+        self._examples = np.flatnonzero(self.histories.item_rows < inputs.num_catalogue_items)
+        self._user_counts = np.bincount(self._user_of[self._examples], minlength=self.histories.num_users)
+        self._explicit = (
+            ExplicitNegatives.of(fitted, inputs.num_catalogue_items, inputs.has_times)
+            if with_explicit
+            else None
+        )
+        self._wanted = np.zeros(inputs.num_items, bool)
+
+    @classmethod
+    def of(cls, dataset: Dataset, inputs: TowerInputs, fit: Fit, with_explicit: bool = False) -> Examples:
+        """Return all examples of a dataset's fitted split.
 
         Args:
             dataset: prepared.
+            inputs: of that dataset.
             fit: the train split, or every interaction.
+            with_explicit: keep negative interactions too.
 
         Raises:
             TrainingError: there is no positive interaction with a catalogue item in it.
         """
-        self.schema = dataset.schema
-        everything = dataset.interactions
-        in_fit = everything.split == SPLITS["train"] if fit == "train" else np.ones(len(everything), bool)
-        fitted = everything.select(in_fit)
-        self.histories = Histories.of(fitted)
-        self._has_times = dataset.has_times
-        self._user_of = np.repeat(
-            np.arange(self.histories.num_users, dtype=np.int32), np.diff(self.histories.offsets)
-        )
-        self._examples = np.flatnonzero(self.histories.item_rows < dataset.num_catalogue_items)
-        if len(self._examples) == 0:
+        examples = cls(inputs, fitted_part(dataset.interactions, fit), None, with_explicit)
+        if len(examples) == 0:
             raise TrainingError(
                 f"dataset {dataset.path} has no positive interaction with a catalogue item in split {fit!r}; "
                 "look at data.positives and at the ids of the item table"
             )
-        self.counts = np.bincount(
-            self.histories.item_rows[self._examples], minlength=dataset.num_catalogue_items
-        )
-        self.item_columns = encode_columns(dataset.schema.item, dataset.item_table())
-        self.user_columns = encode_columns(dataset.schema.query, dataset.user_table())
-        self.query_features = QueryFeatures(dataset.schema, profile_values(dataset.schema, self.item_columns))
-        self.num_catalogue_items = dataset.num_catalogue_items
-        # By item row, its place among the candidates of the batch at work: a look-up beats a binary search.
-        self._place = np.full(dataset.num_items, -1, np.int32)
+        return examples
 
     def __len__(self) -> int:
         """Return n, the number of examples."""
         return len(self._examples)
 
-    def item_rows(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the positive item of examples, [B] int64."""
-        return self.histories.item_rows[self._examples[examples]].astype(np.int64)
+    def item_rows(self, examples: IntArray) -> IntArray:
+        """Return the positive item of examples [B], -1 for padding."""
+        items = self.histories.item_rows[self._positions(examples)].astype(np.int64)
+        return np.where(examples < 0, -1, items)
 
-    def queries(self, examples: npt.NDArray[np.int64]) -> FeatureBatch:
-        """Return the query tower's input for examples [B]."""
-        positions = self._examples[examples]
+    def user_rows(self, examples: IntArray) -> IntArray:
+        """Return the user of examples [B], -1 for padding."""
+        users = self._user_of[self._positions(examples)].astype(np.int64)
+        if self._user_rows is not None:
+            users = self._user_rows[users]
+        return np.where(examples < 0, -1, users)
+
+    def user_counts(self, examples: IntArray) -> IntArray:
+        """Return how many examples the user of each of examples [B] has, 0 for padding."""
+        counts = self._user_counts[self._user_of[self._positions(examples)]]
+        return np.where(examples < 0, 0, counts)
+
+    def item_counts(self) -> IntArray:
+        """Return how many examples each catalogue item has, [num_catalogue_items] int64."""
+        rows = self.histories.item_rows[self._examples]
+        return np.bincount(rows, minlength=self.inputs.num_catalogue_items)
+
+    def queries(self, examples: IntArray) -> FeatureBatch:
+        """Return the query tower's input for examples [B]; -1 is padding, an unknown user without history."""
+        positions = self._positions(examples)
         users = self._user_of[positions].astype(np.int64)
-        length = self.schema.max_history
-        if self._has_times:
+        length = self.inputs.schema.max_history
+        if self.inputs.has_times:
             rows, weights = self.histories.before(users, self.histories.times[positions], length)
         else:
             rows, weights = self.histories.others(users, positions - self.histories.offsets[users], length)
-        return self.query_features(users, self._user_columns(users), rows, weights)
+        padding = examples < 0
+        rows[padding], weights[padding] = -1, 0
+        return self.inputs.queries(self.user_rows(examples), rows, weights)
 
-    def known_positives(
-        self, examples: npt.NDArray[np.int64], candidates: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.bool_]:
-        """Return which candidates the examples' users have in the fitted split, [B, C] bool.
+    def latest_queries(self, users: IntArray) -> FeatureBatch:
+        """Return the query tower's input for users [B] after all of their fitted interactions."""
+        rows, weights = self.histories.before(users, None, self.inputs.schema.max_history)
+        return self.inputs.queries(users, rows, weights)
+
+    def known_positives(self, examples: IntArray, among: IntArray | None = None) -> tuple[IntArray, IntArray]:
+        """Return what the users of examples have in the fitted split, as compressed rows.
 
         Args:
-            examples: [B] int64.
-            candidates: [C] int64 item rows, repeats allowed.
+            examples: [B] int64; padding has none.
+            among: item rows that are asked for; all where not given.
+
+        Returns:
+            offsets [B + 1] int64 and item rows [m] int64.
         """
-        users = self._user_of[self._examples[examples]]
+        # A user with many examples is in a batch many times, so the look-up is made once for each user.
+        users, user_of = np.unique(self._user_of[self._positions(examples)], return_inverse=True)
         begin, end = self.histories.offsets[users], self.histories.offsets[users + 1]
+        rows = self.histories.item_rows[_ranges(begin, end - begin)]
         lengths = end - begin
-        # All positions of all users of the batch, one after the other.
-        query = np.repeat(np.arange(len(users)), lengths)
-        positions = np.arange(lengths.sum()) + np.repeat(begin - (np.cumsum(lengths) - lengths), lengths)
-        distinct, column = np.unique(candidates, return_inverse=True)
-        self._place[distinct] = np.arange(len(distinct))
-        place = self._place[self.histories.item_rows[positions]]
-        self._place[distinct] = -1
-        found = place >= 0
-        known = np.zeros((len(users), len(distinct)), bool)
-        known[query[found], place[found]] = True
-        return known[:, column]
+        if among is not None:
+            self._wanted[among[among >= 0]] = True
+            found = self._wanted[rows]
+            self._wanted[among[among >= 0]] = False
+            found_before = np.concatenate([[0], np.cumsum(found)])
+            lengths = np.diff(found_before[np.concatenate([[0], np.cumsum(lengths)])])
+            rows = rows[found]
+        starts = np.cumsum(lengths) - lengths
+        counts = np.where(examples < 0, 0, lengths[user_of])
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return offsets, rows[_ranges(starts[user_of], counts)].astype(np.int64)
 
-    def items(self, item_rows: npt.NDArray[np.int64]) -> FeatureBatch:
-        """Return the item tower's input for catalogue items [B]."""
-        return item_batch(self.schema, item_rows, {n: c[item_rows] for n, c in self.item_columns.items()})
+    def explicit_negatives(self, examples: IntArray, count: int) -> IntArray:
+        """Return the user's own latest negatives up to each example's time, [B, count] int64, -1 for none."""
+        assert self._explicit is not None
+        positions = self._positions(examples)
+        times = self.histories.times[positions] if self.inputs.has_times else None
+        rows = self._explicit.latest(self._user_of[positions].astype(np.int64), times, count)
+        return np.where((examples < 0)[:, None], -1, rows)
 
-    def latest_queries(self, users: npt.NDArray[np.int64]) -> FeatureBatch:
-        """Return the query tower's input for users [B] after all of their fitted interactions."""
-        rows, weights = self.histories.before(users, None, self.schema.max_history)
-        return self.query_features(users, self._user_columns(users), rows, weights)
-
-    def _user_columns(self, users: npt.NDArray[np.int64]) -> Columns:
-        return {n: c[users] for n, c in self.user_columns.items()}
-
-
-def held_out(dataset: Dataset, split: Literal["validation"], max_users: int, seed: int) -> HeldOut:
-    """Return the users with positive catalogue items in a split, drawn once where there are more.
-
-    Args:
-        dataset: prepared.
-        split: whose items are relevant; items of the train split are masked.
-        max_users: the most users returned.
-        seed: of the draw.
-    """
-    interactions = dataset.interactions
-    wanted = (
-        (interactions.split == SPLITS[split])
-        & (interactions.kind == KINDS["positive"])
-        & (interactions.item_row < dataset.num_catalogue_items)
-    )
-    users = np.unique(interactions.user_row[wanted]).astype(np.int64)
-    if len(users) > max_users:
-        users = np.sort(np.random.default_rng([seed, 1]).choice(users, max_users, replace=False))
-    relevant = _rows_of(interactions.select(wanted), users)
-    masked = _rows_of(interactions.select(interactions.split == SPLITS["train"]), users)
-    return HeldOut(users, *masked, *relevant)
+    def _positions(self, examples: IntArray) -> IntArray:
+        """Return positions among the histories; padding gets that of some example, and is masked later."""
+        if len(self._examples) == 0:
+            raise TrainingError("a batch was asked of an empty set of examples")
+        return self._examples[np.maximum(examples, 0)]
 
 
-def _rows_of(
-    interactions: Interactions, users: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the distinct items of each user as (offsets [Q + 1], item rows)."""
-    parts = [
-        np.unique(interactions.item_row[interactions.user_offsets[u] : interactions.user_offsets[u + 1]])
-        for u in users
-    ]
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64)
-    rows = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
-    return offsets, rows
+def fitted_part(interactions: Interactions, fit: Fit) -> Interactions:
+    """Return the interactions that may be trained on."""
+    if fit == "all":
+        return interactions
+    return interactions.select(interactions.split == SPLITS["train"])
+
+
+def _ranges(begin: IntArray, lengths: IntArray) -> IntArray:
+    """Return begin[0] .. begin[0] + lengths[0] - 1, then the same of the next one, and so on."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - (ends - lengths), lengths)

@@ -1,40 +1,54 @@
 """The training loop of one worker: the same code alone and among many.
 
-The global batch of a step is a slice of the epoch's permutation, which every rank knows; a rank takes an
-equal share of its rows. Candidates are all items of the global batch. An uneven last batch is padded to
-equal shares and masked; the loss is the global sum over the global count.
-
-Shapes: B global batch, b = B / W rows of a rank, W world size, D embedding_dim, N catalogue items.
+Everything random is a function of the seed and of a step's or row's number, so a restored run goes on as if
+it had not stopped: there is no generator whose state would have to be kept.
 """
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from twotower.config import Config
 from twotower.data.dataset import Dataset
+from twotower.data.interactions import Interactions
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
-from twotower.model.dropout import row_keys, uniform
-from twotower.model.features import Bag, FeatureBatch, to_device
-from twotower.model.losses import in_batch_softmax
-from twotower.model.towers import Side, TwoTower, table_name
-from twotower.schema import UNKNOWN_ROW, IdFeature
-from twotower.training.collectives import World, gather_with_gradient, sum_over_ranks
-from twotower.training.examples import Examples, Fit, held_out
-from twotower.training.tables import RowGradient, TableOptimizer, TouchedRows
-from twotower.training.validation import validate
+from twotower.model.towers import TwoTower
+from twotower.training.assembly import Assembler, Batch
+from twotower.training.batches import MemorySource, Share
+from twotower.training.collectives import World
+from twotower.training.examples import Examples, Fit, TowerInputs
+from twotower.training.mining import mine
+from twotower.training.negatives import CandidateMemory, CandidateSampler
+from twotower.training.optim import Optimizers, schedule
+from twotower.training.step import Step
+from twotower.training.validation import held_out, validate
 
-_UNKNOWN_STREAM = 1 << 20
+
+class Source(Protocol):
+    """Where global batches come from."""
+
+    steps_per_epoch: int
+    rows_per_epoch: int
+
+    def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
+        """Yield this rank's shares of an epoch, as many on every rank."""
+
+    def item_counts(self) -> npt.NDArray[np.int64]:
+        """Return how often each catalogue item is a positive in an epoch."""
+
+    def blocks(self) -> Iterable[Interactions]:
+        """Yield all interactions, of every split, in blocks that part no user."""
 
 
 @dataclass(frozen=True)
@@ -55,234 +69,344 @@ class EpochReport:
     """Mean ndcg@k of the validation users."""
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to; the same on all ranks."""
+
+    step: int
+    """Optimiser steps so far, this one included."""
+    epoch: int
+    """From 1."""
+    done: int
+    """Examples of the epoch so far."""
+    loss: float
+    temperature: float
+    learning_rate: float
+    gradient_norm: float
+    stopping: bool
+    """A rank was asked to stop; all of them know of it in the same step."""
+
+
 class Trainer:
     """Trains one model as one rank of a world."""
 
-    def __init__(self, config: Config, dataset: Dataset, world: World, fit: Fit) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        world: World,
+        fit: Fit,
+        make_source: Callable[[TowerInputs], Source] | None = None,
+    ) -> None:
         """Load the data and build the model and the optimisers; all ranks build the same.
 
+        Args:
+            config: the configuration.
+            dataset: prepared.
+            world: this process's place.
+            fit: the split that is trained on.
+            make_source: makes the source of batches; all interactions in memory when not given.
+
         Raises:
-            TrainingError: the global batch is larger than the number of examples.
+            TrainingError: the global batch, or the window that is mined, is larger than what there is.
         """
         self.config = config
         self.world = world
         self.fit = fit
-        self.examples = Examples(dataset, fit)
-        self._batch = config.train.global_batch_size
-        if self._batch > len(self.examples):
-            raise TrainingError(
-                f"train.global_batch_size ({self._batch}) is above the {len(self.examples)} training "
-                f"interactions; use at most {len(self.examples) // world.size * world.size}"
-            )
-        loss = config.train.loss
-        self.model = TwoTower(dataset.schema, config.model, loss.temperature, config.seed).to(world.device)
-        self._towers: torch.nn.Module = self.model.towers
-        if world.size > 1:
-            # Tables and temperature stay outside: DDP would reduce dense table gradients, and leaves
-            # gradients unreduced when a parameter of the loss is wrapped with the towers.
-            self._towers = DistributedDataParallel(
-                self.model.towers, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        # Loading a checkpoint copies into these tensors, so they stay the model's own.
-        self._table_weights = dict(self.model.tables.items())
-        settings = config.train.optimizer
-        self.dense_parameters = list(self.model.towers.parameters())
-        self._dense = torch.optim.AdamW(
-            [
-                {"params": self.dense_parameters, "weight_decay": settings.weight_decay},
-                {"params": [self.model.log_temperature], "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-        )
-        self._tables = TableOptimizer(self._table_weights, settings.table_kind)
-        self.table_gradients: dict[str, RowGradient] = {}
-        probability = np.maximum(self.examples.counts, 1) / len(self.examples)
-        self._log_q = torch.from_numpy(np.log(probability).astype(np.float32) * loss.log_q)
-        self.steps_per_epoch = math.ceil(len(self.examples) / self._batch)
+        self._dataset = dataset
+        self.inputs = TowerInputs(dataset)
+        self.source: Source
+        if make_source is None:
+            self.source = memory_source(config, dataset, self.inputs, world, fit)
+        else:
+            self.source = make_source(self.inputs)
+        _check(config, dataset, self.source.rows_per_epoch)
+        self.model = TwoTower(dataset.schema, config.model, config.train.loss.temperature, config.seed)
+        self.model.to(world.device)
+        self.optimizers = Optimizers(self.model, config)
+        negatives = config.train.negatives
+        self._memory = CandidateMemory(negatives.memory, config.model.embedding_dim, world.device)
+        sampler = CandidateSampler(self.source.item_counts(), negatives, config.seed)
+        self.assemble = Assembler(config, world, sampler, self._memory)
+        self.compute = Step(self.model, config, world, self._memory)
         self._held_out = (
-            held_out(dataset, "validation", config.train.validation.max_users, config.seed)
+            held_out(self.source.blocks, self.inputs, config.train.validation.max_users, config.seed)
             if fit == "train"
             else None
         )
         self.epoch = 0
+        """Finished epochs."""
+        self.step = 0
+        """Finished steps of all epochs."""
         self.history: list[EpochReport] = []
         self.best_epoch = 0
         self.best_weights: dict[str, torch.Tensor] = {}
+        # Of the epoch at work.
+        self._epoch_steps = 0
+        self._epoch_done = 0
+        self._epoch_loss = 0.0
+        self._epoch_seconds = 0.0
 
-    def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the epoch's permutation of all examples, the same on every rank, [n] int64."""
-        return np.random.default_rng([self.config.seed, 2, epoch]).permutation(len(self.examples))
+    @property
+    def finished(self) -> bool:
+        """Whether training ends here, before its last epoch: validation has not improved for long enough."""
+        patience = self.config.train.early_stopping.patience
+        return patience is not None and self.best_epoch > 0 and self.epoch - self.best_epoch >= patience
 
-    def gradients(self, order: npt.NDArray[np.int64], epoch: int, step: int) -> torch.Tensor:
-        """Compute a step's gradients, the mean over the global batch, and return its global loss (scalar).
-
-        Leaves them in ``.grad`` of the towers and the temperature, and in ``table_gradients``.
-        Collective: all ranks, with the same order, epoch and step.
-        """
-        world = self.world
-        rows = order[step * self._batch : (step + 1) * self._batch]
-        share = -(-len(rows) // world.size)
-        # Padding repeats the first row; it is masked as a query and as a candidate.
-        padded = np.concatenate([rows, np.repeat(rows[:1], share * world.size - len(rows))])
-        valid = torch.arange(len(padded)) < len(rows)
-        mine = slice(world.rank * share, (world.rank + 1) * share)
-        all_items = self.examples.item_rows(padded)
-
-        queries = self.examples.queries(padded[mine])
-        items = self.examples.items(all_items[mine])
-        global_step = epoch * self.steps_per_epoch + step
-        global_rows = torch.arange(mine.start, mine.stop)
-        keys = {
-            side: row_keys(self.config.seed, global_step, global_rows, stream)
-            for stream, side in enumerate(("query", "item"))
-        }
-        self._forget_some_ids("query", queries, keys["query"])
-        self._forget_some_ids("item", items, keys["item"])
-        queries, items = to_device(queries, world.device), to_device(items, world.device)
-
-        touched = TouchedRows(self._table_weights, self._bags("query", queries) + self._bags("item", items))
-        device = world.device
-        q, c = self._towers(
-            self.model.inputs("query", queries, touched.lookup),
-            self.model.inputs("item", items, touched.lookup),
-            keys["query"].to(device),
-            keys["item"].to(device),
-        )
-        ids = torch.from_numpy(all_items)
-        known = None
-        if self.config.train.loss.mask_known_positives:
-            known = torch.from_numpy(self.examples.known_positives(padded[mine], all_items)).to(device)
-        losses = in_batch_softmax(
-            q,
-            gather_with_gradient(c, world),
-            global_rows.to(device),
-            self.model.log_temperature.exp(),
-            self._log_q[ids].to(device),
-            ids.to(device),
-            valid.to(device),
-            self.config.train.loss.mask_accidental_hits,
-            known,
-        )
-        local = torch.where(valid[mine].to(device), losses, 0.0).sum() / len(rows)
-        self._dense.zero_grad(set_to_none=True)
-        # DDP and the reductions below take the mean over ranks; the global loss is the sum.
-        (local * world.size).backward()
-        temperature = self.model.log_temperature
-        assert temperature.grad is not None
-        sum_over_ranks(temperature.grad, world).div_(world.size)
-        self.table_gradients = touched.gradients(world)
-        return sum_over_ranks(local.detach(), world)
-
-    def update(self, global_step: int) -> None:
-        """Apply the gradients of the last ``gradients`` call."""
-        settings = self.config.train.optimizer
-        scale = self._schedule(global_step)
-        if settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.dense_parameters, settings.max_grad_norm)
-        if not self.config.train.loss.learn_temperature:
-            self.model.log_temperature.grad = None
-        for group in self._dense.param_groups:
-            group["lr"] = settings.learning_rate * scale
-        self._dense.step()
-        self._tables.step(self.table_gradients, settings.table_learning_rate * scale)
-        with torch.no_grad():
-            self.model.log_temperature.clamp_(min=math.log(self.config.train.loss.min_temperature))
-
-    def run_epoch(self, on_step: Callable[[int, float], None] | None = None) -> EpochReport:
-        """Train one epoch and validate.
+    def run_epoch(
+        self,
+        on_step: Callable[[StepReport], None] | None = None,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> EpochReport:
+        """Train an epoch, or what is left of it, and validate.
 
         Args:
-            on_step: called after each step with (examples of this epoch so far, loss); a loss is
-                only read, and so only costs time, where this is given.
+            on_step: called on every rank after each step.
+            stop_asked: asked before each step; the answer of any rank reaches all in their step report.
 
         Raises:
-            TrainingError: the mean loss is not finite.
+            TrainingError: the loss or a gradient is not finite; nothing was updated with it.
         """
         self.model.train()
-        order = self.order(self.epoch)
-        total = torch.zeros((), device=self.world.device)
+        while self._epoch_steps < self.source.steps_per_epoch:
+            first = self._epoch_steps
+            self._mine_if_due()
+            every = self.config.train.negatives.mined.every_steps
+            count = self.source.steps_per_epoch - first
+            if self.assemble.mined is not None and every is not None:
+                count = min(count, every - first % every)
+            for batch in self._batches(first, count):
+                report = self._train_on(batch, stop_asked())
+                if on_step is not None:
+                    on_step(report)
+        return self._end_epoch()
+
+    def _batches(self, first_step: int, count: int) -> Iterator[Batch]:
+        """Yield batches of the epoch at work; made ahead by a thread where a GPU does the steps."""
+        shares = self.source.shares(self.epoch, first_step)
+        before = self.step
+
+        def made() -> Iterator[Batch]:
+            for number in range(count):
+                yield self.assemble(next(shares), before + number)
+
+        # The memory's items are those of the step before, which a thread could not know ahead.
+        ahead = self.world.device.type == "cuda" and self.config.train.negatives.memory == 0
+        return _ahead(made(), depth=2) if ahead else made()
+
+    @property
+    def epoch_done(self) -> int:
+        """Examples of the epoch at work so far."""
+        return self._epoch_done
+
+    def _train_on(self, batch: Batch, stop: bool) -> StepReport:
         started = time.perf_counter()
-        for step in range(self.steps_per_epoch):
-            loss = self.gradients(order, self.epoch, step)
-            self.update(self.epoch * self.steps_per_epoch + step)
-            total += loss
-            if on_step is not None:
-                on_step(min((step + 1) * self._batch, len(order)), float(loss))
-        seconds = time.perf_counter() - started
-        loss_mean = float(total) / self.steps_per_epoch
-        if not math.isfinite(loss_mean):
-            raise TrainingError(
-                f"the loss of epoch {self.epoch + 1} is {loss_mean}; lower train.optimizer.learning_rate "
-                f"({self.config.train.optimizer.learning_rate}) or raise train.loss.min_temperature"
+        gradients = self.compute.gradients(batch, stop)
+        norm = self.optimizers.gradient_norm(gradients)
+        total = self.config.train.epochs * self.source.steps_per_epoch
+        scale = schedule(self.config, self.step, total)
+        learning_rate = self.config.train.optimizer.learning_rate * scale
+        if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
+            raise TrainingError(self._diverged(batch.share, gradients.loss, norm, learning_rate))
+        self.optimizers.update(gradients, norm, scale)
+        self.step += 1
+        self._epoch_steps += 1
+        self._epoch_done += batch.share.size
+        self._epoch_loss += gradients.loss
+        self._epoch_seconds += time.perf_counter() - started
+        return StepReport(
+            self.step,
+            self.epoch + 1,
+            self._epoch_done,
+            gradients.loss,
+            self.temperature,
+            learning_rate,
+            norm,
+            gradients.flag,
+        )
+
+    @property
+    def temperature(self) -> float:
+        """The temperature now."""
+        return float(self.model.log_temperature.detach().exp())
+
+    def _mine_if_due(self) -> None:
+        mined = self.config.train.negatives.mined
+        if not mined.per_query or self.epoch + 1 < mined.start_epoch:
+            return
+        at_start = self._epoch_steps == 0 and (self.epoch + 1 - mined.start_epoch) % mined.every_epochs == 0
+        inside = mined.every_steps is not None and self._epoch_steps % mined.every_steps == 0
+        if self.assemble.mined is None or at_start or (inside and self._epoch_steps > 0):
+            assert isinstance(self.source, MemorySource)
+            self.model.eval()
+            self.assemble.mined = mine(
+                self.model, self.source.examples, self.world, mined, self.config.seed, self.step
             )
+            self.model.train()
+
+    def _end_epoch(self) -> EpochReport:
         self.epoch += 1
         self.model.eval()
         recall = ndcg = None
         if self._held_out is not None:
             k = self.config.train.validation.k
-            metrics = validate(self.model, self.examples, self._held_out, self.world, k)
+            metrics = validate(self.model, self.inputs, self._held_out, self.world, k)
             recall, ndcg = metrics[f"recall@{k}"], metrics[f"ndcg@{k}"]
-        report = EpochReport(
-            self.epoch, loss_mean, float(self.model.log_temperature.detach().exp()), seconds, recall, ndcg
-        )
+        loss = self._epoch_loss / self._epoch_steps
+        report = EpochReport(self.epoch, loss, self.temperature, self._epoch_seconds, recall, ndcg)
         self.history.append(report)
         if self._is_best(report):
             self.best_epoch = self.epoch
             self.best_weights = {name: t.clone() for name, t in weights_of(self.model).items()}
+        self._epoch_steps = self._epoch_done = 0
+        self._epoch_loss = self._epoch_seconds = 0.0
         return report
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that resuming needs but the weights, as tensors and plain values."""
-        return {
-            "epoch": self.epoch,
-            "best_epoch": self.best_epoch,
-            "history": [asdict(r) for r in self.history],
-            "dense": self._dense.state_dict(),
-            "tables": self._tables.state_dict(),
-        }
-
-    def load_state_dict(
-        self, state: dict[str, Any], weights: dict[str, torch.Tensor], best: dict[str, torch.Tensor]
-    ) -> None:
-        """Restore ``state_dict``, the weights and the best weights."""
-        self.model.load_state_dict(weights)
-        self._dense.load_state_dict(state["dense"])
-        self._tables.load_state_dict(state["tables"])
-        self.epoch = state["epoch"]
-        self.best_epoch = state["best_epoch"]
-        self.history = [EpochReport(**r) for r in state["history"]]
-        self.best_weights = best
 
     def _is_best(self, report: EpochReport) -> bool:
         if self._held_out is None or self.best_epoch == 0:
             return True
         name = f"validation_{self.config.train.validation.metric}"
-        return bool(getattr(report, name) > getattr(self.history[self.best_epoch - 1], name))
+        gain = getattr(report, name) - getattr(self.history[self.best_epoch - 1], name)
+        return bool(gain > self.config.train.early_stopping.min_delta)
 
-    def _schedule(self, global_step: int) -> float:
-        """Return the share of the peak learning rate at a step (from 0) of the configured run."""
-        settings = self.config.train.optimizer
-        total = self.config.train.epochs * self.steps_per_epoch
-        warmup = round(settings.warmup_share * total)
-        if global_step < warmup:
-            return (global_step + 1) / warmup
-        done = (global_step - warmup) / max(total - warmup, 1)
-        if settings.schedule == "linear":
-            return 1 - done
-        if settings.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return 1.0
+    def _diverged(self, share: Share, loss: float, norm: float, learning_rate: float) -> str:
+        users, items = share.user_rows.ravel(), share.item_rows.ravel()
+        there = np.flatnonzero(items >= 0)
+        first = there[:5]
+        ids = zip(
+            self._dataset.user_ids.ids(users[first]), self._dataset.item_ids.ids(items[first]), strict=True
+        )
+        some = ", ".join(f"({user}, {item})" for user, item in ids)
+        return (
+            f"step {self.step + 1} of epoch {self.epoch + 1} has loss {loss} and gradient norm {norm} at "
+            f"learning rate {learning_rate:.3g}; both must be finite. Its batch of {len(there)} pairs (user, "
+            f"item) begins with {some}. The last checkpoint before it is kept. Lower "
+            f"train.optimizer.learning_rate ({self.config.train.optimizer.learning_rate}), set "
+            "train.optimizer.max_grad_norm, or look for damaged numeric or vector features"
+        )
 
-    def _forget_some_ids(self, side: Side, batch: FeatureBatch, keys: torch.Tensor) -> None:
-        """Replace a share of the ids of the side's id feature by the unknown id, to train its row too."""
-        features = self.examples.schema.query if side == "query" else self.examples.schema.item
-        for feature in features:
-            spec, value = feature.spec, batch[feature.spec.name]
-            if isinstance(spec, IdFeature) and isinstance(value, Bag) and spec.unknown_rate > 0:
-                forgotten = uniform(keys, 1, _UNKNOWN_STREAM) < spec.unknown_rate
-                batch[spec.name] = Bag(torch.where(forgotten, UNKNOWN_ROW, value.ids), value.weights)
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that resuming needs but the weights, as tensors and plain values."""
+        mined = self.assemble.mined
+        return {
+            "model": self.config.model.model_dump(mode="json"),
+            "epoch": self.epoch,
+            "step": self.step,
+            "epoch_steps": self._epoch_steps,
+            "epoch_done": self._epoch_done,
+            "epoch_loss": self._epoch_loss,
+            "epoch_seconds": self._epoch_seconds,
+            "best_epoch": self.best_epoch,
+            "history": [asdict(r) for r in self.history],
+            "optimizers": self.optimizers.state_dict(),
+            "memory": self._memory.state_dict(),
+            "mined": None if mined is None else torch.from_numpy(mined),
+        }
 
-    def _bags(self, side: Side, batch: FeatureBatch) -> list[tuple[str, Bag]]:
-        features = self.examples.schema.query if side == "query" else self.examples.schema.item
-        values = [(table_name(side, f), batch[f.spec.name]) for f in features]
-        return [(name, value) for name, value in values if isinstance(value, Bag)]
+    def load_state_dict(
+        self, state: dict[str, Any], weights: dict[str, torch.Tensor], best: dict[str, torch.Tensor]
+    ) -> None:
+        """Restore ``state_dict``, the weights and the best weights.
+
+        Raises:
+            TrainingError: they are those of another model.
+        """
+        require_same_model(self.model, weights, "the checkpoint that this training would resume from")
+        self.model.load_state_dict(weights)
+        self.optimizers.load_state_dict(state["optimizers"])
+        self._memory.load_state_dict(state["memory"])
+        self.assemble.mined = None if state["mined"] is None else state["mined"].numpy()
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self._epoch_steps = state["epoch_steps"]
+        self._epoch_done = state["epoch_done"]
+        self._epoch_loss = state["epoch_loss"]
+        self._epoch_seconds = state["epoch_seconds"]
+        self.best_epoch = state["best_epoch"]
+        self.history = [EpochReport(**r) for r in state["history"]]
+        self.best_weights = best
+
+
+def memory_source(
+    config: Config, dataset: Dataset, inputs: TowerInputs, world: World, fit: Fit
+) -> MemorySource:
+    """Return the source that holds all interactions in memory."""
+    examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0)
+    return MemorySource(examples, dataset.interactions, config.train.global_batch_size, world, config.seed)
+
+
+def require_same_model(model: TwoTower, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Check that weights are those of a model of the same shape.
+
+    Raises:
+        TrainingError: a tensor is missing, is one too many, or has another shape.
+    """
+    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    found = {n: tuple(t.shape) for n, t in weights.items()}
+    wrong = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+    if wrong:
+        name = wrong[0]
+        raise TrainingError(
+            f"{what} is of another model: tensor {name} has shape {found.get(name, 'nothing')} there and "
+            f"{expected.get(name, 'nothing')} in this configuration ({len(wrong)} tensors differ). Use the "
+            "configuration that it was trained with, or train anew"
+        )
+
+
+def _check(config: Config, dataset: Dataset, num_examples: int) -> None:
+    num_items = dataset.num_catalogue_items
+    batch, workers = config.train.global_batch_size, config.train.num_workers
+    if batch > num_examples:
+        raise TrainingError(
+            f"train.global_batch_size ({batch}) is above the {num_examples} training "
+            f"interactions; use at most {num_examples // workers * workers}"
+        )
+    explicit = config.train.negatives.explicit
+    if explicit and not dataset.counts["kinds"]["negative"]:
+        raise TrainingError(
+            f"train.negatives.explicit is {explicit}, and dataset {dataset.path} has no negative interaction; "
+            "declare them (data.source.events, data.source.columns.impressions or data.positives.min_value), "
+            "or set it to 0"
+        )
+    mined = config.train.negatives.mined
+    if mined.per_query and mined.skip + mined.window > num_items:
+        fits = max(num_items - mined.skip, 0)
+        remedy = f"use a window of at most {fits}" if fits else f"use a skip below {num_items}"
+        raise TrainingError(
+            f"train.negatives.mined looks at ranks up to skip + window ({mined.skip} + {mined.window}), and "
+            f"the catalogue has {num_items} items; {remedy}"
+        )
+
+
+def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Yield items that a thread makes up to ``depth`` ahead; its error is raised here."""
+    made: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(value: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(value, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised where the items are used
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

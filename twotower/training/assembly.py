@@ -1,0 +1,187 @@
+"""The host's part of a step: a share of a global batch made into what the towers and the loss read.
+
+Nothing here asks other ranks or touches the device, so a thread can work ahead of a GPU.
+
+Shapes: as in ``batches``; a rank's item rows are its b positives, its m drawn candidates and its own
+negatives that are there, one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twotower.config import Config
+from twotower.model.dropout import row_keys, uniform
+from twotower.model.features import Bag, FeatureBatch, forget, to_device
+from twotower.schema import FittedFeature, IdFeature
+from twotower.training.batches import IntArray, Share
+from twotower.training.collectives import World
+from twotower.training.negatives import CandidateMemory, CandidateSampler
+
+_UNKNOWN_STREAM = 1 << 20
+# Streams of row keys: dropout masks of equal row numbers differ between these.
+_QUERY, _POSITIVE, _DRAWN, _OWN = range(4)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows that go through one tower."""
+
+    features: FeatureBatch
+    keys: torch.Tensor
+    """[rows] int64, the seeds of dropout masks."""
+    valid: torch.Tensor
+    """[rows] bool, false at padding."""
+
+    def part(self, rows: slice) -> Side:
+        """Return some of the rows."""
+        features: FeatureBatch = {
+            name: Bag(value.ids[rows], value.weights[rows]) if isinstance(value, Bag) else value[rows]
+            for name, value in self.features.items()
+        }
+        return Side(features, self.keys[rows], self.valid[rows])
+
+    def to(self, device: torch.device) -> Side:
+        """Return the rows on a device."""
+        return Side(
+            to_device(self.features, device),
+            self.keys.to(device, non_blocking=True),
+            self.valid.to(device, non_blocking=True),
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rank computes a step from, on the host."""
+
+    share: Share
+    queries: Side
+    """[b]"""
+    items: Side
+    """[b + m + o]"""
+    num_shared: int
+    """b + m, the item rows that all ranks see."""
+    candidate_rows: torch.Tensor
+    """[W (b + m) + K] int64 item rows, -1 padding."""
+    log_q: torch.Tensor
+    """[W (b + m) + K] float32."""
+    own_place: torch.Tensor
+    """[o] int64, where each own negative belongs in a flat [b * H]."""
+    own_log_q: torch.Tensor
+    """[b, H] float32, infinite where there is none."""
+    known: tuple[torch.Tensor, torch.Tensor] | None
+    """Offsets [b + 1] and item rows: what the users have had of the candidates."""
+
+
+class Assembler:
+    """Makes batches of shares."""
+
+    def __init__(
+        self, config: Config, world: World, sampler: CandidateSampler, memory: CandidateMemory
+    ) -> None:
+        """Keep what every batch needs."""
+        self._seed = config.seed
+        self._loss = config.train.loss
+        self._negatives = config.train.negatives
+        self._world = world
+        self._sampler = sampler
+        self._memory = memory
+        self.mined: npt.NDArray[np.int32] | None = None
+        """Hard negatives of each example, from ``mining.mine``."""
+
+    def __call__(self, share: Share, step: int) -> Batch:
+        """Return the batch of a share.
+
+        Args:
+            share: of a rank.
+            step: optimiser steps before it.
+        """
+        world, b = self._world, len(share.rows)
+        first = world.rank * b
+        global_rows = torch.arange(first, first + b)
+        drawn = self._drawn(step)
+        m = drawn.shape[1]
+        own = self._own(share)
+        own_place = np.flatnonzero(own >= 0)
+
+        rows = np.concatenate([share.item_rows[world.rank], drawn[world.rank], own.ravel()[own_place]])
+        keys = [
+            row_keys(self._seed, step, global_rows, _POSITIVE),
+            row_keys(self._seed, step, torch.arange(world.rank * m, (world.rank + 1) * m), _DRAWN),
+            row_keys(self._seed, step, torch.from_numpy(own_place) + first * own.shape[1], _OWN),
+        ]
+        examples = share.examples
+        schema = examples.inputs.schema
+        query_keys, item_keys = row_keys(self._seed, step, global_rows, _QUERY), torch.cat(keys)
+        queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
+        items = _forgetful(schema.item, examples.inputs.items(rows), item_keys)
+
+        in_use = self._memory_in_use(step)
+        shared = np.concatenate([share.item_rows, drawn], axis=1).ravel()
+        candidates = np.concatenate([shared, in_use])
+        batch, remembered = share.size, int((in_use >= 0).sum())
+
+        def log_q(item_rows: IntArray, certain: int) -> torch.Tensor:
+            expected = self._sampler.expected_count(item_rows, batch, remembered) + certain
+            return torch.from_numpy(np.log(expected) * np.float32(self._loss.log_q))
+
+        known = None
+        if self._loss.mask_known_positives:
+            offsets, known_rows = examples.known_positives(share.rows, candidates)
+            known = torch.from_numpy(offsets), torch.from_numpy(known_rows)
+        return Batch(
+            share,
+            Side(queries, query_keys, torch.from_numpy(share.rows >= 0)),
+            Side(items, item_keys, torch.from_numpy(rows >= 0)),
+            b + m,
+            torch.from_numpy(candidates),
+            log_q(candidates, 0),
+            torch.from_numpy(own_place),
+            # An own negative is among its query's candidates for certain, and by chance as any other item.
+            log_q(own, 1).masked_fill_(torch.from_numpy(own < 0), torch.inf),
+            known,
+        )
+
+    def _drawn(self, step: int) -> IntArray:
+        """Return the drawn candidates of all ranks, [W, m], padded with -1."""
+        size = self._world.size
+        drawn = self._sampler.draw(step)
+        each = -(-len(drawn) // size)
+        return np.concatenate([drawn, np.full(each * size - len(drawn), -1)]).reshape(size, each)
+
+    def _own(self, share: Share) -> IntArray:
+        """Return the own negatives of the share's queries, [b, H], -1 where there is none."""
+        parts = []
+        if self._negatives.explicit:
+            parts.append(share.examples.explicit_negatives(share.rows, self._negatives.explicit))
+        if self._negatives.mined.per_query:
+            shape = (len(share.rows), self._negatives.mined.per_query)
+            mined = np.full(shape, -1) if self.mined is None else self.mined[np.maximum(share.rows, 0)]
+            parts.append(np.where((share.rows < 0)[:, None], -1, mined))
+        if not parts:
+            return np.empty((len(share.rows), 0), np.int64)
+        return np.concatenate(parts, axis=1).astype(np.int64)
+
+    def _memory_in_use(self, step: int) -> IntArray:
+        """Return the items of the memory, [K] with -1 where it is not filled, or [0] before it begins."""
+        if step < self._negatives.memory_start:
+            return np.empty(0, np.int64)
+        return self._memory.item_rows.numpy().copy()
+
+
+def _forgetful(features: list[FittedFeature], batch: FeatureBatch, keys: torch.Tensor) -> FeatureBatch:
+    """Replace a share of the ids of an id feature by the unknown id, to train its row too."""
+    for feature in features:
+        spec = feature.spec
+        if isinstance(spec, IdFeature) and spec.unknown_rate > 0:
+            value = batch[spec.name]
+            assert isinstance(value, Bag)
+            batch[spec.name] = forget(value, uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate)
+    return batch
