@@ -31,6 +31,9 @@ _ROUNDING_STREAM = 1 << 33
 _DIRECT_ROWS_PER_ID = 8
 """A table of up to so many rows for each id looked up has an array from row to place: 64 bytes an id."""
 
+_BLOCK_ROWS = 4096
+"""Rows that are updated at a time on a CPU, so that what is computed of them stays in its cache."""
+
 
 class TouchedRows:
     """The rows that one batch reads, in float32, and the gradients that reach them."""
@@ -203,15 +206,15 @@ class TableOptimizer:
             if name not in gradients:
                 continue
             ids, grad = gradients[name]
-            if isinstance(scale, torch.Tensor) or scale != 1.0:
-                grad = grad * scale
-            update = self._adam if self._kind == "lazy_adam" else self._adagrad
-            rows = table.index_select(0, ids).float()
-            rows.sub_(update(name, ids, grad).mul_(learning_rate))
-            if table.dtype != torch.float32:
-                keys = row_keys(self._seed, self._steps, ids, _ROUNDING_STREAM + number)
-                rows = round_stochastically(rows, table.dtype, keys)
-            table.index_copy_(0, ids, rows)
+            each = _BLOCK_ROWS if table.device.type == "cpu" else max(len(ids), 1)
+            for ids_b, grad_b in zip(ids.split(each), grad.split(each), strict=True):
+                update = self._adam if self._kind == "lazy_adam" else self._adagrad
+                rows = table.index_select(0, ids_b).float()
+                rows.sub_(update(name, ids_b, grad_b * scale).mul_(learning_rate))
+                if table.dtype != torch.float32:
+                    keys = row_keys(self._seed, self._steps, ids_b, _ROUNDING_STREAM + number)
+                    rows = round_stochastically(rows, table.dtype, keys)
+                table.index_copy_(0, ids_b, rows)
 
     def _adam(self, name: str, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         beta1, beta2, eps = 0.9, 0.999, 1e-8
