@@ -31,7 +31,7 @@ _ROUNDING_STREAM = 1 << 33
 _DIRECT_ROWS_PER_ID = 8
 """A table of up to so many rows for each id looked up has an array from row to place: 64 bytes an id."""
 
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 1024
 """Rows that are updated at a time on a CPU, so that what is computed of them stays in its cache."""
 
 
