@@ -67,6 +67,22 @@ class LeftOut:
             yield from _matches(rows_S, keys_S, *self._by_key, fewest=1)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a loss that take no gradient, in the type that it is computed in."""
+
+    positive_Q: Tensor
+    """[Q] int64, column of each query's positive."""
+    bias_C: Tensor
+    """[C], -log_q; -inf at padding."""
+    weight_Q: Tensor
+    """[Q], 0 for padding queries."""
+    left_out: LeftOut
+    """What each query leaves out beside padding."""
+    own_bias_QH: Tensor | None
+    """[Q, H], -log_q of own negatives."""
+
+
 def _matches(
     rows_S: Tensor, keys_S: Tensor, sorted_C: Tensor, order_C: Tensor, fewest: int
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,32 +10,21 @@ R queries of a block.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.model.loss_masks import Known, LeftOut
+from twotower.model.loss_masks import Batch, Known, LeftOut
 
 __all__ = ["Known", "in_batch_softmax"]
 
 _BLOCK_BYTES = 8 << 20
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The inputs that take no gradient."""
-
-    positive_Q: Tensor
-    bias_C: Tensor  # -log_q, -inf at padding
-    weight_Q: Tensor
-    left_out: LeftOut
-    own_bias_QH: Tensor | None  # -own_log_q
 
 
 def in_batch_softmax(
@@ -82,7 +71,7 @@ def in_batch_softmax(
         own_bias_QH = own_QHD.new_zeros(own_QHD.shape[:2], dtype=dtype)
         if own_log_q_QH is not None:
             own_bias_QH -= own_log_q_QH.detach()
-    batch = _Batch(
+    batch = Batch(
         positive_Q,
         -log_q_C.detach().to(dtype).masked_fill(candidate_ids_C < 0, math.inf),
         weight_Q.detach().to(dtype),
@@ -93,7 +82,7 @@ def in_batch_softmax(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         loss: Tensor = _InBatchSoftmax.apply(*inputs, batch)
         return loss
-    return _blocked(*inputs, batch, with_gradients=False)[0]
+    return _implementation(queries_QD, dtype)(*inputs, batch, with_gradients=False)[0]
 
 
 class _InBatchSoftmax(torch.autograd.Function):
@@ -104,9 +93,10 @@ class _InBatchSoftmax(torch.autograd.Function):
         candidates_CD: Tensor,
         temperature: Tensor,
         own: Tensor | None,
-        batch: _Batch,
+        batch: Batch,
     ) -> Tensor:
-        loss, gradients = _blocked(queries_QD, candidates_CD, temperature, own, batch, with_gradients=True)
+        compute = _implementation(queries_QD, batch.weight_Q.dtype)
+        loss, gradients = compute(queries_QD, candidates_CD, temperature, own, batch, with_gradients=True)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -116,12 +106,22 @@ class _InBatchSoftmax(torch.autograd.Function):
         return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
 
 
+def _implementation(queries_QD: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return the Triton kernels for NVIDIA GPUs where Triton is installed, else the blocks of rows."""
+    on_nvidia = queries_QD.is_cuda and torch.version.cuda is not None
+    if on_nvidia and dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from twotower.model.loss_kernels import loss_by_kernels
+
+        return loss_by_kernels
+    return _blocked
+
+
 def _blocked(
     queries_QD: Tensor,
     candidates_CD: Tensor,
     temperature: Tensor,
     own_QHD: Tensor | None,
-    batch: _Batch,
+    batch: Batch,
     *,
     with_gradients: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
