@@ -47,3 +47,13 @@ def test_dropout_keeps_the_mean_and_is_off_without_keys_or_in_evaluation() -> No
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(layer(x, None), x)
     assert torch.equal(layer.eval()(x, keys), x)
+
+
+@pytest.mark.parametrize("bits", [13, 16, 24])
+def test_numbers_have_the_bits_asked_for(bits: int) -> None:
+    numbers = uniform(row_keys(0, 0, torch.arange(3000), 0), 7, bits=bits)
+    steps = numbers.double() * 2**bits
+    assert torch.equal(steps, steps.round())
+    assert (steps % 2).mean().item() == pytest.approx(0.5, abs=0.02)
+    assert numbers.max() < 1
+    assert numbers.mean().item() == pytest.approx(0.5, abs=0.01)
