@@ -17,7 +17,7 @@ from twotower.model.towers import table_sizes
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
 from twotower.schema import FeatureSchema, FittedFeature, HistoryFeature, IdFeature
-from twotower.training.examples import Examples
+from twotower.training.examples import Examples, TowerInputs
 
 HASHES, BUCKETS = 3, 17
 
@@ -97,11 +97,12 @@ def test_serving_answers_from_the_embeddings_that_training_makes(dtype: str, tmp
     assert checkpoint.model.tables["id_of_item"].dtype == getattr(torch, dtype)
     generation = plain_generation(config, dataset, checkpoint, "g1")
 
-    examples = Examples(dataset, "all")
+    inputs = TowerInputs(dataset)
+    examples = Examples.of(dataset, inputs, "all")
     user, k = 9, 5
     queries = checkpoint.model.encode_queries(examples.latest_queries(np.array([user])))
     catalogue = np.arange(dataset.num_catalogue_items)
-    items = checkpoint.model.encode_items(examples.items(catalogue))
+    items = checkpoint.model.encode_items(inputs.items(catalogue))
     assert (items.norm(dim=1) - 1).abs().max() > 0.1, "scores must be inner products"
     expected = (queries @ items.T)[0].sort(descending=True)
 
