@@ -1,0 +1,139 @@
+"""What each choice of the training does to quality on ml-latest-small: validation and test, three seeds.
+
+    TWOTOWER_MIRROR=/data/movielens python -m benchmarks.effects [--quick]
+
+Every setting changes the one that is committed (configs/movielens.yaml), trains its six epochs in one process
+and keeps the epoch that is best on validation. A difference is that of the mean over seeds; its deviation is
+that of the difference over seeds, which share data, split and order of batches with the base.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from twotower.config import load_config
+from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
+from twotower.evaluation.holdout import holdout, query_inputs
+from twotower.evaluation.metrics import MetricSums
+from twotower.evaluation.ranking import rank_block
+from twotower.model.features import QueryFeatures
+from twotower.training.collectives import World
+from twotower.training.loop import Trainer
+from twotower.training.validation import encode_catalogue
+
+BASE = "configs/movielens.yaml"
+SEEDS = (42, 43, 44)
+PROCESSES = 2
+MINED = "train.negatives.mined"
+SETTINGS: dict[str, list[str]] = {
+    "base": [],
+    "logQ off": ["train.loss.log_q=0"],
+    "logQ at half strength": ["train.loss.log_q=0.5"],
+    "known positives not masked": ["train.loss.mask_known_positives=false"],
+    "embeddings not normalised": ["model.normalize=false", "train.loss.temperature=1.0"],
+    "layer norm in the towers": ["model.query_tower.norm=layer", "model.item_tower.norm=layer"],
+    "batch norm in the towers": ["model.query_tower.norm=batch", "model.item_tower.norm=batch"],
+    "temperature .05, fixed": ["train.loss.temperature=0.05", "train.loss.learn_temperature=false"],
+    "temperature .1, fixed": ["train.loss.temperature=0.1", "train.loss.learn_temperature=false"],
+    "temperature .2, fixed": ["train.loss.temperature=0.2", "train.loss.learn_temperature=false"],
+    "temperature .5, fixed": ["train.loss.temperature=0.5", "train.loss.learn_temperature=false"],
+    "batch 256": ["train.global_batch_size=256"],
+    "batch 4096": ["train.global_batch_size=4096"],
+    "1,024 uniform negatives more": ["train.negatives.uniform=1024"],
+    "memory of 4,096 candidates": ["train.negatives.memory=4096", "train.negatives.memory_start=60"],
+    "symmetric loss": ["train.loss.symmetric=true"],
+    "4 mined negatives, ranks 11 to 110": [f"{MINED}.per_query=4"],
+    "4 mined negatives, ranks 101 to 500": [
+        f"{MINED}.per_query=4",
+        f"{MINED}.skip=100",
+        f"{MINED}.window=400",
+    ],
+}
+
+
+def quality(dataset: str, overrides: list[str], seed: int) -> dict[str, float]:
+    """Return validation and test metrics of one training."""
+    torch.set_num_threads(1)
+    config = load_config(BASE, [*overrides, f"seed={seed}", "train.num_workers=1"])
+    opened = Dataset.open(dataset)
+    trainer = Trainer(config, opened, World(), "train")
+    while trainer.epoch < config.train.epochs:
+        trainer.run_epoch()
+    best = trainer.history[trainer.best_epoch - 1]
+    trainer.model.load_state_dict(trainer.best_weights)
+    trainer.model.eval()
+    vectors = encode_catalogue(trainer.model, trainer.inputs, trainer.world)
+    held = holdout(opened, config.evaluation.max_users, config.seed)
+    inputs = query_inputs(opened, held.user_rows)
+    length = opened.schema.max_history
+    rows, weights = inputs.histories.before(np.arange(len(held)), None, length)
+    features = QueryFeatures(opened.schema, inputs.profiles)(held.user_rows, inputs.columns, rows, weights)
+    queries = trainer.model.encode_queries(features).numpy()
+    sums = MetricSums([10, 100])
+    sums.add(
+        rank_block(queries, vectors, held.masked_offsets, held.masked_rows, 100),
+        held.relevant_offsets,
+        held.relevant_rows,
+    )
+    test = sums.result()
+    assert best.validation_recall is not None
+    return {
+        "validation recall@100": best.validation_recall,
+        "test recall@100": test["recall@100"],
+        "test ndcg@10": test["ndcg@10"],
+    }
+
+
+def _job(arguments: tuple[str, str, list[str], int]) -> tuple[str, int, dict[str, float]]:
+    name, dataset, overrides, seed = arguments
+    return name, seed, quality(dataset, overrides, seed)
+
+
+def compared(values: Sequence[float], base: Sequence[float]) -> str:
+    """Return a mean and, of the differences to the base, mean and deviation over seeds."""
+    differences = [a - b for a, b in zip(values, base, strict=True)]
+    deviation = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ({statistics.mean(differences):+.4f} +- {deviation:.4f})"
+
+
+def main() -> None:
+    """Train every setting with every seed."""
+    quick = measure.start("The effect of each choice on quality, on ml-latest-small.", 1)
+    names = list(SETTINGS)[:2] if quick else list(SETTINGS)
+    seeds = SEEDS[:1] if quick else SEEDS
+    extra = ["train.epochs=1"] if quick else []
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    with tempfile.TemporaryDirectory() as root:
+        dataset = str(prepare(load_config(BASE, [f"storage.root={root}"])).path)
+        work = [(name, dataset, [*SETTINGS[name], *extra], seed) for seed in seeds for name in names]
+        with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+            for name, seed, metrics in pool.imap_unordered(_job, work):
+                found[name][seed] = metrics
+                print(f"{name}, seed {seed}: {metrics}", file=sys.stderr, flush=True)
+    metrics = list(found["base"][seeds[0]])
+
+    def of(name: str, metric: str) -> list[float]:
+        return [found[name][seed][metric] for seed in seeds]
+
+    table: list[list[Any]] = [["setting", *metrics]]
+    table += [[name, *(compared(of(name, m), of("base", m)) for m in metrics)] for name in names]
+    figures = {
+        f"{name}: {m}": statistics.mean(of(name, m)) - statistics.mean(of("base", m))
+        for name in names[1:]
+        for m in metrics
+    }
+    measure.finish("effects", figures, table, quick)
+
+
+if __name__ == "__main__":
+    main()
