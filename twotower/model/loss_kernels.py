@@ -24,7 +24,6 @@ from twotower.model.loss_masks import Batch, LeftOut
 
 _BITS_BYTES = 256 << 20
 """Memory of a super-block's bits: 8,192 queries at 262,144 candidates, which keeps a large GPU busy."""
-_TILE = 64
 _LOG2_E = math.log2(math.e)
 
 
@@ -198,8 +197,11 @@ def loss_by_kernels(
     d_q = bias_C.new_empty(q_QD.shape) if with_gradients else None
     d_c = bias_C.new_zeros(c_CD.shape) if with_gradients else None
     d_own = torch.empty_like(own) if with_gradients and own is not None else None
-    sizes = {"D": dim, "D_PADDED": max(16, triton.next_power_of_2(dim)), "TILE": _TILE, "PRECISION": "tf32x3"}
-    rows = max(_TILE, _BITS_BYTES // (4 * len(padding_W)) // _TILE * _TILE)
+    # The largest tiles that fit the registers at D = 128 (ptxas for compute capability 8.0 and 9.0).
+    tile = 32 if q_QD.dtype == torch.float32 else 64
+    sizes = {"D": dim, "D_PADDED": max(16, triton.next_power_of_2(dim)), "TILE": tile}
+    sizes |= {"PRECISION": "tf32x3", "num_warps": 4, "num_stages": 2}
+    rows = max(tile, _BITS_BYTES // (4 * len(padding_W)) // tile * tile)
     for first in range(0, len(q_QD), rows):
         last = min(first + rows, len(q_QD))
         q_RD, weight_R, positive_R = (
@@ -211,7 +213,7 @@ def loss_by_kernels(
         lse_R, mean_RD = bias_C.new_empty(last - first), bias_C.new_empty(q_RD.shape if with_gradients else 1)
         matrix = (q_RD, c_CD, scale, bias_C, words_RW)
         ends = (last - first, len(padding_W), num_candidates)
-        _over_candidates[(triton.cdiv(last - first, _TILE),)](
+        _over_candidates[(triton.cdiv(last - first, tile),)](
             *matrix, lse_R, mean_RD, *ends, **sizes, WITH_MEAN=with_gradients
         )
         right_RD = c_CD[positive_R].float()
@@ -233,7 +235,7 @@ def loss_by_kernels(
             d_RD += torch.einsum("rh,rhd->rd", p_RH, own[first:last])
             d_own[first:last] = (p_RH * scale_R1)[:, :, None] * q_RD.float()[:, None, :]
         torch.mul(d_RD, scale_R1, out=d_q[first:last])
-        _over_queries[(triton.cdiv(num_candidates, _TILE),)](
+        _over_queries[(triton.cdiv(num_candidates, tile),)](
             *matrix, all_R, positive_R, scale_R1, d_c, *ends, **sizes
         )
     if d_q is None or d_c is None:

@@ -67,6 +67,8 @@ def in_batch_softmax(
     """
     dtype = torch.promote_types(queries_QD.dtype, torch.float32)
     own_bias_QH = None
+    if own_QHD is not None and own_QHD.shape[1] == 0:
+        own_QHD = None
     if own_QHD is not None:
         own_bias_QH = own_QHD.new_zeros(own_QHD.shape[:2], dtype=dtype)
         if own_log_q_QH is not None:
