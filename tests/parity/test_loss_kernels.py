@@ -52,6 +52,46 @@ def test_kernels_under_the_interpreter() -> None:
     assert done.stdout.splitlines()[-1] == "the kernels equal the dense matrix"
 
 
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from twotower.model import loss_kernels
+
+def compiled(kernel, types, constants):
+    runtime = iter(types)
+    signature = {n: "constexpr" if n in constants else next(runtime) for n in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+pairs = ["*i32", "*i64", "*i64", "i32", "i32"]
+assert "atom" in compiled(loss_kernels._set_bits, pairs, {"CLEAR": True, "BLOCK": 1024})
+for vectors, tile in (("*bf16", 64), ("*fp32", 32)):
+    sizes = {"D": 96, "D_PADDED": 128, "TILE": tile, "PRECISION": "tf32x3"}
+    matrix = [vectors, vectors, "*fp32", "*fp32", "*i32", "*fp32"]
+    ends = ["i32"] * 3
+    for ptx in (
+        compiled(loss_kernels._over_candidates, [*matrix, "*fp32", *ends], sizes | {"WITH_MEAN": True}),
+        compiled(loss_kernels._over_queries, [*matrix, "*i64", "*fp32", "*fp32", *ends], sizes),
+    ):
+        assert "mma" in ptx  # tensor cores
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "compiled"
+
+
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
     if not torch.cuda.is_available():

@@ -210,7 +210,8 @@ def test_backward_scales_by_the_incoming_gradient_and_can_run_twice() -> None:
 
 
 def test_the_same_inputs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_BLOCK_BYTES", 2 * C * 4)
+    monkeypatch.setattr(losses, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(losses, "_FEWEST_ROWS", 2)
     b = batch(own_QHD=torch.randn(Q, H, D), mask_accidental_hits=True)
     b["known"] = every_key([12, 15], b["candidate_ids_C"])
     names = ("queries_QD", "candidates_CD", "temperature", "own_QHD")
@@ -235,6 +236,15 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, in_batch_softmax(**b | {name: x.float() for name, x in half.items()}))
     assert [g.dtype for g in gradients(b | half, "queries_QD", "candidates_CD")] == [torch.bfloat16] * 2
+
+
+def test_autocast_changes_nothing() -> None:
+    b = batch()
+    plain = in_batch_softmax(**b), *gradients(b, "queries_QD", "candidates_CD")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = in_batch_softmax(**b), *gradients(b, "queries_QD", "candidates_CD")
+    for one, other in zip(plain, within, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_pairs_are_bounded_when_all_candidates_are_the_same_item(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,13 @@ from twotower.model.loss_masks import Batch, Known, LeftOut
 __all__ = ["Known", "in_batch_softmax"]
 
 _BLOCK_BYTES = 8 << 20
+"""Logits that are held at a time; larger blocks leave the cache, smaller ones make slow matrix products."""
+_FEWEST_ROWS = 256
+"""Queries of a block at least. With many candidates its logits leave the cache (at D = 128 they take as much
+memory as the candidates and their gradient), and it is still right not to cut it into tiles of candidates,
+which would take a fourth matrix product. Measured per floating-point operation at 262,144 candidates: 256 rows
+take 1.7 times the time at 8,192 candidates, much of it for what is done once however many queries there are;
+64 rows 3 times, 16 rows 8 times."""
 _LOG2_E = math.log2(math.e)
 
 
@@ -81,10 +88,12 @@ def in_batch_softmax(
         own_bias_QH,
     )
     inputs = (queries_QD, candidates_CD, temperature, own_QHD)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        loss: Tensor = _InBatchSoftmax.apply(*inputs, batch)
-        return loss
-    return _implementation(queries_QD, dtype)(*inputs, batch, with_gradients=False)[0]
+    with torch.autocast(queries_QD.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            loss: Tensor = _InBatchSoftmax.apply(*inputs, batch)
+        else:
+            loss = _implementation(queries_QD, dtype)(*inputs, batch, with_gradients=False)[0]
+    return loss
 
 
 class _InBatchSoftmax(torch.autograd.Function):
@@ -141,7 +150,7 @@ def _blocked(
     d_own = torch.empty_like(own) if with_gradients and own is not None else None
     linear = _fastest_linear(q_QD)
     bias_C = batch.bias_C * _LOG2_E
-    rows = max(1, _BLOCK_BYTES // (len(c_CD) * c_CD.element_size()))
+    rows = max(_FEWEST_ROWS, _BLOCK_BYTES // (len(c_CD) * c_CD.element_size()))
     for first in range(0, len(q_QD), rows):
         last = min(first + rows, len(q_QD))
         q_RD = q_QD[first:last]
