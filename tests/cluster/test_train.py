@@ -1,15 +1,20 @@
 """Training end to end through Ray Train's TorchTrainer on a local Ray."""
 
+import contextlib
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from ray.train import RunConfig, ScalingConfig
@@ -140,6 +145,137 @@ def test_a_refit_on_everything_runs_the_chosen_epochs(
     assert manifest["fit"] == "all"
     assert [h["epoch"] for h in manifest["history"]] == [1]
     assert manifest["history"][0]["validation_recall"] is None
+
+
+FULL = {
+    "epochs": 3,
+    "global_batch_size": 64,
+    "num_workers": 2,
+    "checkpoint_every_steps": 6,
+    "metrics": {"every_steps": 1},
+    "negatives": {
+        "uniform": 9,
+        "memory": 100,
+        "memory_start": 10,
+        "mined": {"per_query": 2, "skip": 3, "window": 20, "every_steps": 30},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path_factory
+) -> tuple[Config, Path]:
+    config = variant(small_config, tmp_path_factory.mktemp("undisturbed"), **FULL)
+    return config, train(config, small_dataset)
+
+
+def losses(config: Config) -> dict[int, float]:
+    """Return the loss of every step in the metrics of the only training of a configuration."""
+    (lines,) = (config.home / "logs").glob("*/metrics.jsonl")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def worker_processes() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"RayTrainWorker" in path.read_bytes():
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def wait_for_step(config: Config, step: int, alive: Callable[[], bool] = lambda: True) -> None:
+    deadline = time.monotonic() + 120
+    while not any(
+        f'"step": {step},' in file.read_text() for file in (config.home / "logs").glob("*/metrics.jsonl")
+    ):
+        assert alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_starts_again_from_a_step_and_ends_as_if_undisturbed(
+    undisturbed: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path, capfd
+) -> None:
+    config = variant(undisturbed[0], tmp_path)
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for_step(config, 80)
+        killed.append(worker_processes()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    path = train(config, small_dataset)
+    killer.join()
+    assert killed
+    again = re.search(r"goes on from step (\d+), in epoch 2/3", capfd.readouterr().err)
+    assert again, "nobody said that the workers were started again"
+    assert int(again[1]) >= 72
+    assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed[1]).fingerprint
+    assert losses(config) == losses(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint_that_another_number_of_workers_goes_on_from(
+    undisturbed: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config = variant(undisturbed[0], tmp_path, checkpoint_every_steps=None)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_json()))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(file), "--dataset", str(small_dataset.path)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(config, 75, lambda: job.poll() is None)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 143, said
+    assert "run it again to go on" in said
+    before = losses(config)
+    assert 75 <= max(before) < 150
+    train(variant(config, tmp_path, num_workers=1), small_dataset)
+    found, wanted = losses(config), losses(undisturbed[0])
+    assert found.keys() == wanted.keys()
+    assert all(found[step] == wanted[step] for step in before)
+    first = max(before) + 1
+    assert found[first] == pytest.approx(wanted[first], rel=1e-5)
+    assert all(found[step] == pytest.approx(wanted[step], rel=1e-3) for step in found)
+
+
+def test_a_training_that_diverges_is_not_tried_again(
+    ray_local: None, small_config: Config, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config = variant(
+        small_config, tmp_path, optimizer={"learning_rate": 1e30}, checkpoint_every_steps=1, max_failures=3
+    )
+    with pytest.raises(TrainingError, match=r"^step \d of epoch 1 has loss \S+ .* learning rate 1e\+30"):
+        train(config, small_dataset)
+    kept = [p.parent for p in (config.checkpoints / ".runs").glob("*/checkpoint_*/state.pt")]
+    assert kept, "the last good checkpoint is gone"
+    for path in kept:
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+        assert all(t.isfinite().all() for t in weights.values())
+
+
+def test_a_training_may_start_from_another_one(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    start = str(trained[1])
+    config = variant(trained[0], tmp_path, init_from=start, epochs=1, optimizer={"learning_rate": 1e-6})
+    first = Checkpoint.open(train(config, small_dataset)).manifest["history"][0]
+    fresh = Checkpoint.open(trained[1]).manifest["history"]
+    assert first["loss"] < fresh[0]["loss"] - 0.1
+    values = config.to_json()
+    values["model"]["embedding_dim"] = 28
+    with pytest.raises(TrainingError, match=r"^train\.init_from \(.*\) is of another model: tensor"):
+        train(parse_config(values), small_dataset)
 
 
 def test_a_worker_s_own_error_reaches_the_person(

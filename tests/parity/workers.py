@@ -43,7 +43,7 @@ def step_results(
         assert trainer.model.log_temperature.grad is not None
         found["log_temperature"] = trainer.model.log_temperature.grad.clone()
         for name, (ids, rows) in gradients.tables.items():
-            dense = torch.zeros_like(trainer.model.tables[name])
+            dense = torch.zeros(trainer.model.tables[name].shape)
             dense[ids] = rows
             found[f"tables.{name}"] = dense
         if update:

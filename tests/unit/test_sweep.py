@@ -204,6 +204,7 @@ def test_the_table_has_the_best_first_and_the_failed_last():
     lines = text_table(rows)
     assert len(lines) == 5
     assert lines[4].endswith("failed: the loss is nan; lower it")
+    assert len(text_table([["x"], ["word " * 100]])[1]) <= 90
     assert lines[0].index("status") == lines[1].index("stopped") == lines[2].index("finished")
 
 

@@ -35,7 +35,7 @@ from twotower.cluster.train import checkpoint_id, train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
-from twotower.errors import ConfigError, TrainingError, TwotowerError
+from twotower.errors import ConfigError, StoppedError, TrainingError, TwotowerError
 from twotower.evaluation.sweep import Trial, TrialResult, ranked, set_line, trials_of, write_sweep
 from twotower.progress import say
 
@@ -83,6 +83,7 @@ def tune(config: Config, dataset: Dataset) -> Path:
         for result in records.results:
             if result.status == "stopped" and result.run is not None:
                 shutil.rmtree(result.run, ignore_errors=True)
+                _stop_file(Path(result.run)).unlink(missing_ok=True)
         _write(partial, config, dataset, records.results)
     return directory
 
@@ -160,7 +161,7 @@ class _Records:
         kept = [earlier for earlier in result.history if earlier["epoch"] < epoch["epoch"]]
         result.history = [*kept, epoch]
         if CHECKPOINT_PATH_KEY in report:
-            result.run = str(Path(report[CHECKPOINT_PATH_KEY]).parent)
+            result.run = str(_run_of(report))
         self._write(name)
         trial = self._trials[name]
         say(
@@ -179,10 +180,8 @@ class _Records:
         self._end(name)
 
     def stop(self, name: str) -> None:
-        """Take the trial as given up by the scheduler, unless it had just trained its last epoch."""
-        result = self._results[name]
-        last = len(result.history) >= self._trials[name].config.train.epochs
-        result.status = "finished" if last else "stopped"
+        """Take the trial as given up by the scheduler."""
+        self._results[name].status = "stopped"
         self._end(name)
 
     def fail(self, name: str, error: str) -> None:
@@ -208,7 +207,6 @@ class _Recorder(ray_tune.Callback):
 
     def __init__(self, records: _Records) -> None:
         self._records = records
-        self._ended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Forget an earlier error."""
@@ -220,18 +218,13 @@ class _Recorder(ray_tune.Callback):
         """Take an epoch, or what the trial ended with."""
         name = trial.config["trial"]
         if "checkpoint" in result:
-            self._ended.add(name)
             self._records.finish(name, Path(result["checkpoint"]))
+        elif "stopped" in result:
+            self._records.stop(name)
         elif "error" in result:
-            self._ended.add(name)
             self._records.fail(name, result["error"])
         elif f"validation_{self._records.metric}" in result:
             self._records.add_epoch(name, result)
-
-    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Take a trial that ended without saying so: the scheduler stopped it."""
-        if trial.config["trial"] not in self._ended:
-            self._records.stop(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Take an error that is no TwotowerError, such as a lost actor."""
@@ -273,11 +266,13 @@ def _run(
 
 
 def train_trial(config: dict[str, Any], work: dict[str, dict[str, Any]]) -> None:
-    """Train one trial inside a Tune session; the last report names its checkpoint, or its error."""
+    """Train one trial inside a Tune session; the last report says how it ended."""
     settings = work[config["trial"]]
     trial = parse_config(settings["config"])
     try:
         path = train(trial, Dataset.open(settings["dataset"]), callbacks=[TuneReportCallback()])
+    except StoppedError:
+        ray_tune.report({"stopped": True})
     except TwotowerError as error:
         # Tune would wrap it, and print it with all frames.
         ray_tune.report({"error": str(error)})
@@ -291,20 +286,44 @@ def with_absolute_root(config: Config) -> Config:
     return config.model_copy(update={"storage": storage})
 
 
+class _Asha(ASHAScheduler):
+    """ASHA that asks a trial to stop instead of killing it.
+
+    What Ray Train has reserved for the workers of a killed trial stays reserved to the end of the job where
+    Ray runs without its dashboard.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, https://arxiv.org/abs/1810.05934
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Let the trial go on in any case, with a file that its workers look for where it shall stop."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP and CHECKPOINT_PATH_KEY in result:
+            _stop_file(_run_of(result)).touch()
+        return TrialScheduler.CONTINUE
+
+
+def _run_of(report: Mapping[str, Any]) -> Path:
+    """Return Ray Train's folder of a trial, which holds the checkpoint of one of its reports."""
+    return Path(report[CHECKPOINT_PATH_KEY]).parent
+
+
+def _stop_file(run: Path) -> Path:
+    """Return the file that asks a training to stop, by the name that ``cluster.train`` gives it."""
+    return run.with_name(f"{run.name}.stop")
+
+
 def _name(trial: RayTrial) -> str:
     return str(trial.config["trial"])
 
 
 def _scheduler(config: Config, trials: Sequence[Trial], records: _Records) -> TrialScheduler:
-    """Return ASHA that knows the trials of earlier runs of the sweep, or a scheduler that stops none.
-
-    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, https://arxiv.org/abs/1810.05934
-    """
+    """Return ASHA that knows the trials of earlier runs of the sweep, or a scheduler that stops none."""
     settings = config.tune
     epochs = max(trial.config.train.epochs for trial in trials)
     if settings.scheduler == "none" or settings.grace_epochs >= epochs:
         return FIFOScheduler()
-    scheduler = ASHAScheduler(
+    scheduler = _Asha(
         time_attr="epoch",
         metric=f"validation_{records.metric}",
         mode="max",

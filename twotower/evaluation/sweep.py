@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 _SECTIONS = ("seed", "data", "split", "features", "model", "train")
 _SHOWN_ERRORS = 5
+_CELL_WIDTH = 90
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ def table(results: Sequence[TrialResult], metric: str, k: int) -> list[list[str]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows as lines with aligned columns, long cells on one line."""
-    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
+    """Return the rows as lines with aligned columns, long cells cut."""
+    cells = [[textwrap.shorten(cell, _CELL_WIDTH, placeholder=" ...") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

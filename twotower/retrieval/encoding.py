@@ -20,7 +20,7 @@ _QUERY_BATCH = 1_024
 
 
 def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -> npt.NDArray[np.float32]:
-    """Return the vectors of a table of items with their item rows, [n, D] float32, L2-normalised."""
+    """Return the vectors of a table of items with their item rows, [n, D] float32."""
     columns = encode_columns(checkpoint.schema.item, table)
     batch = item_batch(checkpoint.schema, table[ITEM_ROW].to_numpy(), columns)
     vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))

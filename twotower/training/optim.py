@@ -30,7 +30,7 @@ class Optimizers:
             lr=self._settings.learning_rate,
             fused=self._temperature.is_cuda,
         )
-        self._tables = TableOptimizer(dict(model.tables.items()), self._settings.table_kind)
+        self._tables = TableOptimizer(dict(model.tables.items()), self._settings.table_kind, config.seed)
 
     @torch.no_grad()
     def gradient_norm(self, gradients: Gradients) -> float:
@@ -59,10 +59,7 @@ class Optimizers:
         for group in self._dense.param_groups:
             group["lr"] = settings.learning_rate * scale
         self._dense.step()
-        rows = gradients.tables
-        if shrink < 1:
-            rows = {name: (ids, grad * shrink) for name, (ids, grad) in rows.items()}
-        self._tables.step(rows, settings.table_learning_rate * scale)
+        self._tables.step(gradients.tables, settings.table_learning_rate * scale, shrink)
         with torch.no_grad():
             self._temperature.clamp_(min=math.log(self._loss.min_temperature))
 
