@@ -2,8 +2,8 @@
 
 A retriever holds one generation and never changes, so that threads can share it. Every answer comes from
 the same path: a query becomes rows (``Inputs``), rows become features and an embedding (the query tower),
-and the searcher ranks the allowed items. Scores are inner products, cosines
-unless the model has ``normalize: false``.
+and the searcher ranks the allowed items. Scores are inner products: cosines, unless the model has
+``normalize: false``.
 
 Shapes: B queries, D embedding_dim, K results, N catalogue items.
 """

@@ -365,8 +365,8 @@ def _check(config: Config, dataset: Dataset, num_examples: int) -> None:
     if explicit and not dataset.counts["kinds"]["negative"]:
         raise TrainingError(
             f"train.negatives.explicit is {explicit}, and dataset {dataset.path} has no negative "
-            "interaction; declare them (data.source.events, data.source.columns.impressions or data.positives.min_value), "
-            "or set it to 0"
+            "interaction; declare some (data.source.events, data.source.columns.impressions or "
+            "data.positives.min_value), or set it to 0"
         )
     mined = config.train.negatives.mined
     if mined.per_query and mined.skip + mined.window > num_items:
