@@ -60,7 +60,7 @@ def _logits(
 ):
     """Return the logits of a tile in base 2, -inf where left out, at padding and outside the matrix."""
     columns_N = begin + tl.arange(0, TILE)
-    bias_N = tl.load(bias_ptr + columns_N, mask=columns_N < C, other=0.0)
+    bias_N = tl.load(bias_ptr + columns_N, mask=columns_N < C, other=float("-inf"))
     word = begin // 32 + tl.arange(0, TILE // 32)
     inside = (rows_M < num_rows)[:, None] & (word < num_words)[None, :]
     words = tl.load(
@@ -192,7 +192,7 @@ def loss_by_kernels(
     num_candidates, dim = c_CD.shape
     scale = (_LOG2_E / t).reshape(1)
     bias_C = batch.bias_C * _LOG2_E
-    padding_W = _packed_padding(bias_C)
+    num_words = -(-num_candidates // 32)
     loss = bias_C.new_zeros(())
     d_q = bias_C.new_empty(q_QD.shape) if with_gradients else None
     d_c = bias_C.new_zeros(c_CD.shape) if with_gradients else None
@@ -201,18 +201,18 @@ def loss_by_kernels(
     tile = 32 if q_QD.dtype == torch.float32 else 64
     sizes = {"D": dim, "D_PADDED": max(16, triton.next_power_of_2(dim)), "TILE": tile}
     sizes |= {"PRECISION": "tf32x3", "num_warps": 4, "num_stages": 2}
-    rows = max(tile, _BITS_BYTES // (4 * len(padding_W)) // tile * tile)
+    rows = max(tile, _BITS_BYTES // (4 * num_words) // tile * tile)
     for first in range(0, len(q_QD), rows):
         last = min(first + rows, len(q_QD))
         q_RD, weight_R, positive_R = (
             q_QD[first:last],
             batch.weight_Q[first:last],
-            batch.positive_Q[first:last],
+            batch.positive_Q[first:last].contiguous(),
         )
-        words_RW = _left_out_words(batch.left_out, padding_W, positive_R, bias_C, first, last)
+        words_RW = _left_out_words(batch.left_out, num_words, positive_R, first, last)
         lse_R, mean_RD = bias_C.new_empty(last - first), bias_C.new_empty(q_RD.shape if with_gradients else 1)
         matrix = (q_RD, c_CD, scale, bias_C, words_RW)
-        ends = (last - first, len(padding_W), num_candidates)
+        ends = (last - first, num_words, num_candidates)
         _over_candidates[(triton.cdiv(last - first, tile),)](
             *matrix, lse_R, mean_RD, *ends, **sizes, WITH_MEAN=with_gradients
         )
@@ -250,25 +250,15 @@ def loss_by_kernels(
     )
 
 
-def _packed_padding(bias_C: Tensor) -> Tensor:
-    """Return the bits of padding candidates, [W] int32, with the bits behind the last candidate set."""
-    bits = torch.ones(-(-len(bias_C) // 32), 32, dtype=torch.int64, device=bias_C.device)
-    bits.view(-1)[: len(bias_C)] = bias_C == -math.inf
-    words = (bits << torch.arange(32, device=bits.device)).sum(1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-
-
-def _left_out_words(
-    left_out: LeftOut, padding_W: Tensor, positive_R: Tensor, bias_C: Tensor, first: int, last: int
-) -> Tensor:
+def _left_out_words(left_out: LeftOut, num_words: int, positive_R: Tensor, first: int, last: int) -> Tensor:
     """Return the bits of what queries [first, last) leave out, [R, W] int32; their positives stay."""
-    words_RW = padding_W.repeat(last - first, 1)
+    words_RW = torch.zeros(last - first, num_words, dtype=torch.int32, device=positive_R.device)
     for row, column in left_out.pairs(first, last):
         _set_bits[(triton.cdiv(len(row), 1024),)](
-            words_RW, row, column, len(row), len(padding_W), CLEAR=False, BLOCK=1024
+            words_RW, row, column, len(row), num_words, CLEAR=False, BLOCK=1024
         )
     row = torch.arange(last - first, device=positive_R.device)
     _set_bits[(triton.cdiv(len(row), 1024),)](
-        words_RW, row, positive_R, len(row), len(padding_W), CLEAR=True, BLOCK=1024
+        words_RW, row, positive_R, len(row), num_words, CLEAR=True, BLOCK=1024
     )
     return words_RW

@@ -28,9 +28,9 @@ _BLOCK_BYTES = 8 << 20
 _FEWEST_ROWS = 256
 """Queries of a block at least. With many candidates its logits leave the cache (at D = 128 they take as much
 memory as the candidates and their gradient), and it is still right not to cut it into tiles of candidates,
-which would take a fourth matrix product. Measured per floating-point operation at 262,144 candidates: 256
-rows take 1.7 times the time at 8,192 candidates, much of it for what is done once however many queries there are;
-64 rows 3 times, 16 rows 8 times."""
+which would take a fourth matrix product. Measured per floating-point operation at 262,144 candidates:
+256 rows take 1.7 times the time at 8,192 candidates, much of it for what is done once however many queries
+there are; 64 rows 3 times, 16 rows 8 times."""
 _LOG2_E = math.log2(math.e)
 
 
