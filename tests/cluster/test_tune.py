@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -23,7 +24,7 @@ from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster.tune import _Records, _room, _scheduler, tune
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, TrainingError
 from twotower.evaluation.sweep import trials_of
 
 RATE, BATCH = "train.optimizer.learning_rate", "train.global_batch_size"
@@ -219,6 +220,42 @@ def test_records_keep_what_is_known(small_config: Config, tmp_path: Path):
     assert records.missing() == trials[1:]
     records.start(second)
     assert (records.results[1].status, records.results[1].error) == ("running", None)
+
+
+def test_failed_trials_are_tried_again_and_the_others_kept(
+    small_config: Config, small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+):
+    config = _config(small_config, {RATE: {"values": [0.003, 0.002, 0.001]}})
+    tried: list[list[str]] = []
+    failing = {"001", "002", "003"}
+
+    def run(config: Config, trials: list, datasets: dict, records: _Records, folder: Path) -> None:
+        tried.append([trial.name[:3] for trial in trials])
+        for trial in trials:
+            if trial.name[:3] in failing:
+                records.fail(trial.name, f"{trial.name[:3]} is lost")
+            else:
+                records.start(trial.name)
+                report = {"epoch": 1, "validation_recall": int(trial.name[:3]) / 10, "validation_ndcg": 0.1}
+                records.add_epoch(trial.name, report)
+                records.stop(trial.name)
+
+    monkeypatch.setattr("twotower.cluster.tune._run", run)
+    monkeypatch.setattr("twotower.cluster.tune.session", lambda config: contextlib.nullcontext())
+    with pytest.raises(TrainingError, match=r"none of 3 trials was measured; .* 001-\w+: 001 is lost"):
+        tune(config, small_dataset)
+    failing.remove("002")
+    path = tune(config, small_dataset)
+    manifest = read_manifest(path, "sweep")
+    assert manifest["trials"] == {"failed": 2, "stopped": 1}
+    assert manifest["best"]["recall"] == 0.2
+    failing.clear()
+    assert tune(config, small_dataset) == path
+    manifest = read_manifest(path, "sweep")
+    assert manifest["trials"] == {"stopped": 3}
+    assert manifest["best"]["parameters"] == {RATE: 0.001}
+    tune(config, small_dataset)
+    assert tried == [["001", "002", "003"], ["001", "002", "003"], ["001", "003"]]
 
 
 def test_as_many_trials_at_a_time_as_their_workers_have_room(ray_local, small_config: Config):
