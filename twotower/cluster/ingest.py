@@ -22,7 +22,6 @@ from twotower.config import Config
 from twotower.data.blocks import Block, block_of, read_table
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
-from twotower.errors import TrainingError
 from twotower.progress import say
 from twotower.training.collectives import World
 from twotower.training.examples import Fit, TowerInputs
@@ -116,9 +115,8 @@ def block_reader(path: Path) -> ReadBlocks:
             while rest is None or rest.num_rows < len(block):
                 table = next(tables, None)
                 if table is None:
-                    raise TrainingError(
-                        f"rows {block.start} to {block.end} of {path} did not come; look at Ray's logs"
-                    )
+                    # Not a TrainingError: a failure of one rank alone, worth another attempt of all.
+                    raise RuntimeError(f"Ray Data ended before rows {block.start} to {block.end} of {path}")
                 rest = table if rest is None else pa.concat_tables([rest, table])
             yield block_of(rest.slice(0, len(block)))
             rest = rest.slice(len(block))
