@@ -48,6 +48,10 @@ def _walk(
         if get_origin(info.annotation) is list and members:
             features.update((_tag(member), member) for member in members)
             yield key, info
+        elif get_origin(info.annotation) is dict and members:
+            yield key, info
+            for member in members:
+                yield from _walk(member, f"{key}.NAME.", features)
         elif members and len(members) == 1:
             yield from _walk(members[0], f"{key}.", features)
         elif members:
@@ -107,7 +111,9 @@ def _type_name(value: Any) -> str:
     if origin is list:
         return "list of features" if _models(annotation) else f"list of {_type_name(parts[0])}"
     if origin is dict:
-        return f"map of {_type_name(parts[0])} to {_type_name(parts[1])}"
+        return (
+            f"map of {_type_name(parts[0])} to {'a section' if _models(parts[1]) else _type_name(parts[1])}"
+        )
     return _NAMES.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 

@@ -20,7 +20,17 @@ from twotower.config import Config, load_config
 from twotower.errors import ConfigError, DataError, RefusedError
 
 ROOT = Path(__file__).parents[2]
-JOBS = ["prepare", "train", "build_index", "evaluate", "recommend", "pipeline", "generations", "quickstart"]
+JOBS = [
+    "prepare",
+    "train",
+    "tune",
+    "build_index",
+    "evaluate",
+    "recommend",
+    "pipeline",
+    "generations",
+    "quickstart",
+]
 _DEADLINE_S = 60.0
 
 

@@ -23,6 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from twotower.artefacts import building, fingerprint, has_manifest
 from twotower.cluster.failures import own_error
+from twotower.cluster.ingest import choose_ingest
 from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.watch import Watch
 from twotower.cluster.worker import BEST, STATE, WorkerResult, WorkerSettings, train_worker
@@ -100,6 +101,11 @@ def train(
     return directory
 
 
+def stop_file(run: Path) -> Path:
+    """Return the file that asks the workers of a run to stop after their step, and leave a checkpoint."""
+    return run.with_name(f"{run.name}.stop")
+
+
 def _fit(
     config: Config, dataset: Dataset, fit: Fit, epochs: int, name: str, callbacks: Sequence[UserCallback]
 ) -> Path:
@@ -112,9 +118,9 @@ def _fit(
         dataset=str(dataset.path.absolute()),
         fit=fit,
         epochs=epochs,
-        ingest="memory",
+        ingest=choose_ingest(config, dataset),
         progress=str(run_path / f"{name}.progress"),
-        stop=str(run_path / f"{name}.stop"),
+        stop=str(stop_file(run_path / name)),
         logs=str(config.home / "logs" / name),
     )
     resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})

@@ -31,7 +31,7 @@ from twotower.artefacts import (
     write_manifest,
 )
 from twotower.cluster.session import session, wants_gpu
-from twotower.cluster.train import checkpoint_id, train
+from twotower.cluster.train import checkpoint_id, stop_file, train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -83,7 +83,7 @@ def tune(config: Config, dataset: Dataset) -> Path:
         for result in records.results:
             if result.status == "stopped" and result.run is not None:
                 shutil.rmtree(result.run, ignore_errors=True)
-                _stop_file(Path(result.run)).unlink(missing_ok=True)
+                stop_file(Path(result.run)).unlink(missing_ok=True)
         _write(partial, config, dataset, records.results)
     return directory
 
@@ -299,18 +299,13 @@ class _Asha(ASHAScheduler):
         """Let the trial go on in any case, with a file that its workers look for where it shall stop."""
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP and CHECKPOINT_PATH_KEY in result:
-            _stop_file(_run_of(result)).touch()
+            stop_file(_run_of(result)).touch()
         return TrialScheduler.CONTINUE
 
 
 def _run_of(report: Mapping[str, Any]) -> Path:
     """Return Ray Train's folder of a trial, which holds the checkpoint of one of its reports."""
     return Path(report[CHECKPOINT_PATH_KEY]).parent
-
-
-def _stop_file(run: Path) -> Path:
-    """Return the file that asks a training to stop, by the name that ``cluster.train`` gives it."""
-    return run.with_name(f"{run.name}.stop")
 
 
 def _name(trial: RayTrial) -> str:
@@ -355,9 +350,6 @@ def _room(config: Config, trials: Sequence[Trial]) -> int:
     workers = max(trial.config.train.num_workers for trial in trials)
     if places < workers:
         say(f"the cluster has room for {places} of {workers} training workers now; trials wait for more")
-    if any(trial.config.train.ingest == "stream" for trial in trials):
-        # Ray Data reads with CPUs beside those of the workers, which more trials would take.
-        return 1
     return max(1, min(places // workers, config.tune.max_concurrent or places))
 
 

@@ -13,15 +13,17 @@ import safetensors.torch
 import torch
 from ray.train.torch import get_device
 
+from twotower.cluster.ingest import Ingest, make_source
 from twotower.cluster.watch import Progress, progress_writer
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import WEIGHTS, Checkpoint, weights_of
+from twotower.training.checks import require_same_model
 from twotower.training.collectives import World
 from twotower.training.examples import Fit
 from twotower.training.journal import Journal
-from twotower.training.loop import StepReport, Trainer, require_same_model
+from twotower.training.loop import StepReport, Trainer
 
 STATE = "state.pt"
 BEST = f"best-{WEIGHTS}"
@@ -37,8 +39,7 @@ class WorkerSettings:
     dataset: str
     fit: Fit
     epochs: int
-    ingest: str
-    """``memory`` or ``stream``."""
+    ingest: Ingest
     progress: str
     """File that rank 0 writes its progress to."""
     stop: str
@@ -83,7 +84,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _train(worker: WorkerSettings, config: Config) -> None:
     world = World.current(get_device())
-    trainer = Trainer(config, Dataset.open(worker.dataset), world, worker.fit)
+    dataset = Dataset.open(worker.dataset)
+    source = make_source(config, dataset, world, worker.fit, worker.ingest)
+    trainer = Trainer(config, dataset, world, worker.fit, source)
     resumed = _restore(trainer)
     reporter = _Reporter(worker, config, trainer, resumed) if world.rank == 0 else None
     stop = Path(worker.stop)

@@ -72,11 +72,21 @@ FeatureBatch = dict[str, Bag | torch.Tensor]
 
 
 def to_device(batch: FeatureBatch, device: torch.device | str) -> FeatureBatch:
-    """Return the batch on a device."""
+    """Return the batch on a device; what is in pinned memory is copied while the host goes on."""
     return {
-        name: Bag(value.ids.to(device), value.weights.to(device))
+        name: Bag(value.ids.to(device, non_blocking=True), value.weights.to(device, non_blocking=True))
         if isinstance(value, Bag)
-        else value.to(device)
+        else value.to(device, non_blocking=True)
+        for name, value in batch.items()
+    }
+
+
+def pinned(batch: FeatureBatch) -> FeatureBatch:
+    """Return the batch in pinned memory, from which copies to a GPU are asynchronous; needs a GPU."""
+    return {
+        name: Bag(value.ids.pin_memory(), value.weights.pin_memory())
+        if isinstance(value, Bag)
+        else value.pin_memory()
         for name, value in batch.items()
     }
 

@@ -8,7 +8,7 @@ negatives that are there, one after the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 
 from twotower.config import Config
 from twotower.model.dropout import row_keys, uniform
-from twotower.model.features import Bag, FeatureBatch, forget, to_device
+from twotower.model.features import Bag, FeatureBatch, forget, pinned, to_device
 from twotower.schema import FittedFeature, IdFeature
 from twotower.training.batches import IntArray, Share
 from twotower.training.collectives import World
@@ -44,6 +44,10 @@ class Side:
             for name, value in self.features.items()
         }
         return Side(features, self.keys[rows], self.valid[rows])
+
+    def pinned(self) -> Side:
+        """Return the rows in pinned memory."""
+        return Side(pinned(self.features), self.keys.pin_memory(), self.valid.pin_memory())
 
     def to(self, device: torch.device) -> Side:
         """Return the rows on a device."""
@@ -78,6 +82,10 @@ class Batch:
     """[b, H] float32, infinite where there is none."""
     known: tuple[torch.Tensor, torch.Tensor] | None
     """Offsets [b + 1] and item rows: what the users have had of the candidates."""
+
+    def pinned(self) -> Batch:
+        """Return the batch with its large part, the towers' rows, in pinned memory."""
+        return replace(self, queries=self.queries.pinned(), items=self.items.pinned())
 
 
 class Assembler:

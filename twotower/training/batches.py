@@ -64,6 +64,11 @@ class MemorySource:
         """Return how often each catalogue item is a positive in an epoch, [num_catalogue_items] int64."""
         return self.examples.item_counts()
 
+    @property
+    def order_key(self) -> str:
+        """What an epoch's order depends on beside the seed: nothing, on any number of workers."""
+        return "memory"
+
     def blocks(self) -> Iterable[Interactions]:
         """Yield all interactions, of every split, in one block."""
         yield self._interactions

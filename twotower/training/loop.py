@@ -7,8 +7,6 @@ it had not stopped: there is no generator whose state would have to be kept.
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,8 +22,11 @@ from twotower.data.interactions import Interactions
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.model.towers import TwoTower
+from twotower.progress import say
+from twotower.training.ahead import made_ahead
 from twotower.training.assembly import Assembler, Batch
 from twotower.training.batches import MemorySource, Share
+from twotower.training.checks import check_sizes, require_same_model
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, Fit, TowerInputs
 from twotower.training.mining import mine
@@ -49,6 +50,10 @@ class Source(Protocol):
 
     def blocks(self) -> Iterable[Interactions]:
         """Yield all interactions, of every split, in blocks that part no user."""
+
+    @property
+    def order_key(self) -> str:
+        """What an epoch's order depends on beside the seed; where it changes the epoch begins anew."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Trainer:
             self.source = memory_source(config, dataset, self.inputs, world, fit)
         else:
             self.source = make_source(self.inputs)
-        _check(config, dataset, self.source.rows_per_epoch)
+        check_sizes(config, dataset, self.source.rows_per_epoch)
         self.model = TwoTower(dataset.schema, config.model, config.train.loss.temperature, config.seed)
         self.model.to(world.device)
         self.optimizers = Optimizers(self.model, config)
@@ -141,11 +146,9 @@ class Trainer:
         self.history: list[EpochReport] = []
         self.best_epoch = 0
         self.best_weights: dict[str, torch.Tensor] = {}
-        # Of the epoch at work.
-        self._epoch_steps = 0
-        self._epoch_done = 0
-        self._epoch_loss = 0.0
-        self._epoch_seconds = 0.0
+        # Of the epoch at work: steps, examples, the sum of losses, seconds.
+        self._epoch_steps = self._epoch_done = 0
+        self._epoch_loss = self._epoch_seconds = 0.0
 
     @property
     def finished(self) -> bool:
@@ -191,8 +194,9 @@ class Trainer:
                 yield self.assemble(next(shares), before + number)
 
         # The memory's items are those of the step before, which a thread could not know ahead.
-        ahead = self.world.device.type == "cuda" and self.config.train.negatives.memory == 0
-        return _ahead(made(), depth=2) if ahead else made()
+        if self.world.device.type == "cuda" and self.config.train.negatives.memory == 0:
+            return made_ahead((batch.pinned() for batch in made()), depth=2)
+        return made()
 
     @property
     def epoch_done(self) -> int:
@@ -258,9 +262,12 @@ class Trainer:
         if self._is_best(report):
             self.best_epoch = self.epoch
             self.best_weights = {name: t.clone() for name, t in weights_of(self.model).items()}
+        self._reset_epoch()
+        return report
+
+    def _reset_epoch(self) -> None:
         self._epoch_steps = self._epoch_done = 0
         self._epoch_loss = self._epoch_seconds = 0.0
-        return report
 
     def _is_best(self, report: EpochReport) -> bool:
         if self._held_out is None or self.best_epoch == 0:
@@ -290,6 +297,7 @@ class Trainer:
         mined = self.assemble.mined
         return {
             "model": self.config.model.model_dump(mode="json"),
+            "order": self.source.order_key,
             "epoch": self.epoch,
             "step": self.step,
             "epoch_steps": self._epoch_steps,
@@ -325,6 +333,13 @@ class Trainer:
         self.best_epoch = state["best_epoch"]
         self.history = [EpochReport(**r) for r in state["history"]]
         self.best_weights = best
+        if self._epoch_steps and state["order"] != self.source.order_key:
+            if self.world.rank == 0:
+                say(
+                    f"epoch {self.epoch + 1} begins anew after {self._epoch_steps} of its steps, made in "
+                    f"the order of {state['order']}; now it is that of {self.source.order_key}"
+                )
+            self._reset_epoch()
 
 
 def memory_source(
@@ -333,80 +348,3 @@ def memory_source(
     """Return the source that holds all interactions in memory."""
     examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0)
     return MemorySource(examples, dataset.interactions, config.train.global_batch_size, world, config.seed)
-
-
-def require_same_model(model: TwoTower, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Check that weights are those of a model of the same shape.
-
-    Raises:
-        TrainingError: a tensor is missing, is one too many, or has another shape.
-    """
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    found = {n: tuple(t.shape) for n, t in weights.items()}
-    wrong = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
-    if wrong:
-        name = wrong[0]
-        raise TrainingError(
-            f"{what} is of another model: tensor {name} has shape {found.get(name, 'nothing')} there and "
-            f"{expected.get(name, 'nothing')} in this configuration ({len(wrong)} tensors differ). Use the "
-            "configuration that it was trained with, or train anew"
-        )
-
-
-def _check(config: Config, dataset: Dataset, num_examples: int) -> None:
-    num_items = dataset.num_catalogue_items
-    batch, workers = config.train.global_batch_size, config.train.num_workers
-    if batch > num_examples:
-        raise TrainingError(
-            f"train.global_batch_size ({batch}) is above the {num_examples} training "
-            f"interactions; use at most {num_examples // workers * workers}"
-        )
-    explicit = config.train.negatives.explicit
-    if explicit and not dataset.counts["kinds"]["negative"]:
-        raise TrainingError(
-            f"train.negatives.explicit is {explicit}, and dataset {dataset.path} has no negative "
-            "interaction; declare some (data.source.events, data.source.columns.impressions or "
-            "data.positives.min_value), or set it to 0"
-        )
-    mined = config.train.negatives.mined
-    if mined.per_query and mined.skip + mined.window > num_items:
-        fits = max(num_items - mined.skip, 0)
-        remedy = f"use a window of at most {fits}" if fits else f"use a skip below {num_items}"
-        raise TrainingError(
-            f"train.negatives.mined looks at ranks up to skip + window ({mined.skip} + {mined.window}), and "
-            f"the catalogue has {num_items} items; {remedy}"
-        )
-
-
-def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Yield items that a thread makes up to ``depth`` ahead; its error is raised here."""
-    made: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(value: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return made.put(value, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised where the items are used
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
