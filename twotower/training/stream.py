@@ -108,8 +108,8 @@ class StreamSource:
 
     @property
     def order_key(self) -> str:
-        """What the order of an epoch depends on beside the dataset, the seed and the batch."""
-        return f"streamed by {self._world.size} workers with buffers of {self._buffer_rows} rows"
+        """What the order of an epoch depends on beside the dataset, the seed and the batch, as words."""
+        return f"a stream of {self._world.size} workers with buffers of {self._buffer_rows:,} rows"
 
     def item_counts(self) -> IntArray:
         """Return how often each catalogue item is a positive in an epoch, [num_catalogue_items] int64."""
