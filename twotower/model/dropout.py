@@ -12,6 +12,7 @@ from torch import nn
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_ONES = (1 << 64) - 1
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -38,10 +39,19 @@ def row_keys(seed: int, step: int, rows: torch.Tensor, stream: int) -> torch.Ten
         rows: [B] int64, row numbers in the global batch.
         stream: keeps uses apart that share (seed, step, row), such as the two towers.
     """
-    key = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    key = 0
     for part in (seed, stream, step):
-        key = mix(key + part + _GOLDEN)
+        key = _mix_one(key + part + _GOLDEN)
     return mix(key + (rows + 1) * _GOLDEN)
+
+
+def _mix_one(x: int) -> int:
+    """``mix`` of one number, without the cost of a tensor's operations."""
+    x &= _ONES
+    x = (x ^ x >> 30) * _MIX_1 & _ONES
+    x = (x ^ x >> 27) * _MIX_2 & _ONES
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
 
 
 def uniform(keys: torch.Tensor, columns: int, stream: int = 0, bits: int = 24) -> torch.Tensor:

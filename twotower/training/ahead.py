@@ -11,34 +11,31 @@ T = TypeVar("T")
 
 
 def made_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Yield items that a thread makes up to ``depth`` ahead; its error is raised here."""
-    made: queue.Queue[T | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
+    """Yield items that a thread makes ``depth`` ahead of their use; its error is raised here.
 
-    def put(value: T | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return made.put(value, timeout=0.1)
-            except queue.Full:
-                continue
+    How many are made depends on how many are taken alone: where making one is a collective, all ranks that
+    stop after the same item have made the same ones.
+    """
+    made: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(None)
+            while asked.get():
+                made.put(next(items, None))
         except BaseException as error:  # raised where the items are used
-            put(error)
+            made.put(error)
 
+    for _ in range(depth):
+        asked.put(True)
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            asked.put(True)
             yield item
     finally:
-        stop.set()
+        asked.put(False)
         thread.join()

@@ -160,6 +160,8 @@ class Assembler:
     def _drawn(self, step: int) -> IntArray:
         """Return the drawn candidates of all ranks, [W, m], padded with -1."""
         size = self._world.size
+        if self._sampler.num_drawn == 0:
+            return np.empty((size, 0), np.int64)
         drawn = self._sampler.draw(step)
         each = -(-len(drawn) // size)
         return np.concatenate([drawn, np.full(each * size - len(drawn), -1)]).reshape(size, each)

@@ -339,6 +339,7 @@ class Trainer:
                     f"epoch {self.epoch + 1} begins anew after {self._epoch_steps} of its steps, made in "
                     f"the order of {state['order']}; now it is that of {self.source.order_key}"
                 )
+            self.step -= self._epoch_steps
             self._reset_epoch()
 
 
