@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -61,7 +62,10 @@ def _run(rank: int, size: int, port: int, out: str) -> None:
     results = []
     for config in work["configs"]:
         trainer = Trainer(parse_config(config), Dataset.open(work["dataset"]), World.current(), "train")
-        results.append(step_results(trainer, work["steps"], work["update"]))
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+            found = step_results(trainer, work["steps"], work["update"])
+        found[-1]["reductions"] = torch.tensor(reduce.call_count)
+        results.append(found)
     torch.save(results, Path(out) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Drawn candidates, how often an item is expected, and the memory of past candidates."""
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.config.training import NegativesConfig
+from twotower.training.negatives import CandidateMemory, CandidateSampler
+
+COUNTS = np.array([500, 0, 30, 200, 7, 1, 262])
+
+
+def test_drawn_candidates_are_as_frequent_as_expected() -> None:
+    """Against the empirical frequency in many steps, positives of the batch included."""
+    sampler = CandidateSampler(COUNTS, NegativesConfig(uniform=40, popular=60), seed=3)
+    rng = np.random.default_rng(0)
+    seen = np.zeros(len(COUNTS))
+    steps = 3_000
+    for step in range(steps):
+        drawn = sampler.draw(step)
+        assert len(drawn) == sampler.num_drawn == 100
+        batch = rng.choice(len(COUNTS), 50, p=COUNTS / COUNTS.sum())
+        seen += np.bincount(np.concatenate([drawn, batch]), minlength=len(COUNTS))
+    expected = sampler.expected_count(np.arange(len(COUNTS)), batch=50, memory=0)
+    # Item 1 is in no batch, but counts as if it had been seen once.
+    assert seen / steps == pytest.approx(expected, rel=0.03, abs=0.12)
+    assert expected[0] / expected[1] > 8
+
+
+def test_a_step_draws_the_same_on_every_rank_and_another_step_others() -> None:
+    one, other = (CandidateSampler(COUNTS, NegativesConfig(uniform=9, popular=9), seed=3) for _ in range(2))
+    assert one.draw(5).tolist() == other.draw(5).tolist()
+    assert one.draw(5).tolist() != one.draw(6).tolist()
+    assert (
+        CandidateSampler(COUNTS, NegativesConfig(uniform=9), seed=4).draw(5).tolist() != one.draw(5).tolist()
+    )
+
+
+def test_corrected_candidates_estimate_the_sum_over_the_catalogue() -> None:
+    """With logQ the sum of exp(score) / q over a step's candidates is the whole softmax denominator."""
+    sampler = CandidateSampler(COUNTS, NegativesConfig(uniform=50, popular=20), seed=1)
+    scores = np.array([0.3, 2.0, -1.0, 0.5, 1.5, 2.5, -0.4])
+    rng = np.random.default_rng(2)
+    estimates, uncorrected = [], []
+    for step in range(2_000):
+        batch = rng.choice(len(COUNTS), 30, p=np.maximum(COUNTS, 1) / np.maximum(COUNTS, 1).sum())
+        rows = np.concatenate([batch, sampler.draw(step)])
+        expected = sampler.expected_count(rows, batch=30, memory=0)
+        estimates.append(np.exp(scores[rows] - np.log(expected)).sum())
+        uncorrected.append(np.exp(scores[rows]).sum())
+    whole = np.exp(scores).sum()
+    assert np.mean(estimates) == pytest.approx(whole, rel=0.02)
+    assert np.mean(uncorrected) / len(rows) * len(scores) < 0.8 * whole
+
+
+def test_the_memory_keeps_the_latest_candidates() -> None:
+    memory = CandidateMemory(5, 2, torch.device("cpu"))
+    vectors = torch.arange(18.0).view(9, 2)
+    memory.push(vectors[:3], torch.tensor([10, 11, 12]))
+    assert len(memory) == 3
+    memory.push(vectors[3:7], torch.tensor([13, 14, 15, 16]))
+    kept = dict(zip(memory.item_rows.tolist(), memory.vectors.tolist(), strict=True))
+    assert kept == {10 + i: vectors[i].tolist() for i in range(2, 7)}
+    other = CandidateMemory(5, 2, torch.device("cpu"))
+    other.load_state_dict(memory.state_dict())
+    for m in (memory, other):
+        m.push(vectors[7:], torch.tensor([17, 18]))
+    assert set(other.item_rows.tolist()) == {14, 15, 16, 17, 18}
+    assert torch.equal(other.vectors, memory.vectors)
+    many = CandidateMemory(2, 2, torch.device("cpu"))
+    many.push(vectors, torch.arange(9))
+    assert sorted(many.item_rows.tolist()) == [7, 8]
