@@ -94,10 +94,12 @@ def train(
     check_metrics(config.train.metrics)
     if config.train.init_from is not None:
         Checkpoint.open(config.train.init_from).require_dataset(dataset)
-    with session(config):
+    with session(config), _sigterm_makes(stop_file(_run_path(config) / name)) as asked:
         reported = _fit(config, dataset, fit, epochs, name, callbacks)
-    _publish(config, dataset, fit, reported, directory)
-    shutil.rmtree(_run_path(config) / name, ignore_errors=True)
+        _publish(config, dataset, fit, reported, directory)
+        shutil.rmtree(_run_path(config) / name, ignore_errors=True)
+    if asked.is_set():
+        raise StoppedError("stopped by SIGTERM at the end of a training; run it again to go on")
     return directory
 
 
@@ -149,7 +151,7 @@ def _fit(
     )
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"
     say(f"{config.train.num_workers} workers on {kind}, global batch {config.train.global_batch_size}")
-    with Watch(Path(settings.progress), epochs), _sigterm_makes(Path(settings.stop)):
+    with Watch(Path(settings.progress), epochs):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -165,24 +167,27 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _sigterm_makes(flag: Path) -> Iterator[None]:
-    """Let SIGTERM make a file that the workers look for; a second SIGTERM acts as before the block."""
+def _sigterm_makes(flag: Path) -> Iterator[threading.Event]:
+    """Let SIGTERM make a file that the workers look for, and set the event; a second one acts as before."""
+    asked = threading.Event()
     flag.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         # Python delivers signals to the main thread alone.
-        yield
+        yield asked
         return
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(signum: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, before)
+        asked.set()
+        flag.parent.mkdir(parents=True, exist_ok=True)
         flag.touch()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\n   SIGTERM: the workers stop after this step and leave a checkpoint\n")
 
     signal.signal(signal.SIGTERM, ask)
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
         flag.unlink(missing_ok=True)
