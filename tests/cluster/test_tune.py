@@ -267,7 +267,7 @@ def test_as_many_trials_at_a_time_as_their_workers_have_room(ray_local, small_co
         ({"train": {"num_workers": 8}}, 1),
         ({"train": {"num_workers": 2}, "cluster": {"cpus_per_worker": 0.5}}, 4),
         ({"train": {"num_workers": 1}, "tune": {"max_concurrent": 3}}, 3),
-        ({"train": {"num_workers": 1, "ingest": "stream"}}, 1),
+        ({"train": {"num_workers": 1, "ingest": "stream"}}, 4),
     ):
         config = _config(small_config, parameters, **sections)
         assert _room(config, trials_of(config)) == room, sections

@@ -9,7 +9,7 @@ from twotower.data.histories import Histories
 from twotower.model.features import Bag, FeatureBatch, QueryFeatures, encode_columns, profile_values
 from twotower.retrieval.inputs import Inputs, UserTable
 from twotower.retrieval.query import HistoryItem, Query
-from twotower.training.examples import Examples
+from twotower.training.examples import Examples, TowerInputs
 
 
 def assert_equal_features(found: FeatureBatch, expected: FeatureBatch) -> None:
@@ -40,7 +40,7 @@ def test_training_and_serving_make_equal_features(
     small_dataset: Dataset, serving: tuple[Inputs, QueryFeatures]
 ) -> None:
     inputs, features = serving
-    examples = Examples(small_dataset, "train")
+    examples = Examples.of(small_dataset, TowerInputs(small_dataset), "train")
     some = np.arange(0, len(examples), 41)
     trained = examples.queries(some)
     positions = examples._examples[some]
