@@ -58,6 +58,8 @@ SETTINGS: dict[str, list[str]] = {
         f"{MINED}.skip=100",
         f"{MINED}.window=400",
     ],
+    "4 mined, ranks 11 to 110, weight 10": [f"{MINED}.per_query=4", "train.negatives.own_weight=10"],
+    "4 mined, ranks 11 to 110, weight 100": [f"{MINED}.per_query=4", "train.negatives.own_weight=100"],
 }
 
 

@@ -60,7 +60,8 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
                 item = own[q, h]
                 often = (valid.sum() + negatives.popular + filled) * counts[item]
                 often += negatives.uniform / len(counts) + 1
-                logits.append(queries[q] @ vector / temperature - LOG_Q * np.log(often))
+                correction = LOG_Q * np.log(often) - np.log(negatives.own_weight)
+                logits.append(queries[q] @ vector / temperature - correction)
         total = total + torch.logsumexp(torch.stack(logits), 0) - positive
         # The item looks for its query; other queries of its owners are none of its negatives.
         back = []
@@ -94,6 +95,7 @@ def test_a_step_equals_the_oracle(chunk: int | None, small_config: Config, small
             "popular": 5,
             "memory": 80,
             "memory_start": 1,
+            "own_weight": 7.0,
             "mined": {"per_query": 2, "skip": 2, "window": 20},
         },
     }

@@ -71,6 +71,9 @@ class NegativesConfig(Section):
     """The user's own latest negative interactions (such as impressions) before the query that join it."""
     mined: MinedConfig = MinedConfig()
     """Mined hard negatives."""
+    own_weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often an explicit or mined negative counts in its query's softmax: 1 keeps the sum over the
+    catalogue unbiased, where it weighs little; more makes it harder."""
 
 
 class EarlyStoppingConfig(Section):

@@ -8,6 +8,7 @@ negatives that are there, one after the other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -153,7 +154,9 @@ class Assembler:
             log_q(candidates, 0),
             torch.from_numpy(own_place),
             # An own negative is among its query's candidates for certain, and by chance as any other item.
-            log_q(own, 1).masked_fill_(torch.from_numpy(own < 0), torch.inf),
+            (log_q(own, 1) - math.log(self._negatives.own_weight)).masked_fill_(
+                torch.from_numpy(own < 0), torch.inf
+            ),
             known,
         )
 
