@@ -193,7 +193,7 @@ def main() -> None:
     apply_environment()
     from twotower.cluster.session import session
 
-    steps, repeats = (40, 1) if quick else (220, 7)
+    steps, repeats = (40, 1) if quick else (220, 11)
     two_steps, two_repeats = (10, 1) if quick else (40, 5)
     small, large = (256, 1024) if quick else (1024, 8192)
     found: dict[str, list[float]] = {"bare": [], "ray": [], "ceiling": [], "two": []}
