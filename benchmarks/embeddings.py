@@ -64,12 +64,9 @@ class Training:
         assert isinstance(user_bag, Bag)
         assert isinstance(item_bag, Bag)
         touched = TouchedRows(self.weights, [("id_of_user", user_bag), ("id_of_item", item_bag)])
-        queries_QD, candidates_CD = self.model.towers(
-            self.model.inputs("query", queries, touched.lookup),
-            self.model.inputs("item", candidates, touched.lookup),
-            None,
-            None,
-        )
+        towers = self.model.towers
+        queries_QD = towers.query(self.model.inputs("query", queries, touched.lookup))
+        candidates_CD = towers.item(self.model.inputs("item", candidates, touched.lookup))
         loss = in_batch_softmax(
             queries_QD,
             candidates_CD,

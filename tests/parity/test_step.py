@@ -39,7 +39,6 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
     filled = int((memory[1] >= 0).sum())
     valid = rows >= 0
     expected = (valid.sum() + negatives.popular + filled) * counts[shared] + negatives.uniform / len(counts)
-    own = torch.zeros(b * negatives.mined.per_query, dtype=torch.int64) - 1
     mined = trainer.assemble.mined
     assert mined is not None
     own = np.where(valid[:, None], mined[np.maximum(batch.share.rows, 0)], -1)

@@ -1,7 +1,7 @@
 """The two towers: embedding tables and one multi-layer perceptron a side; output of length 1 by default.
 
-Tables and temperature are kept apart from the dense part (``Towers``): only the dense part is wrapped for
-data parallelism, tables are updated by row and the temperature's gradient is reduced explicitly.
+Tables are kept apart from the dense part (``Towers``): its gradients are summed over ranks as one buffer,
+while tables are updated by row.
 
 Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
 """
@@ -114,25 +114,13 @@ class Tower(nn.Module):
 
 
 class Towers(nn.Module):
-    """Both towers behind one forward, as DistributedDataParallel needs it."""
+    """Both towers: the part of a model whose gradients are dense."""
 
     def __init__(self, query: Tower, item: Tower) -> None:
         """Keep the two towers."""
         super().__init__()
         self.query = query
         self.item = item
-
-    def forward(
-        self,
-        query_x: torch.Tensor,
-        item_x: torch.Tensor,
-        query_keys: torch.Tensor | None,
-        item_keys: torch.Tensor | None,
-        query_valid: torch.Tensor | None = None,
-        item_valid: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return query embeddings [Q, D] and candidate embeddings [C, D]; arguments as for ``Tower``."""
-        return self.query(query_x, query_keys, query_valid), self.item(item_x, item_keys, item_valid)
 
 
 class TwoTower(nn.Module):

@@ -296,7 +296,6 @@ class Trainer:
         """Return everything that resuming needs but the weights, as tensors and plain values."""
         mined = self.assemble.mined
         return {
-            "model": self.config.model.model_dump(mode="json"),
             "order": self.source.order_key,
             "epoch": self.epoch,
             "step": self.step,
