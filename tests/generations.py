@@ -54,7 +54,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
         write_shard(
             parts,
             number,
-            config.index.factory,
+            config.index.factory or "Flat",
             str(dataset.path),
             ["title", *source_columns(checkpoint.schema)],
             checkpoint.fingerprint,

@@ -68,7 +68,7 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
     checkpoint.require_dataset(dataset)
-    empty_index(config.index.factory, checkpoint.embedding_dim)
+    empty_index(config.index.factory or "Flat", checkpoint.embedding_dim)
     name = generation_id(config, dataset, checkpoint)
     directory = Store(config.store).path(name)
     with locked(config.store / ".work" / f"{name}.lock"):
@@ -114,7 +114,7 @@ def build_shards(
         task.remote(
             parts,
             number,
-            config.index.factory,
+            config.index.factory or "Flat",
             str(dataset.path.absolute()),
             ["title", *source_columns(checkpoint.schema)],
             checkpoint.fingerprint,

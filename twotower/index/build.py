@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, ConfigError
-from twotower.index.spec import Effort, empty_index, innermost, ivf_of
+from twotower.index.spec import Effort, empty_index, innermost, ivf_of, keeps_rows
 
 # FAISS's type hints leave out some classes.
 _faiss: Any = faiss
@@ -29,30 +29,42 @@ _MIN_NORM = 1e-12
 _READ_LOCK = threading.Lock()
 
 
-def build_shard(vectors: npt.NDArray[np.float32], factory: str, threads: int = 1) -> Any:
-    """Return a trained, filled FAISS index; label i is row i of ``vectors``.
+def build_shard(
+    vectors: npt.NDArray[np.float32],
+    factory: str,
+    threads: int = 1,
+    item_rows: npt.NDArray[np.int64] | None = None,
+    trained: Any = None,
+) -> Any:
+    """Return a trained, filled FAISS index; label i is row i of ``vectors``, or its item row.
 
     Args:
         vectors: [n, D] float32; n may be 0.
         factory: FAISS index factory string.
         threads: FAISS threads used.
+        item_rows: [n] int64, stored as labels by the kinds that keep them (``keeps_rows``).
+        trained: an empty index of the factory, trained for all shards; it is filled. None trains one.
 
     Raises:
         ConfigError: an unknown factory string, too few vectors to train it, a vector that is zero or not
             finite, or an index that can not give its vectors back.
     """
     dim = vectors.shape[1]
-    index = empty_index(factory, dim)
+    index = empty_index(factory, dim) if trained is None else trained
     check_vectors(vectors)
     if len(vectors) == 0:
         return empty_index(_EMPTY, dim)
-    _check_enough(index, factory, len(vectors))
+    if trained is None:
+        _check_enough(index, factory, len(vectors))
     faiss.omp_set_num_threads(threads)
     data = np.ascontiguousarray(vectors, dtype=np.float32)
     try:
         if not index.is_trained:
             index.train(data)
-        index.add(data)
+        if item_rows is not None and keeps_rows(index):
+            index.add_with_ids(data, np.ascontiguousarray(item_rows, dtype=np.int64))
+        else:
+            index.add(data)
     except RuntimeError as error:
         raise ConfigError(
             f"index.factory {factory!r} can not be built from {len(data)} vectors of {dim} dimensions: "

@@ -82,6 +82,14 @@ def innermost(index: Any) -> Any:
     return index
 
 
+def keeps_rows(index: Any) -> bool:
+    """Return whether an index stores item rows as its labels; others number their vectors from 0."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return keeps_rows(index.index)
+    return isinstance(index, faiss.IndexIVF)
+
+
 def _reason(error: Exception) -> str:
     return str(error).rsplit("Error: ", 1)[-1].rsplit(": ", 1)[-1].strip()
 

@@ -38,6 +38,10 @@ from twotower.retrieval.items import ItemTables
 from twotower.schema import FeatureSchema
 
 KIND = "generation"
+BASE, DELTA = "base", "delta"
+"""Roles of shards: built from the whole catalogue, or from what an update changed."""
+TOMBSTONES = "tombstones.npy"
+_NO_ROWS = np.zeros(0, np.int64)
 METRIC = "inner_product"
 _HISTORY = ("offsets", "item_rows", "times", "weights")
 _COLUMN = "column-"
@@ -156,14 +160,23 @@ class Generation:
         Args:
             threads: FAISS threads of a search.
         """
-        factory, dim = self.manifest["index"]["factory"], self.manifest["embedding_dim"]
+        dim = self.manifest["embedding_dim"]
         shards = [
             Shard(
-                read_index(self._shard_path(s) / "index.faiss", factory, dim, s["rows"]), self._item_rows(s)
+                read_index(self._shard_path(s) / "index.faiss", s["factory"], dim, s["rows"]),
+                self._item_rows(s),
+                self.dead_rows if s["role"] == BASE else _NO_ROWS,
             )
             for s in self._shards
         ]
         return Searcher(shards, self.effort, threads)
+
+    @functools.cached_property
+    def dead_rows(self) -> npt.NDArray[np.int64]:
+        """Item rows of base shards that an update deleted or replaced: ascending [m] int64."""
+        if not (self.path / TOMBSTONES).is_file():
+            return _NO_ROWS
+        return np.array(self._array(TOMBSTONES))
 
     @property
     def _shards(self) -> list[dict[str, Any]]:
@@ -281,6 +294,8 @@ def finish(
             {
                 "name": path.name,
                 "rows": facts["rows"],
+                "factory": facts["factory"],
+                "role": DELTA if path.name == DELTA else BASE,
                 "checkpoint_fingerprint": facts["checkpoint_fingerprint"],
             }
         )
@@ -304,9 +319,10 @@ def finish(
     )
 
 
-def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str) -> None:
-    """Write which checkpoint the vectors of a shard came from."""
-    write_json(directory / "shard.json", {"rows": rows, "checkpoint_fingerprint": checkpoint_fingerprint})
+def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:
+    """Write what a shard is, and which checkpoint its vectors came from."""
+    facts = {"rows": rows, "factory": factory, "checkpoint_fingerprint": checkpoint_fingerprint}
+    write_json(directory / "shard.json", facts)
 
 
 def read_shard_facts(directory: Path) -> dict[str, Any]:
@@ -314,7 +330,11 @@ def read_shard_facts(directory: Path) -> dict[str, Any]:
     path = directory / "shard.json"
     try:
         facts = json.loads(path.read_bytes())
-        return {"rows": int(facts["rows"]), "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"])}
+        return {
+            "rows": int(facts["rows"]),
+            "factory": str(facts["factory"]),
+            "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path} can not be read ({error}). {_AGAIN}") from None
 

@@ -58,7 +58,7 @@ def write_shard(
     write_index(build_shard(vectors, factory, threads), path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
     write_item_table(path / "items.arrow", shard_items(Dataset.open(dataset_path), item_rows, columns))
-    write_shard_facts(path, len(item_rows), checkpoint_fingerprint)
+    write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
     return len(item_rows)
 
 
@@ -103,7 +103,7 @@ def measure(
     for path in sorted(directory.iterdir()):
         item_rows = np.load(path / "item_rows.npy")
         rows = read_shard_facts(path)["rows"]
-        shards.append(Shard(read_index(path / "index.faiss", index.factory, dim, rows), item_rows))
+        shards.append(Shard(read_index(path / "index.faiss", index.factory or "Flat", dim, rows), item_rows))
     searcher = Searcher(shards, threads=threads)
     k = min(index.recall_k, dataset.num_catalogue_items)
 
@@ -125,7 +125,7 @@ def measure(
         searcher.search(query[None], k)
         times.append((time.perf_counter() - begin) * 1e3)
     return {
-        "factory": index.factory,
+        "factory": index.factory or "Flat",
         "num_shards": len(shards),
         "effort": effort.to_json(),
         "index_recall": recall,
