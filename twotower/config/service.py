@@ -16,7 +16,7 @@ class StorageConfig(Section):
     root: str = "runs"
     """Folder of all artefacts; may be relative to the working directory, but not on a remote cluster."""
     store: Annotated[str, Field(pattern=r"^(s3|gs)://[^/]+")] | None = None
-    """Object store of generations, s3://bucket/prefix or gs://bucket/prefix; null: a folder below the root."""
+    """Object store of generations, s3://bucket/prefix or gs://bucket/prefix; null: below the root."""
     keep_generations: PositiveInt | None = None
     """Generations that publishing leaves: pointed at or the latest; null removes none."""
 
