@@ -44,11 +44,11 @@ def test_each_kind_is_built_written_read_and_searched(
     factory: str, rng: np.random.Generator, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     vectors = unit_vectors(rng, 700)
-    index = build_shard(vectors, factory)
+    rows = np.arange(700) * 3 + 5
+    index = build_shard(vectors, factory, item_rows=rows)
     write_index(index, tmp_path / "index.faiss")
     assert [p.name for p in tmp_path.iterdir()] == ["index.faiss"]
     read = read_index(tmp_path / "index.faiss", factory, DIM, len(vectors))
-    rows = np.arange(700) * 3 + 5
     searcher = Searcher([Shard(read, rows)], Effort(nprobe=16, ef_search=256, k_factor=64))
     hits = searcher.search(vectors[:40], 5)
     own = np.mean([rows[q] in h.item_rows for q, h in enumerate(hits)])

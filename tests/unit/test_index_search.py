@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import numpy as np
 import pytest
 
 from twotower.errors import ArtefactError, ConfigError, RequestError
-from twotower.index.build import build_shard
+from twotower.index.build import build_shard, train_index
 from twotower.index.recall import index_recall_at_k, least_effort
 from twotower.index.search import Hits, Searcher, Shard, exact_top_k
 from twotower.index.spec import Effort
@@ -27,7 +28,7 @@ def searcher_of(
     parts = []
     for s in range(num_shards):
         rows = np.flatnonzero(shards == s)
-        parts.append(Shard(build_shard(vectors[rows], factory), rows))
+        parts.append(Shard(build_shard(vectors[rows], factory, item_rows=rows), rows))
     return Searcher(parts, Effort(**effort))
 
 
@@ -220,3 +221,45 @@ def test_exact_search_over_blocks_equals_brute_force(rng: np.random.Generator) -
     queries = unit_vectors(rng, 5)
     for q, hits in enumerate(exact_top_k(queries, 12, iter(blocks))):
         assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 12, [])
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF8,PQ4"])
+def test_shards_trained_together_answer_as_one_index(factory: str, rng: np.random.Generator) -> None:
+    vectors, queries = unit_vectors(rng, 900), unit_vectors(rng, 30)
+    rows = np.sort(rng.permutation(3_000)[: len(vectors)])
+    trained = train_index(vectors, factory)
+    whole = Searcher([Shard(build_shard(vectors, factory, 1, rows, faiss.clone_index(trained)), rows)])
+    part = rng.integers(0, 4, len(vectors))
+    shards = [
+        Shard(
+            build_shard(vectors[part == s], factory, 1, rows[part == s], faiss.clone_index(trained)),
+            rows[part == s],
+        )
+        for s in range(4)
+    ]
+    sharded = Searcher(shards)
+    assert len(sharded.units) == 1
+    effort = Effort(nprobe=3)
+    found = 0
+    for one, many in zip(
+        whole.search(queries, 20, effort=effort), sharded.search(queries, 20, effort=effort), strict=True
+    ):
+        assert one.item_rows.tolist() == many.item_rows.tolist()
+        assert one.scores.tolist() == many.scores.tolist()
+        found += len(many.item_rows)
+    assert found == 600
+    assert (sharded.vectors(rows[::7]) == whole.vectors(rows[::7])).all()
+    # Each shard's own index is as it was.
+    assert [s.index.ntotal for s in shards] == [int((part == s).sum()) for s in range(4)]
+
+
+def test_shards_trained_apart_are_not_joined(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 600)
+    shards = [
+        Shard(build_shard(vectors[r], "IVF8,Flat", item_rows=r), r)
+        for r in (np.arange(300), np.arange(300, 600))
+    ]
+    searcher = Searcher(shards, Effort(nprobe=8))
+    assert len(searcher.units) == 2
+    for query, hits in zip(vectors[::50], searcher.search(vectors[::50], 9), strict=True):
+        assert hits.item_rows.tolist() == brute_force(vectors, query, 9, [])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, ConfigError
-from twotower.index.spec import Effort, empty_index, innermost, ivf_of, keeps_rows
+from twotower.index.spec import Effort, empty_index, innermost, ivf_of, keeps_rows, map_labels
 
 # FAISS's type hints leave out some classes.
 _faiss: Any = faiss
@@ -62,15 +62,38 @@ def build_shard(
         if not index.is_trained:
             index.train(data)
         if item_rows is not None and keeps_rows(index):
-            index.add_with_ids(data, np.ascontiguousarray(item_rows, dtype=np.int64))
+            labels = np.ascontiguousarray(item_rows, dtype=np.int64)
+            index.add_with_ids(data, labels)
         else:
+            labels = np.arange(len(data))
             index.add(data)
     except RuntimeError as error:
         raise ConfigError(
             f"index.factory {factory!r} can not be built from {len(data)} vectors of {dim} dimensions: "
             f"{_last_line(error)}. Use Flat, a smaller index, or fewer shards"
         ) from None
-    _probe(index, factory, data)
+    _probe(index, factory, data, labels)
+    return index
+
+
+def train_index(sample: npt.NDArray[np.float32], factory: str, threads: int = 1) -> Any | None:
+    """Return an empty index trained for all shards; None for a factory that needs no training.
+
+    Args:
+        sample: [m, D] float32, drawn over all shards.
+        factory: FAISS index factory string.
+        threads: FAISS threads used.
+
+    Raises:
+        ConfigError: an unknown factory string, too few vectors, a vector that is zero or not finite.
+    """
+    index = empty_index(factory, sample.shape[1])
+    if index.is_trained:
+        return None
+    check_vectors(sample)
+    _check_enough(index, factory, len(sample))
+    faiss.omp_set_num_threads(threads)
+    index.train(np.ascontiguousarray(sample, dtype=np.float32))
     return index
 
 
@@ -117,7 +140,7 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path, factory: str, dim: int, rows: int) -> Any:
-    """Return the index of a file, memory-mapped where its kind allows, ready for search and reconstruction.
+    """Return the index of a file, memory-mapped where its kind allows.
 
     Args:
         path: written by ``write_index``; check its SHA-256 first when it comes from elsewhere.
@@ -136,15 +159,7 @@ def read_index(path: Path, factory: str, dim: int, rows: int) -> Any:
         raise ArtefactError(
             f"{path} holds {index.ntotal} vectors of {index.d} dimensions; its manifest says {rows} of {dim}"
         )
-    prepare(index)
     return index
-
-
-def prepare(index: Any) -> None:
-    """Let an index give back single vectors (an IVF index needs a map from labels to its lists)."""
-    ivf = ivf_of(index)
-    if ivf is not None:
-        ivf.make_direct_map()
 
 
 def _read_limited(path: Path) -> Any:
@@ -179,11 +194,12 @@ def _check_enough(index: Any, factory: str, count: int) -> None:
             trained.cp.min_points_per_centroid = 1
 
 
-def _probe(index: Any, factory: str, data: npt.NDArray[np.float32]) -> None:
+def _probe(index: Any, factory: str, data: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
     """Find out now, not in the service, what the index can not do."""
-    prepare(index)
+    held = index.ntotal
+    map_labels(index, int(labels[-1]) + 1)
     try:
-        vector = index.reconstruct(0)
+        vector = index.reconstruct(int(labels[0]))
         index.search(data[:1], 1, params=Effort().parameters(index))
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
@@ -196,6 +212,8 @@ def _probe(index: Any, factory: str, data: npt.NDArray[np.float32]) -> None:
     if ivf is not None:
         # The map is rebuilt when the file is opened; it is no part of the file.
         ivf.set_direct_map_type(_faiss.DirectMap.NoMap)
+        if keeps_rows(index):
+            ivf.ntotal = faiss.downcast_index(index).ntotal = held
 
 
 def _last_line(error: BaseException) -> str:

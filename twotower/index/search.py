@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
-from twotower.index.build import check_item_rows, prepare
+from twotower.index.build import check_item_rows
 from twotower.index.spec import Effort
+from twotower.index.units import units_of
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -144,11 +145,11 @@ class Searcher:
                 raise ArtefactError(
                     f"shard {number} has {shard.index.ntotal} vectors and {len(shard.item_rows)} item rows"
                 )
-            prepare(shard.index)
         self.shards = [s for s in shards if len(s.item_rows)]
         _check_disjoint(self.shards)
         self.dim = dims[0] if dims else 0
-        self.num_items = sum(len(s.item_rows) for s in self.shards)
+        self.units = units_of([(s.index, s.item_rows) for s in self.shards])
+        self.num_items = sum(len(u.item_rows) for u in self.units)
         self.effort = effort or Effort()
         self.threads = threads
 
@@ -204,10 +205,10 @@ class Searcher:
         rows = np.asarray(item_rows, dtype=np.int64).reshape(-1)
         out = np.empty((len(rows), self.dim), np.float32)
         found = np.zeros(len(rows), np.bool_)
-        for shard in self.shards:
-            at, there = _locate(shard, rows)
+        for unit in self.units:
+            at, there = unit.locate(rows)
             if there.any():
-                out[there] = shard.index.reconstruct_batch(at[there])
+                out[there] = unit.vectors(at[there])
                 found |= there
         if not found.all():
             raise RequestError(f"item row {rows[np.argmin(found)]} is not in the index; use an indexed one")
@@ -232,17 +233,14 @@ class Searcher:
         rows_out, query_of = excluded.item_rows, excluded.queries
         allowed = np.full(len(queries), self.num_items)
         found_scores, found_rows = [], []
-        for shard in self.shards:
+        for unit in self.units:
             extra = 0
             if len(rows_out):
-                _, there = _locate(shard, rows_out)
+                _, there = unit.locate(rows_out)
                 left_out = np.bincount(query_of[there], minlength=len(queries))
                 allowed -= left_out
                 extra = int(left_out.max())
-            wanted = min(k + extra, len(shard.item_rows))
-            scores, labels = shard.index.search(queries, wanted, params=effort.parameters(shard.index))
-            rows = shard.item_rows[labels]
-            rows[labels < 0] = -1
+            scores, rows = unit.search(queries, min(k + extra, len(unit.item_rows)), effort)
             found_scores.append(scores)
             found_rows.append(rows)
         # One call over all shards: NumPy's cost for each call is most of the time of a single query.
@@ -261,10 +259,10 @@ class Searcher:
         return hits
 
     def _decoded(self) -> Iterator[tuple[IntArray, FloatArray]]:
-        for shard in self.shards:
-            for start in range(0, len(shard.item_rows), _DECODE_BLOCK):
-                rows = shard.item_rows[start : start + _DECODE_BLOCK]
-                yield rows, shard.index.reconstruct_n(start, len(rows))
+        for unit in self.units:
+            for start in range(0, len(unit.item_rows), _DECODE_BLOCK):
+                at = np.arange(start, min(start + _DECODE_BLOCK, len(unit.item_rows)))
+                yield unit.item_rows[at], unit.vectors(at)
 
 
 def exact_top_k(queries: FloatArray, k: int, blocks: Iterator[tuple[IntArray, FloatArray]]) -> list[Hits]:
@@ -283,13 +281,6 @@ def _exact_keys(
             rows[excluded.contains(rows)] = -1
         best = best_keys(np.concatenate([best, ranking_keys(scores, rows)], axis=1), k)
     return best
-
-
-def _locate(shard: Shard, item_rows: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Return the label of each item row in a shard that is not empty, and whether it is there."""
-    at = np.searchsorted(shard.item_rows, item_rows)
-    at = np.minimum(at, len(shard.item_rows) - 1)
-    return at, shard.item_rows[at] == item_rows
 
 
 def _check_disjoint(shards: Sequence[Shard]) -> None:

@@ -90,6 +90,17 @@ def keeps_rows(index: Any) -> bool:
     return isinstance(index, faiss.IndexIVF)
 
 
+def map_labels(index: Any, num_labels: int) -> None:
+    """Let an inverted-file index find the vector of a label in [0, num_labels); others can do so already."""
+    ivf = ivf_of(index)
+    if ivf is None:
+        return
+    if keeps_rows(index):
+        # FAISS makes the map as long as the number of vectors it believes to hold.
+        ivf.ntotal = faiss.downcast_index(index).ntotal = num_labels
+    ivf.make_direct_map()
+
+
 def _reason(error: Exception) -> str:
     return str(error).rsplit("Error: ", 1)[-1].rsplit(": ", 1)[-1].strip()
 

@@ -55,7 +55,7 @@ def write_shard(
     path.mkdir(parents=True, exist_ok=True)
     item_rows, vectors = load_shard(parts, number)
     check_item_rows(item_rows)
-    write_index(build_shard(vectors, factory, threads), path / "index.faiss")
+    write_index(build_shard(vectors, factory, threads, item_rows), path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
     write_item_table(path / "items.arrow", shard_items(Dataset.open(dataset_path), item_rows, columns))
     write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
