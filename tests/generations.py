@@ -8,6 +8,7 @@ import numpy as np
 
 from twotower.config import Config
 from twotower.data.dataset import Dataset
+from twotower.index.choice import choose
 from twotower.index.parts import Part, write_part
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
@@ -54,7 +55,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
         write_shard(
             parts,
             number,
-            config.index.factory or "Flat",
+            choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory,
             str(dataset.path),
             ["title", *source_columns(checkpoint.schema)],
             checkpoint.fingerprint,

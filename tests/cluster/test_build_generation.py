@@ -156,8 +156,10 @@ def test_a_generation_built_on_ray_is_that_of_one_process(
 def test_an_index_that_can_not_be_built_says_so_plainly(
     ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^index.factory 'IVF100,Flat' has 100 centroids, but a shard has"):
-        build_generation(with_index(config, tmp_path, factory="IVF100,Flat"), small_dataset, checkpoint.path)
+    with pytest.raises(
+        ConfigError, match=r"^index.factory 'IVF300,Flat' has 300 centroids, but there are only"
+    ):
+        build_generation(with_index(config, tmp_path, factory="IVF300,Flat"), small_dataset, checkpoint.path)
     with pytest.raises(ConfigError, match="'Flatt'"):
         build_generation(with_index(config, tmp_path, factory="Flatt"), small_dataset, checkpoint.path)
     store = Store(with_index(config, tmp_path).store)

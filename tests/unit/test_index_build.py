@@ -10,8 +10,17 @@ import faiss
 import numpy as np
 import pytest
 
+from twotower.config.service import IndexConfig
 from twotower.errors import ArtefactError, ConfigError
-from twotower.index.build import build_shard, check_item_rows, read_index, write_index
+from twotower.index.build import (
+    build_shard,
+    check_item_rows,
+    read_index,
+    read_trained,
+    train_index,
+    write_index,
+)
+from twotower.index.choice import choose
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort, shard_of
 
@@ -78,7 +87,7 @@ def test_a_factory_string_that_can_not_be_used_is_named(factory: str, rng: np.ra
 
 def test_fewer_vectors_than_centroids_says_what_fits(rng: np.random.Generator) -> None:
     with pytest.raises(
-        ConfigError, match=r"64 centroids, but a shard has only 50 .* at most IVF1, fewer shards"
+        ConfigError, match=r"64 centroids, but there are only 50 .* at most IVF1, fewer shards"
     ):
         build_shard(unit_vectors(rng, 50), "IVF64,Flat")
     with pytest.raises(ConfigError, match="can not be built from 50 vectors"):
@@ -170,3 +179,32 @@ def test_the_index_is_free_of_torch_and_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_auto_is_exact_for_small_catalogues_and_says_why() -> None:
+    small, large = (choose(IndexConfig(), n, 128) for n in (20_000, 20_001))
+    assert small.factory == "Flat"
+    assert "20,000" in small.reason
+    assert large.factory == "IVF512,SQ8"
+    assert choose(IndexConfig(), 1_000_000, 128).factory == "IVF4096,SQ8"
+    assert choose(IndexConfig(factory="HNSW8"), 10, 8).factory == "HNSW8"
+    assert choose(IndexConfig(kind="ivf_flat"), 390, 8).factory == "IVF10,Flat"
+    with pytest.raises(ValueError, match="leave one out"):
+        IndexConfig(kind="flat", factory="Flat")
+
+
+def test_an_index_trained_once_is_filled_after_it_was_read_again(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    vectors = unit_vectors(rng, 400)
+    write_index(train_index(vectors, "IVF8,SQ8"), tmp_path / "trained.faiss")
+    rows = np.arange(400)
+    shards = []
+    for s in range(3):
+        trained = read_trained(tmp_path / "trained.faiss")
+        shards.append(Shard(build_shard(vectors[s::3], "IVF8,SQ8", 1, rows[s::3], trained), rows[s::3]))
+    searcher = Searcher(shards, Effort(nprobe=8))
+    assert len(searcher.units) == 1
+    hits = searcher.search(vectors[:50], 1)
+    assert np.mean([h.item_rows[0] == q for q, h in enumerate(hits)]) > 0.9
+    assert train_index(vectors, "Flat") is None

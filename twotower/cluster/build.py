@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -24,13 +25,14 @@ from twotower.cluster.session import session
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, TwotowerError
+from twotower.index.choice import choose
 from twotower.index.parts import Part
 from twotower.index.spec import empty_index
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.encoding import source_columns
 from twotower.retrieval.generation import finish, write_tables
-from twotower.retrieval.shards import describe, measure, write_shard
+from twotower.retrieval.shards import describe, measure, train_shards, write_shard
 from twotower.retrieval.store import Store
 
 _VERSION = 1
@@ -68,7 +70,9 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
     checkpoint.require_dataset(dataset)
-    empty_index(config.index.factory or "Flat", checkpoint.embedding_dim)
+    choice = choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim)
+    empty_index(choice.factory, checkpoint.embedding_dim)
+    say(f"index {choice.factory}: {choice.reason}")
     name = generation_id(config, dataset, checkpoint)
     directory = Store(config.store).path(name)
     with locked(config.store / ".work" / f"{name}.lock"):
@@ -109,17 +113,29 @@ def build_shards(
     """
     num_shards = config.index.num_shards
     cpus = config.cluster.cpus_per_encoder
-    task = ray.remote(num_cpus=cpus)(write_shard)
+    threads = max(1, int(cpus))
+    factory = choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory
+    trained = None
+    if num_shards > 1:
+        # Once for all shards, so that they can be searched as one.
+        path = directory.absolute().with_name("trained.faiss")
+        with plain_errors():
+            training: Any = ray.remote(num_cpus=cpus)(train_shards)
+            trained = ray.get(
+                training.remote(parts, factory, config.index.train_points, config.seed, str(path), threads)
+            )
+    task: Any = ray.remote(num_cpus=cpus)(write_shard)
     pending = [
         task.remote(
             parts,
             number,
-            config.index.factory or "Flat",
+            factory,
             str(dataset.path.absolute()),
             ["title", *source_columns(checkpoint.schema)],
             checkpoint.fingerprint,
             str(directory.absolute() / f"{number:05d}"),
-            max(1, int(cpus)),
+            threads,
+            trained,
         )
         for number in range(num_shards)
     ]

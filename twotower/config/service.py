@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,6 @@ class StorageConfig(Section):
 
     root: str = "runs"
     """Folder of all artefacts; may be relative to the working directory, but not on a remote cluster."""
-    store: Annotated[str, Field(pattern=r"^(s3|gs)://[^/]+")] | None = None
-    """Object store of generations, s3://bucket/prefix or gs://bucket/prefix; null: below the root."""
-    keep_generations: PositiveInt | None = None
-    """Generations that publishing leaves: pointed at or the latest; null removes none."""
 
     @property
     def path(self) -> Path:
@@ -26,46 +22,23 @@ class StorageConfig(Section):
         return Path(self.root).expanduser().absolute()
 
 
-class AttributeConfig(Section):
-    """A column of the item table that requests may filter by."""
-
-    column: str | None = None
-    """Column of the item table; the attribute's own name when null."""
-    separator: Annotated[str, Field(min_length=1)] | None = None
-    """What separates several values in one text, such as |; null takes the text as one value."""
-
-
 class IndexConfig(Section):
     """The FAISS index of the catalogue, and what it promises."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "cagra"] = "auto"
-    """Kind of each shard; auto chooses by size, memory, updates and filters, and says why."""
+    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"] = "auto"
+    """Kind of each shard; auto chooses by the size of the catalogue, and says why."""
     factory: str | None = None
     """FAISS factory string of each shard, such as IVF256,SQ8, in place of a kind."""
     num_shards: PositiveInt = 2
     """Shards; an item's shard is a stable hash of its id."""
-    shard_items: PositiveInt | None = None
-    """Shards by size: so many items in each, in row order, in place of num_shards; null shards by hash."""
     target_index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Smallest share of the exact top k that the index must find; below it publishing is refused."""
     recall_k: PositiveInt = 100
     """k of that measurement."""
     num_recall_queries: PositiveInt = 256
     """Real queries that recall is reported on; as many others tune the search."""
-    max_search_ms: Annotated[float, Field(gt=0)] | None = None
-    """Median time of a single search that publishing allows; null allows any."""
-    max_memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory for all shards, which auto chooses by and building refuses to pass; null is no limit."""
     train_points: PositiveInt | None = None
     """Vectors that train an IVF index, drawn over all shards; null takes 64 for each list."""
-    attributes: dict[str, AttributeConfig] = {}
-    """Attributes that requests may filter by."""
-    updates: bool = True
-    """Whether items are changed between builds, which auto then chooses for."""
-    max_delta_share: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of updated items above which an update builds all shards anew."""
-    max_recall_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share that recall on the holdout may fall from the published generation's; beyond it is refused."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -97,8 +70,6 @@ class RecommendConfig(Section):
     """Items for each user."""
     exclude_seen: bool = True
     """Leave out what the user has already had."""
-    filter: dict[str, Any] = {}
-    """Predicates on attributes, as in a request."""
 
 
 class ServeConfig(Section):

@@ -162,7 +162,16 @@ def read_index(path: Path, factory: str, dim: int, rows: int) -> Any:
     return index
 
 
-def _read_limited(path: Path) -> Any:
+def read_trained(path: Path) -> Any:
+    """Return the trained, empty index of a file, to be filled.
+
+    Raises:
+        ArtefactError: the file is missing or damaged.
+    """
+    return _read_limited(path, 0)
+
+
+def _read_limited(path: Path, flags: int = faiss.IO_FLAG_MMAP_IFC) -> Any:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -173,7 +182,7 @@ def _read_limited(path: Path) -> Any:
         faiss.set_deserialization_vector_byte_limit(size)
         faiss.set_deserialization_loop_limit(size)
         try:
-            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            return faiss.read_index(str(path), flags)
         except (RuntimeError, MemoryError) as error:
             raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
         finally:
@@ -185,8 +194,8 @@ def _check_enough(index: Any, factory: str, count: int) -> None:
     ivf, inner = ivf_of(index), innermost(index)
     if ivf is not None and count < ivf.nlist:
         raise ConfigError(
-            f"index.factory {factory!r} has {ivf.nlist} centroids, but a shard has only {count} vectors; "
-            f"use at most IVF{max(count // 39, 1)}, fewer shards (index.num_shards), or Flat"
+            f"index.factory {factory!r} has {ivf.nlist} centroids, but there are only {count} vectors to "
+            f"train it; use at most IVF{max(count // 39, 1)}, fewer shards (index.num_shards), or Flat"
         )
     # FAISS prints a warning for each clustering below 39 points a centroid; recall is measured instead.
     for trained in (ivf, getattr(inner, "pq", None)):

@@ -9,7 +9,7 @@ Symbols: Q queries, D embedding_dim, K results, S shards, N items, n items of a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -50,8 +50,6 @@ class Shard:
     """Inner-product index of n vectors."""
     item_rows: IntArray
     """[n] int64, ascending."""
-    dead: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Item rows that are not answered from this shard, ascending; those of other shards may be among them."""
 
 
 def ranking_keys(scores: FloatArray, item_rows: IntArray) -> KeyArray:

@@ -38,10 +38,6 @@ from twotower.retrieval.items import ItemTables
 from twotower.schema import FeatureSchema
 
 KIND = "generation"
-BASE, DELTA = "base", "delta"
-"""Roles of shards: built from the whole catalogue, or from what an update changed."""
-TOMBSTONES = "tombstones.npy"
-_NO_ROWS = np.zeros(0, np.int64)
 METRIC = "inner_product"
 _HISTORY = ("offsets", "item_rows", "times", "weights")
 _COLUMN = "column-"
@@ -165,18 +161,10 @@ class Generation:
             Shard(
                 read_index(self._shard_path(s) / "index.faiss", s["factory"], dim, s["rows"]),
                 self._item_rows(s),
-                self.dead_rows if s["role"] == BASE else _NO_ROWS,
             )
             for s in self._shards
         ]
         return Searcher(shards, self.effort, threads)
-
-    @functools.cached_property
-    def dead_rows(self) -> npt.NDArray[np.int64]:
-        """Item rows of base shards that an update deleted or replaced: ascending [m] int64."""
-        if not (self.path / TOMBSTONES).is_file():
-            return _NO_ROWS
-        return np.array(self._array(TOMBSTONES))
 
     @property
     def _shards(self) -> list[dict[str, Any]]:
@@ -295,7 +283,6 @@ def finish(
                 "name": path.name,
                 "rows": facts["rows"],
                 "factory": facts["factory"],
-                "role": DELTA if path.name == DELTA else BASE,
                 "checkpoint_fingerprint": facts["checkpoint_fingerprint"],
             }
         )

@@ -17,16 +17,26 @@ import pyarrow.parquet as pq
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW, Dataset
 from twotower.errors import ArtefactError
-from twotower.index.build import build_shard, check_item_rows, read_index, write_index
+from twotower.index.build import (
+    build_shard,
+    check_item_rows,
+    read_index,
+    read_trained,
+    train_index,
+    write_index,
+)
+from twotower.index.choice import choose
 from twotower.index.parts import Part, blocks, load_shard, save_array
 from twotower.index.recall import index_recall_at_k, least_effort
 from twotower.index.search import Searcher, Shard, exact_top_k
-from twotower.index.spec import efforts
+from twotower.index.spec import efforts, empty_index, ivf_of
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.encoding import real_queries
 from twotower.retrieval.generation import read_shard_facts, write_item_table, write_shard_facts
 
 _READ_ROWS = 65_536
+_TRAIN_POINTS = 65_536
+"""Vectors that train an index without inverted lists, and the least for one with them."""
 
 
 def write_shard(
@@ -38,6 +48,7 @@ def write_shard(
     checkpoint_fingerprint: str,
     directory: str,
     threads: int,
+    trained: str | None = None,
 ) -> int:
     """Build one shard's index and write it with its item rows and item table; returns its number of items.
 
@@ -50,16 +61,58 @@ def write_shard(
         checkpoint_fingerprint: of what encoded the parts.
         directory: of the shard, created.
         threads: FAISS threads.
+        trained: file of an empty index that was trained for all shards; None trains this one alone.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     item_rows, vectors = load_shard(parts, number)
     check_item_rows(item_rows)
-    write_index(build_shard(vectors, factory, threads, item_rows), path / "index.faiss")
+    shared = read_trained(Path(trained)) if trained is not None and len(vectors) else None
+    write_index(build_shard(vectors, factory, threads, item_rows, shared), path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
     write_item_table(path / "items.arrow", shard_items(Dataset.open(dataset_path), item_rows, columns))
     write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
     return len(item_rows)
+
+
+def train_shards(
+    parts: list[Part], factory: str, points: int | None, seed: int, path: str, threads: int
+) -> str | None:
+    """Train what all shards share on vectors drawn over all parts, and write it; returns the path.
+
+    Args:
+        parts: of the whole catalogue.
+        factory: FAISS factory string.
+        points: vectors drawn; None takes 64 for each inverted list.
+        seed: of the draw.
+        path: of the file written.
+        threads: FAISS threads.
+
+    Returns:
+        None for a factory that needs no training; nothing is written then.
+
+    Raises:
+        ConfigError: there are too few vectors.
+    """
+    dim = parts[0].vectors().shape[1]
+    index = empty_index(factory, dim)
+    if index.is_trained:
+        return None
+    ivf = ivf_of(index)
+    total = sum(p.num_rows for p in parts)
+    wanted = points or max(64 * (0 if ivf is None else ivf.nlist), _TRAIN_POINTS)
+    drawn = np.sort(np.random.default_rng(seed).permutation(total)[:wanted])
+    ends = np.cumsum([p.num_rows for p in parts])
+    cuts = np.searchsorted(drawn, ends)
+    pieces, begin = [], 0
+    for part, end, cut in zip(parts, ends, cuts, strict=True):
+        pieces.append(part.vectors()[drawn[begin:cut] - (end - part.num_rows)])
+        begin = cut
+    trained = train_index(np.concatenate(pieces), factory, threads)
+    if trained is None:
+        return None
+    write_index(trained, Path(path))
+    return path
 
 
 def shard_items(dataset: Dataset, item_rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
@@ -99,11 +152,12 @@ def measure(
     """
     index = config.index
     dim = checkpoint.embedding_dim
+    choice = choose(index, dataset.num_catalogue_items, dim)
     shards = []
     for path in sorted(directory.iterdir()):
         item_rows = np.load(path / "item_rows.npy")
         rows = read_shard_facts(path)["rows"]
-        shards.append(Shard(read_index(path / "index.faiss", index.factory or "Flat", dim, rows), item_rows))
+        shards.append(Shard(read_index(path / "index.faiss", choice.factory, dim, rows), item_rows))
     searcher = Searcher(shards, threads=threads)
     k = min(index.recall_k, dataset.num_catalogue_items)
 
@@ -125,7 +179,8 @@ def measure(
         searcher.search(query[None], k)
         times.append((time.perf_counter() - begin) * 1e3)
     return {
-        "factory": index.factory or "Flat",
+        "factory": choice.factory,
+        "reason": choice.reason,
         "num_shards": len(shards),
         "effort": effort.to_json(),
         "index_recall": recall,
