@@ -35,7 +35,7 @@ from twotower.retrieval.generation import finish, write_tables
 from twotower.retrieval.shards import describe, measure, train_shards, write_shard
 from twotower.retrieval.store import Store
 
-_VERSION = 1
+_VERSION = 2
 """Changes whenever the same inputs give another generation."""
 
 
