@@ -263,3 +263,14 @@ def test_shards_trained_apart_are_not_joined(rng: np.random.Generator) -> None:
     assert len(searcher.units) == 2
     for query, hits in zip(vectors[::50], searcher.search(vectors[::50], 9), strict=True):
         assert hits.item_rows.tolist() == brute_force(vectors, query, 9, [])
+
+
+def test_tuning_does_not_count_what_exact_search_made_up_for(rng: np.random.Generator) -> None:
+    vectors = unit_vectors(rng, 400)
+    rows = np.arange(400)
+    searcher = Searcher([Shard(build_shard(vectors, "IVF100,Flat", item_rows=rows), rows)])
+    queries = unit_vectors(rng, 20)
+    exact = exact_top_k(queries, 80, iter([(rows, vectors)]))
+    # One list holds a few vectors, never 40: the answer is complete all the same.
+    assert [len(h.item_rows) for h in searcher.search(queries, 40, effort=Effort(nprobe=1))] == [40] * 20
+    assert least_effort(searcher, queries, exact, 40, 0.9).nprobe > 8

@@ -157,6 +157,7 @@ class Searcher:
         k: int,
         exclude: Sequence[npt.ArrayLike] | None = None,
         effort: Effort | None = None,
+        complete: bool = True,
     ) -> list[Hits]:
         """Return the best items of each query.
 
@@ -165,6 +166,7 @@ class Searcher:
             k: K, 1 or more. Fewer hits are returned only when fewer allowed items exist.
             exclude: for each query the item rows left out; rows that are in no shard are allowed.
             effort: replaces the searcher's own for this call.
+            complete: search exactly for queries of which the index returns too few.
 
         Raises:
             RequestError: k or the queries are not as described.
@@ -175,13 +177,15 @@ class Searcher:
         faiss.omp_set_num_threads(self.threads)
         effort = effort or self.effort
         if exclude is None or len(queries) <= _QUERY_BLOCK:
-            return self._search_block(queries, k, exclude, effort)
+            return self._search_block(queries, k, exclude, effort, complete)
         # Each block fetches as much more as its longest list: like lengths go together.
         order = np.argsort([np.size(e) for e in exclude], kind="stable")
         hits: list[Hits] = [_no_hits()] * len(queries)
         for start in range(0, len(order), _QUERY_BLOCK):
             block = order[start : start + _QUERY_BLOCK]
-            found = self._search_block(queries[block], k, [exclude[q] for q in block.tolist()], effort)
+            found = self._search_block(
+                queries[block], k, [exclude[q] for q in block.tolist()], effort, complete
+            )
             for q, h in zip(block.tolist(), found, strict=True):
                 hits[q] = h
         return hits
@@ -225,7 +229,12 @@ class Searcher:
         return queries
 
     def _search_block(
-        self, queries: FloatArray, k: int, exclude: Sequence[npt.ArrayLike] | None, effort: Effort
+        self,
+        queries: FloatArray,
+        k: int,
+        exclude: Sequence[npt.ArrayLike] | None,
+        effort: Effort,
+        complete: bool,
     ) -> list[Hits]:
         excluded = Excluded.of(exclude) if exclude is not None else Excluded(np.zeros(0, np.int64))
         rows_out, query_of = excluded.item_rows, excluded.queries
@@ -249,7 +258,7 @@ class Searcher:
         # An approximate index may return fewer than were asked for.
         short = (keys != _NOTHING).sum(axis=1) < np.minimum(k, allowed)
         hits = hits_of(keys)
-        if short.any():
+        if complete and short.any():
             at = np.flatnonzero(short)
             lists = [exclude[q] for q in at.tolist()] if exclude is not None else None
             for q, h in zip(at.tolist(), self.search_exactly(queries[at], k, lists), strict=True):
