@@ -127,6 +127,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let ``target`` be the same file as ``source``, or a copy where the file system has no hard links.
+
+    Both are of immutable directories: a file is replaced there, never written into.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sync_tree(directory: Path) -> None:
     """Flush every file and folder below ``directory`` to disk."""
     for folder, _, names in os.walk(directory):

@@ -40,9 +40,9 @@ def fit_features(
     Raises:
         DataError: a column is not there, has the wrong type, or a value that its feature can not take.
     """
-    items = _normalise("item", config.item, items)
+    items = stored_columns("item", config.item, items)
     if users is not None:
-        users = _normalise("query", config.query, users)
+        users = stored_columns("query", config.query, users)
     query = [_fit("query", spec, users) for spec in config.query]
     item = [_fit("item", spec, items) for spec in config.item]
     schema = FeatureSchema(
@@ -120,7 +120,17 @@ def _column(table: pa.Table, name: str) -> pa.Array:
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
-def _normalise(side: str, specs: Sequence[Any], table: pa.Table) -> pa.Table:
+def stored_columns(side: str, specs: Sequence[Any], table: pa.Table) -> pa.Table:
+    """Return a table with its feature columns in stored form, as ``fit_features`` says.
+
+    Args:
+        side: item or query.
+        specs: features of that side.
+        table: of items or users.
+
+    Raises:
+        DataError: a column is not there, has the wrong type, or a value that its feature can not take.
+    """
     by_column: dict[str, list[Any]] = {}
     for spec in specs:
         if hasattr(spec, "source_column"):

@@ -124,10 +124,10 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     item_side, user_side = source.item_table(bad), source.user_table(bad)
     items = Interner()
     if item_side is not None:
-        _refuse_duplicates(item_side, "item_id")
+        refuse_duplicates(item_side, "item_id")
         items.add(item_side.data.column("item_id").to_pylist())
     if user_side is not None:
-        _refuse_duplicates(user_side, "user_id")
+        refuse_duplicates(user_side, "user_id")
     raw = read_interactions(source, config.data, items, bad)
     bad.settle()
     columns = raw.columns
@@ -178,7 +178,12 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     )
 
 
-def _refuse_duplicates(side: SideTable, column: str) -> None:
+def refuse_duplicates(side: SideTable, column: str) -> None:
+    """Refuse a table that has an id twice.
+
+    Raises:
+        DataError: with some of these ids.
+    """
     found = side.data.column(column).combine_chunks().value_counts()
     repeated = found.filter(pa.array(found.field("counts").to_numpy() > 1)).field("values")
     if len(repeated):
@@ -220,6 +225,11 @@ def _vocabularies(
                 f"{item_side.file} has no items (left after data.min_interactions); there is nothing "
                 "to recommend"
             )
+    return Vocabulary(users), Vocabulary(items), with_title(table), table.num_rows
+
+
+def with_title(table: pa.Table) -> pa.Table:
+    """Return a table of items as item_id, title (text, null where there is none), and its other columns."""
     title = pa.nulls(table.num_rows, pa.string())
     if "title" in table.column_names:
         # A column that happens to be called title and holds something else is no title.
@@ -228,8 +238,7 @@ def _vocabularies(
         table = table.drop_columns(["title"])
     table = table.append_column("title", title)
     first = ["item_id", "title"]
-    table = table.select(first + [n for n in table.column_names if n not in first])
-    return Vocabulary(users), Vocabulary(items), table, table.num_rows
+    return table.select(first + [n for n in table.column_names if n not in first])
 
 
 def _align_users(user_ids: Vocabulary, table: pa.Table | None) -> pa.Table:

@@ -122,6 +122,26 @@ class Vocabulary:
             )
         return rows
 
+    def extended(self, ids: Sequence[str]) -> Vocabulary:
+        """Return a vocabulary with more ids behind these, whose rows stay as they are.
+
+        Raises:
+            DataError: an id is there already, or twice among the new ones.
+        """
+        added = Vocabulary(pa.array(ids, pa.string()))
+        known = [i for i, row in zip(ids, self.rows(ids, missing="negative"), strict=True) if row >= 0]
+        if known:
+            raise DataError(f"{len(known)} ids are there already: {', '.join(map(repr, known[:5]))}")
+        hashes, order = self._index()
+        new_hashes, new_order = added._index()
+        # Both are sorted: the new ones are put in their places, without sorting or hashing the old ones.
+        places = np.searchsorted(hashes, new_hashes, side="right")
+        lookup = (
+            np.insert(hashes, places, new_hashes),
+            np.insert(order, places, new_order + len(self)),
+        )
+        return Vocabulary(pa.concat_arrays([self._ids, added.array]), _lookup=lookup)
+
     def write(self, path: Path | str) -> None:
         """Write the ids and their lookup as an Arrow IPC file."""
         hashes, order = self._index()

@@ -9,7 +9,7 @@ Symbols: Q queries, D embedding_dim, K results, S shards, N items, n items of a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import faiss
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from twotower.errors import ArtefactError, RequestError
 from twotower.index.build import check_item_rows
 from twotower.index.spec import Effort
-from twotower.index.units import units_of
+from twotower.index.units import Unit, units_of
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -50,6 +50,8 @@ class Shard:
     """Inner-product index of n vectors."""
     item_rows: IntArray
     """[n] int64, ascending."""
+    dead: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Item rows that are not answered from this shard, ascending; those of other shards may be among them."""
 
 
 def ranking_keys(scores: FloatArray, item_rows: IntArray) -> KeyArray:
@@ -127,7 +129,7 @@ class Searcher:
         """Check the shards and make them ready.
 
         Args:
-            shards: any number, also empty ones; an item row is in one of them.
+            shards: any number, also empty ones; an item row is alive in one of them at most.
             effort: how hard approximate indexes look.
             threads: FAISS threads of a call; set for the calling thread at each call.
 
@@ -144,9 +146,9 @@ class Searcher:
                     f"shard {number} has {shard.index.ntotal} vectors and {len(shard.item_rows)} item rows"
                 )
         self.shards = [s for s in shards if len(s.item_rows)]
-        _check_disjoint(self.shards)
         self.dim = dims[0] if dims else 0
-        self.units = units_of([(s.index, s.item_rows) for s in self.shards])
+        self.units = units_of([(s.index, s.item_rows, s.dead) for s in self.shards])
+        _check_disjoint(self.units)
         self.num_items = sum(len(u.item_rows) for u in self.units)
         self.effort = effort or Effort()
         self.threads = threads
@@ -208,13 +210,21 @@ class Searcher:
         out = np.empty((len(rows), self.dim), np.float32)
         found = np.zeros(len(rows), np.bool_)
         for unit in self.units:
-            at, there = unit.locate(rows)
+            there = unit.contains(rows)
             if there.any():
-                out[there] = unit.vectors(at[there])
+                out[there] = unit.vectors(rows[there])
                 found |= there
         if not found.all():
             raise RequestError(f"item row {rows[np.argmin(found)]} is not in the index; use an indexed one")
         return out
+
+    def contains(self, item_rows: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return [m] bool: whether each item row can be answered; dead ones and those of no shard can not."""
+        rows = np.asarray(item_rows, dtype=np.int64).reshape(-1)
+        found = np.zeros(len(rows), np.bool_)
+        for unit in self.units:
+            found |= unit.contains(rows)
+        return found
 
     def _check(self, queries: FloatArray, k: int, exclude: Sequence[npt.ArrayLike] | None) -> FloatArray:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -243,8 +253,7 @@ class Searcher:
         for unit in self.units:
             extra = 0
             if len(rows_out):
-                _, there = unit.locate(rows_out)
-                left_out = np.bincount(query_of[there], minlength=len(queries))
+                left_out = np.bincount(query_of[unit.contains(rows_out)], minlength=len(queries))
                 allowed -= left_out
                 extra = int(left_out.max())
             scores, rows = unit.search(queries, min(k + extra, len(unit.item_rows)), effort)
@@ -268,8 +277,8 @@ class Searcher:
     def _decoded(self) -> Iterator[tuple[IntArray, FloatArray]]:
         for unit in self.units:
             for start in range(0, len(unit.item_rows), _DECODE_BLOCK):
-                at = np.arange(start, min(start + _DECODE_BLOCK, len(unit.item_rows)))
-                yield unit.item_rows[at], unit.vectors(at)
+                rows = unit.item_rows[start : start + _DECODE_BLOCK]
+                yield rows, unit.vectors(rows)
 
 
 def exact_top_k(queries: FloatArray, k: int, blocks: Iterator[tuple[IntArray, FloatArray]]) -> list[Hits]:
@@ -290,10 +299,8 @@ def _exact_keys(
     return best
 
 
-def _check_disjoint(shards: Sequence[Shard]) -> None:
-    if len(shards) < 2:
-        return
-    rows = np.sort(np.concatenate([s.item_rows for s in shards]))
+def _check_disjoint(units: Sequence[Unit]) -> None:
+    rows = np.sort(np.concatenate([u.item_rows for u in units])) if units else np.zeros(0, np.int64)
     repeated = rows[1:] == rows[:-1]
     if repeated.any():
         raise ArtefactError(f"item row {rows[1:][repeated][0]} is in two shards; build the generation again")

@@ -20,9 +20,14 @@ _QUERY_BATCH = 1_024
 
 
 def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -> npt.NDArray[np.float32]:
-    """Return the vectors of a table of items with their item rows, [n, D] float32."""
-    columns = encode_columns(checkpoint.schema.item, table)
-    batch = item_batch(checkpoint.schema, table[ITEM_ROW].to_numpy(), columns)
+    """Return the vectors of a table of items with their item rows, [n, D] float32.
+
+    Rows that the towers were not trained with, of items that came later, have the unknown id.
+    """
+    schema = checkpoint.schema
+    columns = encode_columns(schema.item, table)
+    rows = table[ITEM_ROW].to_numpy()
+    batch = item_batch(schema, np.where(rows < schema.num_items, rows, -1), columns)
     vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))
     return np.asarray(vectors.float().cpu().numpy())
 

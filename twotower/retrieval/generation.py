@@ -4,7 +4,12 @@ It holds both towers, the users' histories and seen sets, and the index shards o
 and its shards are of one checkpoint. ``write_tables`` and ``finish`` make it, ``Generation.open`` reads it
 memory-mapped; the manifest is the last file written and lists the bytes and SHA-256 of all others.
 
-Symbols: U users, N catalogue items, n items of a shard.
+A build writes base shards only. An update (``update_items``) shares them with the generation it was made
+from, and adds the shard ``delta`` of the items changed since and ``tombstones.npy``, the base rows that are
+dead. Item rows are 0 to ``schema.num_items`` - 1 as in the dataset; items that an update added come behind
+them, and no tower knows those.
+
+Symbols: U users, N catalogue items of the build, n items of a shard.
 """
 
 from __future__ import annotations
@@ -38,6 +43,10 @@ from twotower.retrieval.items import ItemTables
 from twotower.schema import FeatureSchema
 
 KIND = "generation"
+BASE, DELTA = "base", "delta"
+"""Roles of shards: built from the whole catalogue, or holding what updates changed since."""
+TOMBSTONES = "tombstones.npy"
+_NO_ROWS = np.zeros(0, np.int64)
 METRIC = "inner_product"
 _HISTORY = ("offsets", "item_rows", "times", "weights")
 _COLUMN = "column-"
@@ -53,12 +62,14 @@ class Generation:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True) -> Generation:
+    def open(cls, path: Path | str, verify: bool = True, verified: Path | None = None) -> Generation:
         """Return the generation of a directory.
 
         Args:
             path: the directory.
             verify: check the bytes and SHA-256 of every file.
+            verified: directory of a generation whose files were checked before; files that this one shares
+                with it are not read again.
 
         Raises:
             ArtefactMismatchError: its query tower and a shard are of different checkpoints.
@@ -68,7 +79,7 @@ class Generation:
         generation = cls(path, read_manifest(path, KIND))
         generation._check_fingerprints()
         if verify:
-            verify_files(path, generation.manifest["files"])
+            verify_files(path, generation.manifest["files"], verified)
         return generation
 
     @property
@@ -78,7 +89,7 @@ class Generation:
 
     @property
     def num_items(self) -> int:
-        """Indexed items, N: item rows 0 to N - 1."""
+        """Items that can be answered."""
         return int(self.manifest["num_items"])
 
     @property
@@ -108,7 +119,7 @@ class Generation:
 
     @functools.cached_property
     def item_ids(self) -> Vocabulary:
-        """Item ids in row order: N of the catalogue, then items that only occur in interactions."""
+        """Item ids in row order: of the catalogue, those only in interactions, those that updates added."""
         return Vocabulary.open(self.path / "item_ids.arrow")
 
     @functools.cached_property
@@ -142,13 +153,15 @@ class Generation:
 
     @functools.cached_property
     def popularity(self) -> npt.NDArray[np.int32]:
-        """Catalogue item rows by positive interactions, most first, then by row: [N] int32."""
+        """Item rows of the build by positive interactions, most first, then by row: [N] int32."""
         return self._array("popularity.npy")
 
     @functools.cached_property
     def items(self) -> ItemTables:
-        """Item ids, titles and feature source columns."""
-        return ItemTables([(self._shard_path(s) / "items.arrow", self._item_rows(s)) for s in self._shards])
+        """Item ids, titles and feature source columns of the items that can be answered."""
+        return ItemTables(
+            [(self._shard_path(s) / "items.arrow", self._item_rows(s), self._dead(s)) for s in self._shards]
+        )
 
     def searcher(self, threads: int = 1) -> Searcher:
         """Return a searcher over all shards, at the effort that the index recall was measured with.
@@ -161,10 +174,38 @@ class Generation:
             Shard(
                 read_index(self._shard_path(s) / "index.faiss", s["factory"], dim, s["rows"]),
                 self._item_rows(s),
+                self._dead(s),
             )
             for s in self._shards
         ]
         return Searcher(shards, self.effort, threads)
+
+    def base_rows(self) -> npt.NDArray[np.int64]:
+        """Return the item rows of the base shards, dead ones too, in no order: [N] int64."""
+        return np.concatenate([_NO_ROWS, *(self._item_rows(s) for s in self._shards if s["role"] == BASE)])
+
+    @functools.cached_property
+    def dead_rows(self) -> npt.NDArray[np.int64]:
+        """Item rows of base shards that updates deleted or replaced: ascending [m] int64."""
+        return np.array(self._array(TOMBSTONES)) if (self.path / TOMBSTONES).is_file() else _NO_ROWS
+
+    @property
+    def delta_rows(self) -> npt.NDArray[np.int64]:
+        """Item rows of the delta shard: ascending [m] int64."""
+        return next((self._item_rows(s) for s in self._shards if s["role"] == DELTA), _NO_ROWS)
+
+    def delta_vectors(self) -> npt.NDArray[np.float32]:
+        """Return the vectors of ``delta_rows`` as they were encoded, [m, D] float32."""
+        dim = int(self.manifest["embedding_dim"])
+        for shard in self._shards:
+            if shard["role"] == DELTA:
+                path = self._shard_path(shard) / "index.faiss"
+                index = read_index(path, shard["factory"], dim, shard["rows"])
+                return np.array(index.reconstruct_n(0, index.ntotal), dtype=np.float32)
+        return np.zeros((0, dim), np.float32)
+
+    def _dead(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
+        return self.dead_rows if shard["role"] == BASE else _NO_ROWS
 
     @property
     def _shards(self) -> list[dict[str, Any]]:
@@ -283,6 +324,7 @@ def finish(
                 "name": path.name,
                 "rows": facts["rows"],
                 "factory": facts["factory"],
+                "role": BASE,
                 "checkpoint_fingerprint": facts["checkpoint_fingerprint"],
             }
         )
@@ -300,6 +342,7 @@ def finish(
             "num_items": dataset.num_catalogue_items,
             "as_of": dataset.as_of,
             "shards": shards,
+            "delta": None,
             "files": list_files(directory),
             "index": index,
         },
@@ -332,16 +375,30 @@ def list_files(directory: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != MANIFEST:
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            files[name] = file_facts(path)
     return files
 
 
-def verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return the bytes and SHA-256 of a file, as a manifest lists them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def verify_files(
+    directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None
+) -> None:
     """Refuse a directory whose files are not those of the list.
+
+    Args:
+        directory: of a generation.
+        files: bytes and SHA-256 by relative path.
+        verified: directory of a generation that was checked before. What is the same file there, by inode,
+            and has the same facts in its manifest, is not read again.
 
     Raises:
         ArtefactError: naming the first file that is missing or differs.
     """
+    known = {} if verified is None else read_manifest(verified, KIND)["files"]
     for name, facts in files.items():
         parts = PurePosixPath(name).parts
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
@@ -355,12 +412,21 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
             raise ArtefactError(f"{path} can not be read ({error.strerror}). {_AGAIN}") from None
         if size != facts["bytes"]:
             raise ArtefactError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {_AGAIN}")
+        if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
+            continue
         found = sha256_file(path)
         if found != facts["sha256"]:
             raise ArtefactError(
                 f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
                 f"{str(facts['sha256'])[:16]}... {_AGAIN}"
             )
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
 
 
 def write_item_table(path: Path, table: pa.Table) -> None:

@@ -16,18 +16,21 @@ from twotower.errors import ArtefactError, RequestError
 class ItemTables:
     """The memory-mapped item tables of all shards, looked up by item row."""
 
-    def __init__(self, shards: Sequence[tuple[Path, npt.NDArray[np.int64]]]) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[Path, npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+    ) -> None:
         """Open the tables.
 
         Args:
-            shards: of each its Arrow file and the item row of each of its rows, ascending.
+            shards: of each its Arrow file, the item row of each of its rows, ascending, and the item rows,
+                ascending, that are dead in it; an item row is alive in one of them at most.
 
         Raises:
             ArtefactError: a file can not be read or has another number of rows.
         """
-        self._shards: list[tuple[pa.Table, npt.NDArray[np.int64]]] = []
-        self.fields: list[str] = []
-        for path, item_rows in shards:
+        self._shards: list[tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+        self.schema = pa.schema([])
+        for path, item_rows, dead in shards:
             try:
                 with pa.memory_map(str(path), "r") as source:
                     table = pa.ipc.open_file(source).read_all()
@@ -37,9 +40,24 @@ class ItemTables:
                 raise ArtefactError(
                     f"{path} has {len(table)} rows, its shard has {len(item_rows)}; build it again"
                 )
-            self.fields = table.column_names
+            self.schema = table.schema.remove_metadata()
             if len(item_rows):
-                self._shards.append((table, item_rows))
+                self._shards.append((table, item_rows, dead))
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.schema.names)
+
+    def table(self, item_rows: npt.ArrayLike) -> pa.Table:
+        """Return all columns of items, in the order given.
+
+        Raises:
+            RequestError: an item row is in no shard.
+        """
+        pieces, order = self._pieces(item_rows)
+        found = [table.take(pa.array(at)) for table, at in pieces]
+        return pa.concat_tables([self.schema.empty_table(), *found]).take(pa.array(order))
 
     def take(self, item_rows: npt.ArrayLike, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Return the values of columns, for each item row in the order given.
@@ -52,19 +70,38 @@ class ItemTables:
             raise RequestError(
                 f"items have no field {', '.join(map(repr, unknown))}; there are {', '.join(self.fields)}"
             )
+        pieces, order = self._pieces(item_rows)
+        values: dict[str, list[Any]] = {}
+        for name in columns:
+            # To Python first: joining Arrow arrays costs more than a handful of values.
+            found = [v for table, at in pieces for v in table.column(name).take(pa.array(at)).to_pylist()]
+            values[name] = [found[p] for p in order.tolist()]
+        return values
+
+    def _pieces(
+        self, item_rows: npt.ArrayLike
+    ) -> tuple[list[tuple[pa.Table, npt.NDArray[np.int64]]], npt.NDArray[np.int64]]:
+        """Return the tables and their rows that hold items, and each item's place in what they give."""
         rows = np.asarray(item_rows, dtype=np.int64).reshape(-1)
         place = np.full(len(rows), -1)
-        pieces: dict[str, list[Any]] = {c: [] for c in columns}
+        pieces = []
         count = 0
-        for table, own in self._shards:
-            at = np.minimum(np.searchsorted(own, rows), len(own) - 1)
-            there = np.flatnonzero(own[at] == rows)
+        for table, own, dead in self._shards:
+            at, mine = _places(own, rows)
+            if len(dead):
+                mine &= ~_places(dead, rows)[1]
+            there = np.flatnonzero(mine)
             place[there] = count + np.arange(len(there))
             count += len(there)
-            picked = pa.array(at[there])
-            for c in columns:
-                pieces[c] += table.column(c).take(picked).to_pylist()
+            pieces.append((table, at[there]))
         if (place < 0).any():
             raise RequestError(f"item row {rows[np.argmin(place)]} is not in the index; use an indexed one")
-        order = place.tolist()
-        return {c: [values[p] for p in order] for c, values in pieces.items()}
+        return pieces, place
+
+
+def _places(
+    ordered: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the place of each row in an ascending array that is not empty, and whether it is there."""
+    at = np.minimum(np.searchsorted(ordered, rows), len(ordered) - 1)
+    return at, ordered[at] == rows

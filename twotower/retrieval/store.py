@@ -86,7 +86,9 @@ class Store:
         """
         path = self.path(generation_id)
         before = self.current(pointer) if isinstance(expected, _Unset) else expected
-        generation = Generation.open(path, verify=True)
+        # What it shares with the generation in use, which was checked when it was published, is not read again.
+        known = self.path(before) if before is not None and has_manifest(self.path(before)) else None
+        generation = Generation.open(path, verify=True, verified=known)
         if generation.id != generation_id:
             raise ArtefactError(f"{path} holds generation {generation.id}; rename the directory to that")
         index = generation.manifest["index"]

@@ -65,13 +65,13 @@ class Files:
         """Return item_id, title, and the item table's other columns."""
         if self.source.items is None:
             return None
-        return _read_side("item", self.source.items, self._items, bad)
+        return read_side("item", self.source.items, self._items, bad)
 
     def user_table(self, bad: BadRows) -> SideTable | None:
         """Return user_id and the user table's other columns."""
         if self.source.users is None:
             return None
-        return _read_side("user", self.source.users, self._users, bad)
+        return read_side("user", self.source.users, self._users, bad)
 
     def chunks(self, bad: BadRows) -> Iterator[Chunk]:
         """Yield the interactions, file by file in the order of their names."""
@@ -105,7 +105,18 @@ def _table_files(table: TableConfig | None, name: str) -> list[Path]:
     return found
 
 
-def _read_side(side: str, config: TableConfig, files: list[Path], bad: BadRows) -> SideTable:
+def read_side(side: str, config: TableConfig, files: list[Path], bad: BadRows) -> SideTable:
+    """Return an item or user table: its id and title under our names, and its other columns.
+
+    Args:
+        side: item or user.
+        config: names the columns of the id and of the title.
+        files: CSV and Parquet files, whose rows are one table.
+        bad: receives the rows without a readable id.
+
+    Raises:
+        DataError: a file can not be read, or the files have different columns.
+    """
     parts = []
     for file in files:
         table, rows = tables.read_table(file, bad)

@@ -1,0 +1,62 @@
+"""Files of items that come after the dataset was prepared: changes of the catalogue, and ids to delete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from twotower.config import DataConfig, FilesSource, TableConfig
+from twotower.data.chunks import BadRows
+from twotower.data.prepare import refuse_duplicates, with_title
+from twotower.data.sources import tables
+from twotower.data.sources.files import read_side
+
+
+def read_items(config: DataConfig, path: str) -> pa.Table:
+    """Return the items of CSV or Parquet files as item_id, title, and the files' other columns.
+
+    The columns of the id and the title are those of ``data.source.items``; other sources, whose item tables
+    are not files of this kind, take ``item_id`` and ``title``. Rows without a readable id are handled as
+    ``data.on_bad_rows`` says.
+
+    Args:
+        config: the data section.
+        path: a file, a folder of them, or a glob.
+
+    Raises:
+        DataError: nothing is there, a column is missing, or an id is there twice.
+    """
+    files = tables.find_files(path, "--items")
+    columns = _columns(config, path)
+    for file in files:
+        there = tables.require_columns(file, {"the item's id": columns.id})
+        if columns.title is not None and columns.title not in there:
+            columns = columns.model_copy(update={"title": None})
+    bad = BadRows(config.on_bad_rows)
+    side = read_side("item", columns, files, bad)
+    bad.settle()
+    refuse_duplicates(side, "item_id")
+    return with_title(side.data)
+
+
+def read_item_ids(config: DataConfig, path: str) -> list[str]:
+    """Return the ids in CSV or Parquet files of items, in their order.
+
+    Args:
+        config: the data section.
+        path: a file, a folder of them, or a glob; only the column of the id is needed.
+
+    Raises:
+        DataError: nothing is there, the column is missing, or an id is there twice.
+    """
+    return list(read_items(config, path).column("item_id").to_pylist())
+
+
+def _columns(config: DataConfig, path: str) -> TableConfig:
+    source = config.source
+    if isinstance(source, FilesSource):
+        if source.items is not None:
+            return source.items.model_copy(update={"path": path})
+        return TableConfig(path=path, id=source.columns.item)
+    return TableConfig(path=path, id="item_id", title="title")
