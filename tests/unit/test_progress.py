@@ -22,7 +22,11 @@ def test_terminal_shows_a_bar_that_moves_in_place(monkeypatch: pytest.MonkeyPatc
             bar.update(50)
             bar.refresh()
         monkeypatch.undo()
-        shown = screen.read(10_000).decode()
+        # A terminal hands on what was written in pieces; the bar's last one ends its line.
+        written = b""
+        while not written.endswith(b"\n"):
+            written += screen.read(10_000)
+        shown = written.decode()
     last = shown.rstrip("\r\n").rsplit("\r", 1)[-1]
     assert last.startswith("   epoch 2/6:  50%|")
     assert "█" in last

@@ -81,7 +81,9 @@ class Unit:
             # FAISS's order is kept among those that are alive.
             first = np.argsort(~alive, axis=1, kind="stable")[:, :k]
             scores[todo] = np.take_along_axis(found, first, 1)
-            rows[todo] = np.where(np.take_along_axis(alive, first, 1), np.take_along_axis(labels, first, 1), -1)
+            rows[todo] = np.where(
+                np.take_along_axis(alive, first, 1), np.take_along_axis(labels, first, 1), -1
+            )
             if fetch == held:
                 break
             # A search that came back with fewer than it was asked for would find no more.

@@ -384,9 +384,7 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def verify_files(
-    directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None
-) -> None:
+def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None) -> None:
     """Refuse a directory whose files are not those of the list.
 
     Args:

@@ -16,9 +16,7 @@ from twotower.errors import ArtefactError, RequestError
 class ItemTables:
     """The memory-mapped item tables of all shards, looked up by item row."""
 
-    def __init__(
-        self, shards: Sequence[tuple[Path, npt.NDArray[np.int64], npt.NDArray[np.int64]]]
-    ) -> None:
+    def __init__(self, shards: Sequence[tuple[Path, npt.NDArray[np.int64], npt.NDArray[np.int64]]]) -> None:
         """Open the tables.
 
         Args:

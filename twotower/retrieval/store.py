@@ -86,7 +86,7 @@ class Store:
         """
         path = self.path(generation_id)
         before = self.current(pointer) if isinstance(expected, _Unset) else expected
-        # What it shares with the generation in use, which was checked when it was published, is not read again.
+        # What it shares with the generation in use was checked when that was published: it is not read again.
         known = self.path(before) if before is not None and has_manifest(self.path(before)) else None
         generation = Generation.open(path, verify=True, verified=known)
         if generation.id != generation_id:

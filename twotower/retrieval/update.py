@@ -384,7 +384,7 @@ def _check_model(base: Generation, checkpoint: Checkpoint) -> None:
     expected = base.manifest["checkpoint_fingerprint"]
     if checkpoint.fingerprint != expected:
         raise ArtefactMismatchError(
-            f"the towers in {base.path} are of checkpoint {checkpoint.fingerprint}, its shards of {expected}; "
+            f"the towers in {base.path} are of {checkpoint.fingerprint}, its shards of {expected}; "
             "vectors of different trainings do not fit. Build the generation again."
         )
 
