@@ -58,6 +58,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
             choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory,
             str(dataset.path),
             ["title", *source_columns(checkpoint.schema)],
+            config.index.attributes,
             checkpoint.fingerprint,
             str(directory / "shards" / f"{number:05d}"),
             threads=1,

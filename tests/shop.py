@@ -40,6 +40,11 @@ def write_files(folder: Path) -> None:
             "name": [f"Title {i}" for i in range(NUM_ITEMS)],
             "genres": ["|".join(rng.permutation(genres)[: rng.integers(1, 4)]) for _ in range(NUM_ITEMS)],
             "year": rng.integers(1950, 2020, NUM_ITEMS),
+            # Every third item has no brand, every fifth no rating; dates and booleans are text in a CSV file.
+            "brand": [None if i % 3 == 0 else f"brand {i % 4}" for i in range(NUM_ITEMS)],
+            "rating": [None if i % 5 == 0 else (i * 7 % 11) / 2 for i in range(NUM_ITEMS)],
+            "in_stock": ["true" if i % 4 else "false" for i in range(NUM_ITEMS)],
+            "added": [f"2025-{1 + i % 12:02d}-{1 + i % 28:02d}" for i in range(NUM_ITEMS)],
         }
     )
     pacsv.write_csv(items, folder / "items.csv")
@@ -92,7 +97,17 @@ def make_config(root: Path) -> Config:
                 ],
             },
             "model": {"embedding_dim": 11, "query_tower": {"hidden": [23]}, "item_tower": {"hidden": [19]}},
-            "index": {"num_shards": 3},
+            "index": {
+                "num_shards": 3,
+                "attributes": {
+                    "genres": {"separator": "|"},
+                    "year": {},
+                    "label": {"column": "brand"},
+                    "rating": {"type": "number"},
+                    "in_stock": {"type": "boolean"},
+                    "added": {"type": "time"},
+                },
+            },
             "serve": {"max_k": 200},
         }
     )

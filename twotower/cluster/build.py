@@ -23,6 +23,7 @@ from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.failures import plain_errors
 from twotower.cluster.session import session
 from twotower.config import Config
+from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, TwotowerError
 from twotower.index.choice import choose
@@ -64,7 +65,7 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
         ``config.store / "generations" / ID``. It is not published. The same inputs are built once.
 
     Raises:
-        ConfigError: ``index.factory`` can not hold this catalogue.
+        ConfigError: ``index.factory`` can not hold this catalogue, or an attribute is not in it.
         ArtefactMismatchError: the checkpoint is of another vocabulary.
         ArtefactError: encoding or building lost an item.
     """
@@ -72,6 +73,7 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
     checkpoint.require_dataset(dataset)
     choice = choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim)
     empty_index(choice.factory, checkpoint.embedding_dim)
+    attribute_table(dataset.item_schema.empty_table(), config.index.attributes)
     say(f"index {choice.factory}: {choice.reason}")
     name = generation_id(config, dataset, checkpoint)
     directory = Store(config.store).path(name)
@@ -132,6 +134,7 @@ def build_shards(
             factory,
             str(dataset.path.absolute()),
             ["title", *source_columns(checkpoint.schema)],
+            config.index.attributes,
             checkpoint.fingerprint,
             str(directory.absolute() / f"{number:05d}"),
             threads,

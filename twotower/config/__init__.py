@@ -16,8 +16,10 @@ from twotower.config.data import (
 from twotower.config.loading import load_config, parse_config
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
+from twotower.config.service import AttributeConfig
 
 __all__ = [
+    "AttributeConfig",
     "Config",
     "DataConfig",
     "FeaturesConfig",

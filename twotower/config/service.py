@@ -22,6 +22,17 @@ class StorageConfig(Section):
         return Path(self.root).expanduser().absolute()
 
 
+class AttributeConfig(Section):
+    """A column of the item table that queries can filter by."""
+
+    column: str | None = None
+    """Column of the item table; null takes the attribute's name."""
+    type: Literal["auto", "text", "integer", "number", "boolean", "time"] = "auto"
+    """What its values are read as; auto takes the column's own type, and everything in a CSV file is text."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """What separates the values of a text column that holds several."""
+
+
 class IndexConfig(Section):
     """The FAISS index of the catalogue, and what it promises."""
 
@@ -39,6 +50,8 @@ class IndexConfig(Section):
     """Real queries that recall is reported on; as many others tune the search."""
     train_points: PositiveInt | None = None
     """Vectors that train an IVF index, drawn over all shards; null takes 64 for each list."""
+    attributes: dict[str, AttributeConfig] = {}
+    """Attributes of items that queries can filter by, by name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

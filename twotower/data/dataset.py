@@ -119,6 +119,12 @@ class Dataset:
         """Parquet parts of the catalogue in row order; each has an int64 ``item_row`` column."""
         return [str(p) for p in sorted((self.path / "items").glob("part-*.parquet"))]
 
+    @property
+    def item_schema(self) -> pa.Schema:
+        """Columns of the catalogue, without ``item_row``."""
+        schema = pq.read_schema(self.item_paths[0]).remove_metadata()
+        return schema.remove(schema.get_field_index(ITEM_ROW))
+
     def item_table(self, columns: list[str] | None = None) -> pa.Table:
         """Return the catalogue, one row per item in row order: item_id, title and the item table's columns.
 
@@ -128,8 +134,7 @@ class Dataset:
         Raises:
             DataError: a column is not there.
         """
-        known = [n for n in pq.read_schema(self.item_paths[0]).names if n != ITEM_ROW]
-        wanted = _known("item", columns, known)
+        wanted = _known("item", columns, self.item_schema.names)
         return pa.concat_tables([pq.read_table(p, columns=wanted) for p in self.item_paths]).select(wanted)
 
     def user_table(self, columns: list[str] | None = None) -> pa.Table:

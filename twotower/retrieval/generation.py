@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
@@ -27,7 +28,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json, write_manifest
-from twotower.config import Config
+from twotower.config import AttributeConfig, Config
+from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.data.sampling import popularity
@@ -46,6 +48,8 @@ KIND = "generation"
 BASE, DELTA = "base", "delta"
 """Roles of shards: built from the whole catalogue, or holding what updates changed since."""
 TOMBSTONES = "tombstones.npy"
+ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
+"""Tables of a shard: what people read about its items, and what queries filter by."""
 _NO_ROWS = np.zeros(0, np.int64)
 METRIC = "inner_product"
 _HISTORY = ("offsets", "item_rows", "times", "weights")
@@ -157,10 +161,16 @@ class Generation:
         return self._array("popularity.npy")
 
     @functools.cached_property
+    def declared_attributes(self) -> dict[str, AttributeConfig]:
+        """Attributes that queries can filter by, as the configuration of the build declared them."""
+        declared = json.loads((self.path / "config.json").read_bytes())["index"].get("attributes", {})
+        return {name: AttributeConfig.model_validate(values) for name, values in declared.items()}
+
+    @functools.cached_property
     def items(self) -> ItemTables:
         """Item ids, titles and feature source columns of the items that can be answered."""
         return ItemTables(
-            [(self._shard_path(s) / "items.arrow", self._item_rows(s), self._dead(s)) for s in self._shards]
+            [(self._shard_path(s) / ITEMS, self._item_rows(s), self._dead(s)) for s in self._shards]
         )
 
     def searcher(self, threads: int = 1) -> Searcher:
@@ -427,8 +437,24 @@ def _same_file(first: Path, second: Path) -> bool:
         return False
 
 
-def write_item_table(path: Path, table: pa.Table) -> None:
-    """Write a shard's item table as an Arrow file of one batch, so that it can be memory-mapped whole."""
+def write_items(directory: Path, items: pa.Table, attributes: Mapping[str, AttributeConfig]) -> None:
+    """Write the items of a shard and, where any are declared, their attributes.
+
+    Args:
+        directory: of the shard.
+        items: in the order of its item rows, with the columns of the attributes.
+        attributes: that queries can filter by.
+
+    Raises:
+        ConfigError: an attribute is not in the table.
+    """
+    _write_table(directory / ITEMS, items)
+    if attributes:
+        _write_table(directory / ATTRIBUTES, attribute_table(items, attributes))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow file of one batch, so that it can be memory-mapped whole."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         if len(table):
             writer.write_table(table.combine_chunks(), max_chunksize=len(table))

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.config import Config
+from twotower.config import AttributeConfig, Config
+from twotower.data.attributes import attribute_columns
 from twotower.data.dataset import ITEM_ROW, Dataset
 from twotower.errors import ArtefactError
 from twotower.index.build import (
@@ -32,7 +33,7 @@ from twotower.index.search import Searcher, Shard, exact_top_k
 from twotower.index.spec import efforts, empty_index, ivf_of
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.generation import read_shard_facts, write_item_table, write_shard_facts
+from twotower.retrieval.generation import read_shard_facts, write_items, write_shard_facts
 
 _READ_ROWS = 65_536
 _TRAIN_POINTS = 65_536
@@ -45,6 +46,7 @@ def write_shard(
     factory: str,
     dataset_path: str,
     columns: list[str],
+    attributes: dict[str, AttributeConfig],
     checkpoint_fingerprint: str,
     directory: str,
     threads: int,
@@ -58,6 +60,7 @@ def write_shard(
         factory: FAISS factory string.
         dataset_path: directory of the dataset.
         columns: of the item table, beside the id; those that it does not have are passed over.
+        attributes: that queries can filter by.
         checkpoint_fingerprint: of what encoded the parts.
         directory: of the shard, created.
         threads: FAISS threads.
@@ -70,7 +73,10 @@ def write_shard(
     shared = read_trained(Path(trained)) if trained is not None and len(vectors) else None
     write_index(build_shard(vectors, factory, threads, item_rows, shared), path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
-    write_item_table(path / "items.arrow", shard_items(Dataset.open(dataset_path), item_rows, columns))
+    items = shard_items(
+        Dataset.open(dataset_path), item_rows, [*columns, *attribute_columns(attributes).values()]
+    )
+    write_items(path, items, attributes)
     write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
     return len(item_rows)
 

@@ -41,7 +41,7 @@ from twotower.retrieval.generation import (
     TOMBSTONES,
     Generation,
     file_facts,
-    write_item_table,
+    write_items,
     write_shard_facts,
 )
 from twotower.retrieval.store import CURRENT, Store
@@ -304,7 +304,7 @@ class _State:
             folder.mkdir(parents=True)
             write_index(build_shard(self.delta_vectors, _FACTORY), folder / "index.faiss")
             save_array(folder / "item_rows.npy", self.delta_rows)
-            write_item_table(folder / "items.arrow", self.delta_items)
+            write_items(folder, self.delta_items, self.base.declared_attributes)
             write_shard_facts(folder, len(self.delta_rows), checkpoint_fingerprint, _FACTORY)
             new += [f"shards/{DELTA}/{p.name}" for p in folder.iterdir()]
             shards.append(
