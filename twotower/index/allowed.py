@@ -1,4 +1,4 @@
-"""A set of item rows that a search may answer with: sorted rows or one bit for each row, whichever is at hand.
+"""A set of item rows that a search may answer with: sorted rows or a bit for each row, whichever is at hand.
 
 Symbols: R rows that there are, m rows in the set.
 """
@@ -114,7 +114,7 @@ class Allowed:
             return np.zeros(item_rows.shape, np.bool_)
         inside = (item_rows >= 0) & (item_rows < self.num_rows)
         safe = np.where(inside, item_rows, 0)
-        return inside & ((self._bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1) != 0)
+        return np.asarray(inside & ((self._bits[safe >> 3] >> (safe & 7).astype(np.uint8) & 1) != 0))
 
     def __and__(self, other: Allowed) -> Allowed:
         """Return the rows in both sets."""
