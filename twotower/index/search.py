@@ -3,12 +3,16 @@
 Every shard's candidates are merged exactly, ordered by score, then by item row. FAISS's -1 ends here. The
 searcher holds no state of a call, so that threads can share it.
 
+A search among some of the items goes one of three ways (``filter_plan``): their vectors are gathered and
+scored, FAISS passes over the others while it scans, or more is fetched and the others are dropped. A query
+that comes out short of items that there are is searched again, at the greatest effort, and then exactly.
+
 Symbols: Q queries, D embedding_dim, K results, S shards, N items, n items of a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,29 +21,30 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
+from twotower.index.allowed import Allowed
 from twotower.index.build import check_item_rows
-from twotower.index.spec import Effort
+from twotower.index.filter_plan import FilterPlan, Strategy, unmeasured
+from twotower.index.hits import (
+    Excluded,
+    FloatArray,
+    Hits,
+    IntArray,
+    KeyArray,
+    best_keys,
+    hits_of,
+    in_order,
+    merged,
+    no_hits,
+    ranking_keys,
+)
+from twotower.index.spec import Effort, efforts
 from twotower.index.units import Unit, units_of
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
-KeyArray = npt.NDArray[np.uint64]
+__all__ = ["Hits", "Searcher", "Shard", "best_keys", "exact_top_k", "hits_of", "ranking_keys"]
 
-_NOTHING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_LOW = np.uint64(0xFFFF_FFFF)
-_SIGN = np.uint32(0x8000_0000)
 _QUERY_BLOCK = 512
 _DECODE_BLOCK = 32_768
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The best items of one query, best first; equal scores by ascending item row."""
-
-    item_rows: IntArray
-    """[m] int64."""
-    scores: FloatArray
-    """[m] float32, inner products."""
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -50,88 +55,27 @@ class Shard:
     """Inner-product index of n vectors."""
     item_rows: IntArray
     """[n] int64, ascending."""
-    dead: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    dead: IntArray = field(default_factory=lambda: _NO_ROWS)
     """Item rows that are not answered from this shard, ascending; those of other shards may be among them."""
-
-
-def ranking_keys(scores: FloatArray, item_rows: IntArray) -> KeyArray:
-    """Return keys whose ascending order is by descending score, then ascending item row.
-
-    Args:
-        scores: [...] float32, not NaN.
-        item_rows: [...] int64 in [0, 2**32 - 1); -1 gives the key that comes after all others.
-    """
-    # Adding 0 turns -0.0 into 0.0; flipping all bits of negatives and the sign of others makes floats
-    # sort as unsigned integers.
-    bits = (scores + np.float32(0)).view(np.uint32)
-    ascending = bits ^ np.where(bits & _SIGN, np.uint32(0xFFFF_FFFF), _SIGN)
-    keys = ((~ascending).astype(np.uint64) << np.uint64(32)) | item_rows.astype(np.uint64) & _LOW
-    keys[item_rows < 0] = _NOTHING
-    return keys
-
-
-def best_keys(keys: KeyArray, k: int) -> KeyArray:
-    """Return the K smallest keys of each row in ascending order, [Q, min(K, T)] of [Q, T]."""
-    if keys.shape[1] > 4 * k:
-        keys = np.partition(keys, k - 1, axis=1)[:, :k]
-    return np.sort(keys, axis=1)[:, :k]
-
-
-def hits_of(keys: KeyArray) -> list[Hits]:
-    """Return the hits of ordered keys [Q, K]; keys that stand for nothing are left out."""
-    ascending = ~(keys >> np.uint64(32)).astype(np.uint32)
-    bits = ascending ^ np.where(ascending & _SIGN, _SIGN, np.uint32(0xFFFF_FFFF))
-    scores = bits.view(np.float32)
-    rows = (keys & _LOW).astype(np.int64)
-    counts = (keys != _NOTHING).sum(axis=1)
-    return [Hits(rows[q, :m], scores[q, :m]) for q, m in enumerate(counts.tolist())]
-
-
-@dataclass(frozen=True)
-class Excluded:
-    """Item rows left out of each query, as sorted pairs of query and row."""
-
-    pairs: IntArray
-    """[e] int64, query << 32 | item row, ascending, without repeats."""
-
-    @classmethod
-    def of(cls, lists: Sequence[npt.ArrayLike]) -> Excluded:
-        """Return the exclusions of one list of item rows for each query."""
-        arrays = [np.asarray(rows, dtype=np.int64).reshape(-1) for rows in lists]
-        queries = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])
-        rows = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-        valid = (rows >= 0) & (rows < int(_LOW))
-        return cls(np.unique((queries[valid] << 32) | rows[valid]))
-
-    @property
-    def item_rows(self) -> IntArray:
-        """The row of each pair, [e] int64."""
-        return self.pairs & int(_LOW)
-
-    @property
-    def queries(self) -> IntArray:
-        """The query of each pair, [e] int64."""
-        return self.pairs >> 32
-
-    def contains(self, item_rows: IntArray) -> npt.NDArray[np.bool_]:
-        """Return for item rows [Q, T] whether the query of that row leaves them out."""
-        if len(self.pairs) == 0:
-            return np.zeros(item_rows.shape, np.bool_)
-        wanted = (np.arange(len(item_rows))[:, None] << 32) | item_rows
-        at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
-        return np.asarray(self.pairs[at] == wanted)
 
 
 class Searcher:
     """Top-k search over shards; may be shared by threads."""
 
-    def __init__(self, shards: Sequence[Shard], effort: Effort | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        effort: Effort | None = None,
+        threads: int = 1,
+        plan: FilterPlan | None = None,
+    ) -> None:
         """Check the shards and make them ready.
 
         Args:
             shards: any number, also empty ones; an item row is alive in one of them at most.
             effort: how hard approximate indexes look.
             threads: FAISS threads of a call; set for the calling thread at each call.
+            plan: how to search among some of the items, as measured on these shards.
 
         Raises:
             ArtefactError: the shards do not fit together.
@@ -152,6 +96,12 @@ class Searcher:
         self.num_items = sum(len(u.item_rows) for u in self.units)
         self.effort = effort or Effort()
         self.threads = threads
+        self.plan = plan
+
+    @property
+    def num_rows(self) -> int:
+        """One more than the greatest item row that can be answered."""
+        return max((int(u.item_rows[-1]) + 1 for u in self.units), default=0)
 
     def search(
         self,
@@ -160,6 +110,8 @@ class Searcher:
         exclude: Sequence[npt.ArrayLike] | None = None,
         effort: Effort | None = None,
         complete: bool = True,
+        allowed: Allowed | None = None,
+        strategy: Strategy | None = None,
     ) -> list[Hits]:
         """Return the best items of each query.
 
@@ -167,38 +119,55 @@ class Searcher:
             queries: [Q, D] float32, finite.
             k: K, 1 or more. Fewer hits are returned only when fewer allowed items exist.
             exclude: for each query the item rows left out; rows that are in no shard are allowed.
-            effort: replaces the searcher's own for this call.
-            complete: search exactly for queries of which the index returns too few.
+            effort: replaces the searcher's own, or the plan's, for this call.
+            complete: search further for queries of which the index returns too few.
+            allowed: item rows that may be answered to all of these queries; all when not given.
+            strategy: how to search among them; the plan's choice when not given.
 
         Raises:
             RequestError: k or the queries are not as described.
         """
         queries = self._check(queries, k, exclude)
         if self.num_items == 0 or len(queries) == 0:
-            return [_no_hits() for _ in queries]
+            return [no_hits() for _ in queries]
         faiss.omp_set_num_threads(self.threads)
+        by_selector = True
+        if allowed is not None:
+            count = allowed.count
+            if count == 0:
+                return [no_hits() for _ in queries]
+            planned = self.plan.choose(count, self.num_items, k) if self.plan else None
+            if planned is None:
+                planned = unmeasured(count, self.num_items, self.effort)
+            strategy = strategy or planned.strategy
+            if strategy == "gather":
+                return self._gather(queries, k, exclude, allowed)
+            by_selector = strategy == "selector"
+            effort = effort or self._filtered_effort(strategy, planned.strategy, planned.effort)
         effort = effort or self.effort
         if exclude is None or len(queries) <= _QUERY_BLOCK:
-            return self._search_block(queries, k, exclude, effort, complete)
+            return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
         # Each block fetches as much more as its longest list: like lengths go together.
         order = np.argsort([np.size(e) for e in exclude], kind="stable")
-        hits: list[Hits] = [_no_hits()] * len(queries)
+        hits: list[Hits] = [no_hits()] * len(queries)
         for start in range(0, len(order), _QUERY_BLOCK):
             block = order[start : start + _QUERY_BLOCK]
-            found = self._search_block(
-                queries[block], k, [exclude[q] for q in block.tolist()], effort, complete
-            )
+            lists = [exclude[q] for q in block.tolist()]
+            found = self._search_block(queries[block], k, lists, effort, complete, allowed, by_selector)
             for q, h in zip(block.tolist(), found, strict=True):
                 hits[q] = h
         return hits
 
     def search_exactly(
-        self, queries: FloatArray, k: int, exclude: Sequence[npt.ArrayLike] | None = None
+        self,
+        queries: FloatArray,
+        k: int,
+        exclude: Sequence[npt.ArrayLike] | None = None,
+        allowed: Allowed | None = None,
     ) -> list[Hits]:
         """Return the best items by the vectors that the indexes hold, each of which is scored."""
         queries = self._check(queries, k, exclude)
-        excluded = Excluded.of(exclude) if exclude is not None else None
-        return hits_of(_exact_keys(queries, k, self._decoded(), excluded))
+        return self._gather(queries, k, exclude, allowed)
 
     def vectors(self, item_rows: npt.ArrayLike) -> FloatArray:
         """Return the vectors of items as the indexes hold them (some round), [m, D] float32.
@@ -226,6 +195,11 @@ class Searcher:
             found |= unit.contains(rows)
         return found
 
+    def efforts(self) -> list[Effort]:
+        """Return the efforts worth trying on these shards, from the least to the most."""
+        tried = max((efforts(u.index) for u in self.units), key=len, default=[])
+        return tried or [Effort()]
+
     def _check(self, queries: FloatArray, k: int, exclude: Sequence[npt.ArrayLike] | None) -> FloatArray:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if k < 1:
@@ -238,6 +212,10 @@ class Searcher:
             raise RequestError(f"{len(queries)} queries have {len(exclude)} exclude lists; give one each")
         return queries
 
+    def _filtered_effort(self, strategy: Strategy, planned: Strategy, effort: Effort) -> Effort:
+        """Return the planned effort, or the greatest for a strategy that the plan did not choose."""
+        return effort if strategy == planned else self.efforts()[-1]
+
     def _search_block(
         self,
         queries: FloatArray,
@@ -245,56 +223,117 @@ class Searcher:
         exclude: Sequence[npt.ArrayLike] | None,
         effort: Effort,
         complete: bool,
+        allowed: Allowed | None,
+        by_selector: bool,
     ) -> list[Hits]:
-        excluded = Excluded.of(exclude) if exclude is not None else Excluded(np.zeros(0, np.int64))
-        rows_out, query_of = excluded.item_rows, excluded.queries
-        allowed = np.full(len(queries), self.num_items)
+        excluded = Excluded.of(exclude) if exclude is not None else None
+        hits, short = self._find(queries, k, excluded, effort, allowed, by_selector)
+        if not complete or not len(short):
+            return hits
+        # An approximate index may return fewer than were asked for: first it looks everywhere it can.
+        for last in (False, True):
+            lists = None if exclude is None else [exclude[q] for q in short.tolist()]
+            if last:
+                found, still = self._gather(queries[short], k, lists, allowed), short[:0]
+            else:
+                again = Excluded.of(lists) if lists is not None else None
+                most = self.efforts()[-1]
+                found, still = self._find(queries[short], k, again, most, allowed, by_selector)
+            for q, h in zip(short.tolist(), found, strict=True):
+                hits[q] = h
+            short = short[still]
+            if not len(short):
+                break
+        return hits
+
+    def _find(
+        self,
+        queries: FloatArray,
+        k: int,
+        excluded: Excluded | None,
+        effort: Effort,
+        allowed: Allowed | None,
+        by_selector: bool,
+    ) -> tuple[list[Hits], IntArray]:
+        """Return what the indexes find, and which queries are short of items that there are."""
+        wanted = np.full(len(queries), self.num_items)
         found_scores, found_rows = [], []
         for unit in self.units:
             extra = 0
-            if len(rows_out):
-                left_out = np.bincount(query_of[unit.contains(rows_out)], minlength=len(queries))
-                allowed -= left_out
+            if excluded is not None and len(excluded.pairs):
+                left_out = np.bincount(
+                    excluded.queries[unit.contains(excluded.item_rows)], minlength=len(queries)
+                )
+                wanted -= left_out
                 extra = int(left_out.max())
-            scores, rows = unit.search(queries, min(k + extra, len(unit.item_rows)), effort)
+            scores, rows = unit.search(
+                queries, min(k + extra, len(unit.item_rows)), effort, allowed, by_selector
+            )
             found_scores.append(scores)
             found_rows.append(rows)
         # One call over all shards: NumPy's cost for each call is most of the time of a single query.
-        rows = np.concatenate(found_rows, axis=1)
-        if len(rows_out):
+        scores = found_scores[0] if len(found_scores) == 1 else np.concatenate(found_scores, axis=1)
+        rows = found_rows[0] if len(found_rows) == 1 else np.concatenate(found_rows, axis=1)
+        if excluded is not None and len(excluded.pairs):
             rows[excluded.contains(rows)] = -1
-        keys = best_keys(ranking_keys(np.concatenate(found_scores, axis=1), rows), k)
-        # An approximate index may return fewer than were asked for.
-        short = (keys != _NOTHING).sum(axis=1) < np.minimum(k, allowed)
-        hits = hits_of(keys)
-        if complete and short.any():
-            at = np.flatnonzero(short)
-            lists = [exclude[q] for q in at.tolist()] if exclude is not None else None
-            for q, h in zip(at.tolist(), self.search_exactly(queries[at], k, lists), strict=True):
-                hits[q] = h
-        return hits
+            if len(queries) == 1 and len(self.units) == 1:
+                kept = rows[0] >= 0
+                scores, rows = scores[:, kept], rows[:, kept]
+        if len(queries) == 1 and len(self.units) == 1:
+            hits = [in_order(scores[0], rows[0], k)]
+        else:
+            hits = hits_of(merged(scores, rows, k))
+        counts = np.array([len(h.item_rows) for h in hits])
+        short = np.flatnonzero(counts < np.minimum(k, wanted))
+        if allowed is not None and len(short):
+            short = short[counts[short] < np.minimum(k, self._num_wanted(allowed, excluded, short))]
+        return hits, short
 
-    def _decoded(self) -> Iterator[tuple[IntArray, FloatArray]]:
+    def _num_wanted(self, allowed: Allowed, excluded: Excluded | None, queries: IntArray) -> IntArray:
+        """Return how many items can be answered to some of the queries."""
+        total = sum(unit.num_allowed(allowed) for unit in self.units)
+        wanted = np.full(len(queries), total)
+        if excluded is not None and len(excluded.pairs):
+            rows = excluded.item_rows
+            inside = allowed.contains(rows) & self.contains(rows)
+            left_out = np.bincount(excluded.queries[inside], minlength=int(queries.max()) + 1)
+            wanted -= left_out[queries]
+        return wanted
+
+    def _gather(
+        self,
+        queries: FloatArray,
+        k: int,
+        exclude: Sequence[npt.ArrayLike] | None,
+        allowed: Allowed | None,
+    ) -> list[Hits]:
+        """Score the vectors of all items that are allowed."""
+        excluded = Excluded.of(exclude) if exclude is not None else None
+        return hits_of(_exact_keys(queries, k, self._decoded(allowed), excluded))
+
+    def _decoded(self, allowed: Allowed | None) -> Iterator[tuple[IntArray, FloatArray]]:
+        some = None if allowed is None else allowed.rows()
         for unit in self.units:
-            for start in range(0, len(unit.item_rows), _DECODE_BLOCK):
-                rows = unit.item_rows[start : start + _DECODE_BLOCK]
-                yield rows, unit.vectors(rows)
+            rows = unit.item_rows if some is None else some[unit.contains(some)]
+            for start in range(0, len(rows), _DECODE_BLOCK):
+                block = rows[start : start + _DECODE_BLOCK]
+                yield block, unit.vectors(block)
 
 
-def exact_top_k(queries: FloatArray, k: int, blocks: Iterator[tuple[IntArray, FloatArray]]) -> list[Hits]:
+def exact_top_k(queries: FloatArray, k: int, blocks: Iterable[tuple[IntArray, FloatArray]]) -> list[Hits]:
     """Return the best items of each query [Q, D] over blocks of (item_rows [n], vectors [n, D])."""
     return hits_of(_exact_keys(queries, k, blocks, None))
 
 
 def _exact_keys(
-    queries: FloatArray, k: int, blocks: Iterator[tuple[IntArray, FloatArray]], excluded: Excluded | None
+    queries: FloatArray, k: int, blocks: Iterable[tuple[IntArray, FloatArray]], excluded: Excluded | None
 ) -> KeyArray:
     best: KeyArray = np.zeros((len(queries), 0), np.uint64)
     for item_rows, vectors in blocks:
         scores = queries @ vectors.T
-        rows = np.broadcast_to(np.asarray(item_rows), scores.shape).copy()
+        rows = np.broadcast_to(np.asarray(item_rows), scores.shape)
         if excluded is not None:
-            rows[excluded.contains(rows)] = -1
+            rows = np.where(excluded.contains(rows), -1, rows)
         best = best_keys(np.concatenate([best, ranking_keys(scores, rows)], axis=1), k)
     return best
 
@@ -304,7 +343,3 @@ def _check_disjoint(units: Sequence[Unit]) -> None:
     repeated = rows[1:] == rows[:-1]
     if repeated.any():
         raise ArtefactError(f"item row {rows[1:][repeated][0]} is in two shards; build the generation again")
-
-
-def _no_hits() -> Hits:
-    return Hits(np.zeros(0, np.int64), np.zeros(0, np.float32))

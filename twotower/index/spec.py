@@ -120,28 +120,33 @@ class Effort:
         """Return it as plain JSON values."""
         return asdict(self)
 
-    def parameters(self, index: Any) -> Any | None:
+    def parameters(self, index: Any, selector: Any = None) -> Any | None:
         """Return fresh FAISS search parameters for one call on an index; None when it takes none.
 
         They belong to the caller: FAISS writes into them in some calls, so threads can not share them.
+
+        Args:
+            index: what is searched.
+            selector: of the labels that may be found; it must live until the search is over.
         """
         index = faiss.downcast_index(index)
         if isinstance(index, faiss.IndexPreTransform):
-            inner = self.parameters(index.index)
+            inner = self.parameters(index.index, selector)
             return None if inner is None else _faiss.SearchParametersPreTransform(index_params=inner)
         if isinstance(index, faiss.IndexRefine):
-            inner = self.parameters(index.base_index)
+            inner = self.parameters(index.base_index, selector)
             if inner is None:
                 return _faiss.IndexRefineSearchParameters(k_factor=self.k_factor)
             return _faiss.IndexRefineSearchParameters(k_factor=self.k_factor, base_index_params=inner)
+        given = {} if selector is None else {"sel": selector}
         if isinstance(index, faiss.IndexIVFRaBitQ):
-            return _faiss.IVFRaBitQSearchParameters(nprobe=min(self.nprobe, index.nlist))
+            return _faiss.IVFRaBitQSearchParameters(nprobe=min(self.nprobe, index.nlist), **given)
         if isinstance(index, faiss.IndexIVF):
-            return _faiss.SearchParametersIVF(nprobe=min(self.nprobe, index.nlist))
+            return _faiss.SearchParametersIVF(nprobe=min(self.nprobe, index.nlist), **given)
         if isinstance(index, faiss.IndexHNSW):
             # bounded_queue stays on: without it FAISS 1.15 ignores selectors.
-            return _faiss.SearchParametersHNSW(efSearch=self.ef_search, bounded_queue=True)
-        return None
+            return _faiss.SearchParametersHNSW(efSearch=self.ef_search, bounded_queue=True, **given)
+        return _faiss.SearchParameters(**given) if given else None
 
 
 def efforts(index: Any) -> list[Effort]:
