@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from twotower.index.allowed import Allowed
 from twotower.index.build import build_shard, train_index
-from twotower.index.filter_plan import Choice, FilterPlan, Point, Timing, unmeasured
+from twotower.index.filter_measure import measure_filters
+from twotower.index.filter_plan import SHARES, Choice, FilterPlan, Point, Timing, unmeasured
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
 
@@ -210,3 +211,39 @@ def test_no_more_items_than_wanted_are_gathered() -> None:
 def test_without_measurements_the_effort_grows_as_the_share_falls() -> None:
     assert unmeasured(1_000, 1_000_000, Effort(8)).strategy == "gather"
     assert unmeasured(100_000, 1_000_000, Effort(8)) == Choice("selector", Effort(80, 512))
+
+
+def test_measured_plan_reaches_the_target_on_other_sets_and_queries(rng: np.random.Generator) -> None:
+    centres = unit_vectors(rng, 40)
+    vectors = centres[rng.integers(0, 40, 6_000)] + 0.4 * unit_vectors(rng, 6_000)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = np.arange(6_000)
+    queries = unit_vectors(rng, 96)
+    searcher = Searcher([Shard(build_shard(vectors, "IVF64,SQ8", 1, rows), rows)])
+
+    def blocks() -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(rows[s : s + 1_000], vectors[s : s + 1_000]) for s in range(0, 6_000, 1_000)]
+
+    plan = measure_filters(searcher, queries[:48], blocks, 10, 0.9, seed=1)
+    assert [point.share for point in plan.points] == list(SHARES)
+    wide = plan.points[0].timings["selector"].effort.nprobe
+    narrow = plan.points[2].timings["selector"].effort.nprobe
+    assert 1 <= wide <= narrow <= 64
+    assert wide < 64
+    planned = Searcher(searcher.shards, Effort(1), plan=plan)
+    for share in (0.6, 0.2, 0.02):
+        shares = []
+        for query in queries[48:]:
+            allowed = Allowed.of_mask(rng.random(6_000) < share)
+            (hits,) = planned.search(query[None], 10, allowed=allowed)
+            best = allowed.rows()[np.argsort(-(vectors[allowed.rows()] @ query))[:10]]
+            shares.append(len(np.intersect1d(hits.item_rows, best)) / 10)
+        assert np.mean(shares) >= 0.85
+    # Without a plan's effort the same search finds too little: the check above is not an empty one.
+    allowed = Allowed.of_mask(rng.random(6_000) < 0.6)
+    found = planned.search(queries[48:], 10, effort=Effort(1), allowed=allowed, strategy="selector")
+    best = np.argsort(-(vectors[allowed.rows()] @ queries[48:].T), axis=0)[:10].T
+    shares = [
+        len(np.intersect1d(h.item_rows, allowed.rows()[b])) / 10 for h, b in zip(found, best, strict=True)
+    ]
+    assert np.mean(shares) < 0.85
