@@ -247,3 +247,25 @@ def test_measured_plan_reaches_the_target_on_other_sets_and_queries(rng: np.rand
         len(np.intersect1d(h.item_rows, allowed.rows()[b])) / 10 for h, b in zip(found, best, strict=True)
     ]
     assert np.mean(shares) < 0.85
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8", "HNSW16,Flat"])
+@pytest.mark.parametrize("restricted", [False, True])
+def test_a_long_exclude_list_leaves_the_others(
+    factory: str, restricted: bool, rng: np.random.Generator
+) -> None:
+    vectors = unit_vectors(rng, 3_000)
+    rows = np.arange(3_000)
+    searcher = Searcher([Shard(build_shard(vectors, factory, 1, rows), rows)], Effort(16, 512))
+    allowed = Allowed.of_mask(rng.random(3_000) < 0.5) if restricted else None
+    query = unit_vectors(rng, 1)
+    order = np.argsort(-(searcher.vectors(rows) @ query[0]))
+    # The best of all are among those left out.
+    out = np.concatenate([order[:1_400], [-1, 5_000]])
+    (hits,) = searcher.search(query, 20, [out], allowed=allowed, strategy="selector" if restricted else None)
+    left = [r for r in order[1_400:] if allowed is None or allowed.contains(np.array([r]))[0]]
+    assert len(hits.item_rows) == 20
+    if factory == "HNSW16,Flat":
+        assert np.isin(hits.item_rows, left).all()
+    else:
+        assert sorted(hits.item_rows.tolist()) == sorted(left[:20])

@@ -44,6 +44,8 @@ __all__ = ["Hits", "Searcher", "Shard", "best_keys", "exact_top_k", "hits_of", "
 
 _QUERY_BLOCK = 512
 _DECODE_BLOCK = 32_768
+_LONG_LIST = 1_000
+"""Excluded items of one query from which they become bits."""
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -145,6 +147,10 @@ class Searcher:
             by_selector = strategy == "selector"
             effort = effort or self._filtered_effort(strategy, planned.strategy, planned.effort)
         effort = effort or self.effort
+        if len(queries) == 1 and len(self.units) == 1:
+            hits_of_one = self._find_one(queries, k, exclude, effort, allowed, by_selector)
+            if hits_of_one is not None:
+                return [hits_of_one]
         if exclude is None or len(queries) <= _QUERY_BLOCK:
             return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
         # Each block fetches as much more as its longest list: like lengths go together.
@@ -246,6 +252,32 @@ class Searcher:
                 break
         return hits
 
+    def _find_one(
+        self,
+        query: FloatArray,
+        k: int,
+        exclude: Sequence[npt.ArrayLike] | None,
+        effort: Effort,
+        allowed: Allowed | None,
+        by_selector: bool,
+    ) -> Hits | None:
+        """Return what ``_find`` does, for one query of one index, in a third of its time; None when short."""
+        unit = self.units[0]
+        out = _NO_ROWS if exclude is None else np.asarray(exclude[0], dtype=np.int64).reshape(-1)
+        fetch = k + len(out)
+        if len(out) > _LONG_LIST:
+            # Bits cost less than fetching as many more as a long list has.
+            others = ~Allowed.of_rows(out, self.num_rows if allowed is None else allowed.num_rows)
+            allowed = others if allowed is None else allowed & others
+            by_selector, out, fetch = True, _NO_ROWS, k
+        scores, rows = unit.search(query, min(fetch, len(unit.item_rows)), effort, allowed, by_selector)
+        found_scores, found_rows = scores[0], rows[0]
+        if len(out):
+            kept = ~np.isin(found_rows, out)
+            found_scores, found_rows = found_scores[kept], found_rows[kept]
+        hits = in_order(found_scores, found_rows, k)
+        return hits if len(hits.item_rows) == k else None
+
     def _find(
         self,
         queries: FloatArray,
@@ -276,13 +308,7 @@ class Searcher:
         rows = found_rows[0] if len(found_rows) == 1 else np.concatenate(found_rows, axis=1)
         if excluded is not None and len(excluded.pairs):
             rows[excluded.contains(rows)] = -1
-            if len(queries) == 1 and len(self.units) == 1:
-                kept = rows[0] >= 0
-                scores, rows = scores[:, kept], rows[:, kept]
-        if len(queries) == 1 and len(self.units) == 1:
-            hits = [in_order(scores[0], rows[0], k)]
-        else:
-            hits = hits_of(merged(scores, rows, k))
+        hits = hits_of(merged(scores, rows, k))
         counts = np.array([len(h.item_rows) for h in hits])
         short = np.flatnonzero(counts < np.minimum(k, wanted))
         if allowed is not None and len(short):
