@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
-from twotower.progress import say, stage
+from twotower.progress import stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
         stage("encode the catalogue and build the index")
         generation = build_generation(config, dataset, checkpoint)
     if not arguments.no_publish:
-        stages.store_of(config).publish(generation.name)
-        say(f"published {generation.name}")
+        stages.publish(config, generation.name)
     details = {
         "generation": generation.name,
         "published": not arguments.no_publish,

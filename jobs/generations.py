@@ -1,8 +1,11 @@
-"""List, publish or verify the generations of a configuration.
+"""List, inspect, verify, publish, roll back and prune the generations of a configuration.
 
 python -m jobs.generations list --config configs/movielens.yaml
-python -m jobs.generations publish ID --config configs/movielens.yaml
-python -m jobs.generations verify --config configs/movielens.yaml
+python -m jobs.generations inspect [ID] --config configs/movielens.yaml
+python -m jobs.generations verify [ID] --config configs/movielens.yaml
+python -m jobs.generations publish ID [--pointer candidate] [--force] --config configs/movielens.yaml
+python -m jobs.generations rollback [--pointer CURRENT] --config configs/movielens.yaml
+python -m jobs.generations prune --keep 5 [--dry-run] --config configs/movielens.yaml
 """
 
 from __future__ import annotations
@@ -10,57 +13,135 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jobs import command, stages
-from twotower.artefacts import read_manifest
 from twotower.config import Config
 from twotower.errors import ConfigError
 
+_HOUR_S = 3600.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["list", "publish", "verify"], help="what to do")
-    parser.add_argument("id", nargs="?", help="generation to publish, or to verify (the published one)")
-    parser.add_argument("--pointer", default="CURRENT", help="pointer to publish under (CURRENT)")
+    parser.add_argument("action", choices=list(_ACTIONS), help="what to do")
+    parser.add_argument("id", nargs="?", help="generation to publish, inspect or verify (the published one)")
+    parser.add_argument("--pointer", default="CURRENT", help="pointer to publish or roll back (CURRENT)")
+    parser.add_argument("--force", action="store_true", help="publish whatever speaks against it")
     parser.add_argument(
-        "--force", action="store_true", help="publish although index recall is below the target"
+        "--keep", type=int, metavar="N", help="newest generations that stay (storage.keep_generations)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what prune would remove")
+    parser.add_argument(
+        "--grace-hours",
+        type=float,
+        metavar="H",
+        default=24.0,
+        help="age of leftovers of killed builds that prune removes (24)",
     )
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
-    action = {"list": _list, "publish": _publish, "verify": _verify}[arguments.action]
-    return action(config, arguments)
+    return _ACTIONS[arguments.action](config, arguments)
 
 
 def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
     store = stages.store_of(config)
-    current = store.current(arguments.pointer)
+    pointers = store.pointers()
     lines, rows = [], []
     for name in store.generations():
-        manifest = read_manifest(store.path(name), "generation")
-        recall = manifest["index"]["index_recall"]
+        manifest = store.manifest(name)
+        delta = manifest.get("delta")
         row = {
             "id": name,
             "created": manifest["created"],
             "num_items": manifest["num_items"],
-            "index_recall": recall,
+            "index_recall": manifest["index"]["index_recall"],
+            "base": None if delta is None else delta["base"],
+            "pointers": [pointer for pointer, named in pointers.items() if named == name],
         }
         rows.append(row)
-        mark = f"  <- {arguments.pointer}" if name == current else ""
-        counted = f"{row['num_items']:>9,} items  index recall {recall:.4f}"
+        kind = "full build" if delta is None else f"update of {delta['base']}"
+        mark = f"  <- {', '.join(row['pointers'])}" if row["pointers"] else ""
+        counted = f"{row['num_items']:>9,} items  index recall {row['index_recall']:.4f}  {kind}"
         lines.append(f"{name}  {row['created']}  {counted}{mark}")
-    details = {"pointer": arguments.pointer, "current": current, "generations": rows}
+    details = {"pointers": pointers, "generations": rows}
     return command.Result(
-        path=config.store, details=details, lines=lines or [f"{config.store} has no generations"]
+        path=store.where, details=details, lines=lines or [f"{store.where} has no generations"]
     )
 
 
-def _publish(config: Config, arguments: argparse.Namespace) -> command.Result:
-    if arguments.id is None:
-        raise ConfigError("publish needs the id of a generation; python -m jobs.generations list shows them")
+def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
+    store = stages.store_of(config)
     path = stages.generation_for(config, arguments.id)
-    stages.store_of(config).publish(path.name, pointer=arguments.pointer, force=arguments.force)
-    details = {"generation": path.name, "pointer": arguments.pointer}
-    return command.Result(path=path, details=details, lines=[f"{arguments.pointer} -> {path.name}"])
+    manifest = store.manifest(path.name)
+    index, delta, files = manifest["index"], manifest.get("delta"), manifest["files"]
+    shared = {
+        other: _shared_bytes(files, store.manifest(other)["files"])
+        for other in store.generations()
+        if other != path.name
+    }
+    shared = {other: num_bytes for other, num_bytes in shared.items() if num_bytes}
+    named = [pointer for pointer, name in store.pointers().items() if name == path.name]
+    lines = [
+        f"generation {path.name}  ({', '.join(named) or 'no pointer names it'})",
+        f"  created      {manifest['created']}",
+        f"  items        {manifest['num_items']:,} x {manifest['embedding_dim']}, {manifest['metric']}",
+        f"  checkpoint   {manifest['checkpoint_fingerprint']}",
+        f"  dataset      {manifest['dataset_fingerprint']}",
+        f"  files        {len(files):,}, {_mb(sum(f['bytes'] for f in files.values()))}",
+        f"  index        {index['factory']}: {index.get('reason', 'as configured')}",
+        f"  index recall {index['index_recall']:.4f} of the top {index['recall_k']} of "
+        f"{index['num_queries']} real queries, target {index['target_index_recall']}",
+        *_curve(index),
+        *_shards(manifest),
+    ]
+    if delta is not None:
+        counts = ", ".join(f"{delta[what]:,} {what}" for what in ("added", "changed", "deleted"))
+        lines.append(f"  update       of {delta['base']}: items {counts} ({delta['share']:.2%} of the build)")
+    lines += [f"  shares       {_mb(num_bytes)} with {other}" for other, num_bytes in shared.items()]
+    details = {
+        "generation": path.name,
+        "pointers": named,
+        "shared_bytes": shared,
+        **{name: manifest[name] for name in ("created", "num_items", "index", "shards")},
+        "delta": delta,
+    }
+    return command.Result(path=path, metrics=stages.index_metrics(path), details=details, lines=lines)
+
+
+def _curve(index: dict[str, Any]) -> list[str]:
+    """Return the measured points of recall over effort as a table, the chosen one marked."""
+    points = index.get("curve") or []
+    if not points:
+        return []
+    lines = ["  effort                        recall   p50 ms"]
+    for point in points:
+        effort = ", ".join(f"{name} {value}" for name, value in point["effort"].items()) or "-"
+        cost = point["search_ms"]
+        p50 = cost["p50"] if isinstance(cost, dict) else cost
+        mark = "  <- chosen" if point["effort"] == index["effort"] else ""
+        lines.append(f"    {effort:<26}  {point['index_recall']:.4f}  {p50:>7.3f}{mark}")
+    return lines
+
+
+def _shards(manifest: dict[str, Any]) -> list[str]:
+    lines = ["  shard       role          rows  index           bytes"]
+    for shard in manifest["shards"]:
+        name = shard["name"]
+        files = [f["bytes"] for path, f in manifest["files"].items() if path.startswith(f"shards/{name}/")]
+        lines.append(
+            f"    {name:<9} {shard['role']:<9} {shard['rows']:>9,}  {shard['factory']:<14}  {_mb(sum(files))}"
+        )
+    return lines
+
+
+def _shared_bytes(files: dict[str, Any], others: dict[str, Any]) -> int:
+    known = {facts["sha256"] for facts in others.values()}
+    return sum(facts["bytes"] for facts in files.values() if facts["sha256"] in known)
+
+
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _verify(config: Config, arguments: argparse.Namespace) -> command.Result:
@@ -70,6 +151,54 @@ def _verify(config: Config, arguments: argparse.Namespace) -> command.Result:
     Generation.open(path, verify=True)
     lines = [f"{path.name}: every file has the size and SHA-256 of its manifest"]
     return command.Result(path=path, details={"generation": path.name, "verified": True}, lines=lines)
+
+
+def _publish(config: Config, arguments: argparse.Namespace) -> command.Result:
+    if arguments.id is None:
+        raise ConfigError("publish needs the id of a generation; python -m jobs.generations list shows them")
+    path = stages.generation_for(config, arguments.id)
+    stages.publish(config, path.name, arguments.pointer, arguments.force)
+    details = {"generation": path.name, "pointer": arguments.pointer}
+    return command.Result(path=path, details=details, lines=[f"{arguments.pointer} -> {path.name}"])
+
+
+def _rollback(config: Config, arguments: argparse.Namespace) -> command.Result:
+    store = stages.store_of(config)
+    done = store.rollback(arguments.pointer)
+    lines = [f"{done.pointer} -> {done.id}, rolled back from {done.previous}"]
+    details = {"generation": done.id, "pointer": done.pointer, "previous": done.previous}
+    return command.Result(path=store.path(done.id), details=details, lines=lines)
+
+
+def _prune(config: Config, arguments: argparse.Namespace) -> command.Result:
+    keep = arguments.keep if arguments.keep is not None else config.storage.keep_generations
+    if keep is None:
+        raise ConfigError("prune needs --keep N, or storage.keep_generations in the configuration")
+    if not arguments.grace_hours >= 0:
+        raise ConfigError(f"--grace-hours {arguments.grace_hours}: it must not be negative")
+    store = stages.store_of(config)
+    pruned = store.prune(keep, arguments.grace_hours * _HOUR_S, arguments.dry_run)
+    would = "would remove" if arguments.dry_run else "removed"
+    lines = [f"{would} generation {name}" for name in pruned.generations]
+    lines += [f"{would} {name}, left by a killed run" for name in pruned.leftovers]
+    lines.append(f"{_mb(pruned.num_bytes)} {'would become' if arguments.dry_run else 'became'} free")
+    details = {
+        "removed": pruned.generations,
+        "leftovers": pruned.leftovers,
+        "freed_bytes": pruned.num_bytes,
+        "dry_run": arguments.dry_run,
+    }
+    return command.Result(path=store.where, details=details, lines=lines)
+
+
+_ACTIONS = {
+    "list": _list,
+    "inspect": _inspect,
+    "verify": _verify,
+    "publish": _publish,
+    "rollback": _rollback,
+    "prune": _prune,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

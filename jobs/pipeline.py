@@ -13,7 +13,7 @@ from jobs import command, stages
 from twotower.artefacts import read_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
-from twotower.progress import say, stage
+from twotower.progress import stage
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
@@ -32,8 +32,7 @@ def run(config: Config, dataset: Dataset) -> command.Result:
         stage("evaluate")
         report = evaluate(config, dataset, checkpoints.evaluated, generation)
     stage("publish")
-    stages.store_of(config).publish(generation.name)
-    say(f"published {generation.name}")
+    stages.publish(config, generation.name)
     return command.Result(
         path=generation,
         metrics={**read_manifest(report, "report")["metrics"], **stages.index_metrics(generation)},

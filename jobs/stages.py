@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.errors import ArtefactError, ConfigError
-from twotower.progress import stage
+from twotower.progress import say, stage
 
 if TYPE_CHECKING:
     from twotower.retrieval.store import Store
@@ -82,6 +82,35 @@ def store_of(config: Config) -> Store:
     return Store(config.store)
 
 
+def publish(
+    config: Config,
+    generation: str,
+    pointer: str = "CURRENT",
+    force: bool = False,
+    reasons: Sequence[str] = (),
+) -> None:
+    """Publish a generation and remove those that ``storage.keep_generations`` no longer keeps.
+
+    Raises:
+        RefusedError: a gate or ``reasons`` speak against it, or another publisher was faster.
+    """
+    store = store_of(config)
+    before = store.publish(generation, pointer, force=force, reasons=reasons)
+    say(f"{pointer} names {generation}" + (f", before {before}" if before not in (None, generation) else ""))
+    retain(config)
+
+
+def retain(config: Config) -> None:
+    """Remove the generations that ``storage.keep_generations`` does not keep; nothing where it is null."""
+    if config.storage.keep_generations is not None:
+        pruned = store_of(config).prune(config.storage.keep_generations)
+        if pruned.generations or pruned.leftovers:
+            say(
+                f"removed {len(pruned.generations)} old generations and {len(pruned.leftovers)} leftovers: "
+                f"{pruned.num_bytes / 1e6:,.1f} MB free"
+            )
+
+
 def generation_for(config: Config, generation: str | None = None) -> Path:
     """Return the folder of the named generation, or of the published one.
 
@@ -92,12 +121,12 @@ def generation_for(config: Config, generation: str | None = None) -> Path:
     name = generation or store.current()
     if name is None:
         raise ArtefactError(
-            f"{config.store} has no published generation; run python -m jobs.pipeline with this configuration"
+            f"{store.where} has no published generation; run python -m jobs.pipeline with this configuration"
         )
-    if name not in store.generations():
+    if not store.has(name):
         known = ", ".join(store.generations()) or "none"
-        raise ConfigError(f"--generation {name}: {config.store} has no such generation (it has: {known})")
-    return store.path(name)
+        raise ConfigError(f"--generation {name}: {store.where} has no such generation (it has: {known})")
+    return store.fetch(name)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Retrieval:
             raise ArtefactError(
                 f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
             )
-        retriever = Retriever.open(found.path(generation_id), threads=threads)
+        retriever = Retriever.open(found.fetch(generation_id), threads=threads)
         self._service = Service(retriever, max_k, workers, serve_settings())
         if missing := self._service.settings["missing"]:
             logger.warning(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from twotower.artefacts import MANIFEST
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.index.choice import choose
@@ -67,3 +70,15 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
     facts = measure(config, dataset, checkpoint, parts, directory / "shards", threads=1)
     finish(directory, name, f"2026-01-01T00:00:00 {name}", dataset, checkpoint, facts)
     return directory
+
+
+def edit_manifest(directory: Path, **changes: Any) -> None:
+    """Replace values of a generation's manifest."""
+    path = directory / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_index(directory: Path, **changes: Any) -> None:
+    """Replace facts of the index in a generation's manifest."""
+    index = json.loads((directory / MANIFEST).read_text())["index"]
+    edit_manifest(directory, index={**index, **changes})

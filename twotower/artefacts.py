@@ -122,9 +122,30 @@ def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock file; waits for the holder, and a killed holder frees it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with open(path, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # It may have been removed while this waited: another process may hold the one that is there now.
+            if _is_at(file.fileno(), path):
+                yield
+                return
+
+
+@contextlib.contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock file if nobody else does, and yield whether that is so; a file made for it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    there = path.exists()
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        held = _is_at(file.fileno(), path)
+        yield held
+        if held and not there:
+            path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -146,6 +167,13 @@ def sync_tree(directory: Path) -> None:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         _sync_directory(Path(folder))
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _sync_directory(directory: Path) -> None:

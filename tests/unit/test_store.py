@@ -13,42 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.generations import plain_generation, untrained_checkpoint
+from tests.generations import edit_index, plain_generation, untrained_checkpoint
 from twotower.artefacts import MANIFEST
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, RefusedError
 from twotower.retrieval.store import Store
-
-
-@pytest.fixture(scope="module")
-def filled(
-    tmp_path_factory: pytest.TempPathFactory,
-    small_values: Callable[..., dict[str, Any]],
-    small_dataset: Dataset,
-) -> Path:
-    config = parse_config(small_values(tmp_path_factory.mktemp("store")))
-    checkpoint = untrained_checkpoint(config, small_dataset, config.checkpoints / "c")
-    # The names and the times of making are in opposite orders.
-    for name in ("b", "a", "c"):
-        directory = plain_generation(config, small_dataset, checkpoint, name)
-        edit(directory, created={"b": "1", "a": "2", "c": "3"}[name])
-    return config.store
-
-
-@pytest.fixture
-def store(filled: Path, tmp_path: Path) -> Store:
-    return Store(shutil.copytree(filled, tmp_path / "store"))
-
-
-def edit(directory: Path, **changes: Any) -> None:
-    path = directory / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def set_recall(store: Store, name: str, recall: float) -> None:
-    index = json.loads((store.path(name) / MANIFEST).read_text())["index"]
-    edit(store.path(name), index={**index, "index_recall": recall})
 
 
 def test_an_empty_store_has_nothing(tmp_path: Path) -> None:
@@ -104,14 +74,14 @@ def test_a_renamed_generation_is_not_published(store: Store) -> None:
 
 def test_too_little_index_recall_is_refused_unless_forced(store: Store) -> None:
     store.publish("a")
-    set_recall(store, "b", 0.9499)
+    edit_index(store.path("b"), index_recall=0.9499)
     with pytest.raises(RefusedError, match=r"finds 0\.9499 .* target is 0\.95.* still names a") as error:
         store.publish("b")
     assert error.value.exit_code == 3
     assert store.current() == "a"
     assert store.publish("b", force=True) == "a"
     assert store.current() == "b"
-    set_recall(store, "c", 0.95)
+    edit_index(store.path("c"), index_recall=0.95)
     store.publish("c")
 
 

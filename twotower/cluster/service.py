@@ -98,7 +98,7 @@ def check_published(config: Config, pointer: str = "CURRENT") -> str:
             f"nothing is published: {config.store} has no pointer {pointer}. Run `python -m jobs.pipeline` "
             "with the same --config and --set first, or name the configuration that was run"
         )
-    Generation.open(store.path(generation_id), verify=True)
+    Generation.open(store.fetch(generation_id), verify=True)
     return str(generation_id)
 
 

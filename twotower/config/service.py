@@ -16,6 +16,9 @@ class StorageConfig(Section):
     root: str = "runs"
     """Folder of all artefacts; may be relative to the working directory, but not on a remote cluster."""
 
+    keep_generations: PositiveInt | None = None
+    """Newest generations that stay after a job published, beside those that pointers name; null keeps all."""
+
     @property
     def path(self) -> Path:
         """The absolute root."""

@@ -1,22 +1,27 @@
 """The store: generations side by side, and pointers that name the one in use.
 
-``STORE/generations/ID`` holds generations, ``STORE/CURRENT`` (or another pointer) the id of one. A pointer
-only ever names a generation that was complete and verified when it was set.
+``STORE/generations/ID`` holds generations, ``STORE/CURRENT`` (or another pointer) the id of one, and
+``STORE/publications.jsonl`` what was published when. A pointer only ever names a generation that was complete
+and verified when it was set. One lock orders publishers and prunes.
 """
 
 from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
 from twotower.errors import ArtefactError, RefusedError
 from twotower.retrieval.generation import KIND, Generation
+from twotower.retrieval.prune import GRACE_S, Pruned, prune_folder, unwanted
+from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
 
 CURRENT = "CURRENT"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESERVED = ("generations", LOG)
 
 
 class _Unset(enum.Enum):
@@ -33,13 +38,40 @@ class Store:
         """Take the folder."""
         self.root = Path(path)
 
+    @property
+    def where(self) -> str:
+        """Its path or URL."""
+        return str(self.root)
+
     def path(self, generation_id: str) -> Path:
-        """Return the directory of a generation, whether it is there or not.
+        """Return the local directory of a generation, whether it is there or not.
 
         Raises:
             ArtefactError: the id is no name of a directory.
         """
-        return self.root / "generations" / _checked(generation_id, "a generation id")
+        return self.root / "generations" / checked_name(generation_id, "a generation id")
+
+    def fetch(self, generation_id: str) -> Path:
+        """Return the local directory of a finished generation.
+
+        Raises:
+            ArtefactError: there is none of that id.
+        """
+        path = self.path(generation_id)
+        read_manifest(path, KIND)
+        return path
+
+    def has(self, generation_id: str) -> bool:
+        """Return whether there is a finished generation of that id."""
+        return has_manifest(self.path(generation_id))
+
+    def manifest(self, generation_id: str) -> dict[str, Any]:
+        """Return the manifest of a finished generation.
+
+        Raises:
+            ArtefactError: there is none of that id, or it is of a newer schema.
+        """
+        return read_manifest(self.path(generation_id), KIND)
 
     def generations(self) -> list[str]:
         """Return the ids of finished generations, the oldest first."""
@@ -47,6 +79,13 @@ class Store:
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         finished = [n for n in names if _NAME.fullmatch(n) and has_manifest(folder / n)]
         return sorted(finished, key=lambda n: (str(read_manifest(folder / n, KIND)["created"]), n))
+
+    def pointers(self) -> dict[str, str]:
+        """Return the id that each pointer names, by the pointer's name."""
+        paths = self.root.iterdir() if self.root.is_dir() else []
+        names = sorted(p.name for p in paths if p.is_file() and _NAME.fullmatch(p.name))
+        found = {name: self.current(name) for name in names if name not in _RESERVED}
+        return {name: value for name, value in found.items() if value is not None}
 
     def current(self, pointer: str = CURRENT) -> str | None:
         """Return the id that a pointer names; None when it was never set.
@@ -59,7 +98,11 @@ class Store:
             text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        return _checked(text.strip(), f"the content of {path}")
+        return checked_name(text.strip(), f"the content of {path}")
+
+    def publications(self) -> list[Publication]:
+        """Return what was published and rolled back, in order."""
+        return read_log(self.root / LOG)
 
     def publish(
         self,
@@ -67,6 +110,7 @@ class Store:
         pointer: str = CURRENT,
         expected: str | _Unset | None = _UNSET,
         force: bool = False,
+        reasons: Sequence[str] = (),
     ) -> str | None:
         """Let a pointer name a generation: one compare-and-swap, after every file was checked.
 
@@ -75,55 +119,135 @@ class Store:
             pointer: its name.
             expected: the id that the pointer must still name (None: it must not be set); what it names
                 when the call begins, when not given.
-            force: publish also below the target index recall.
+            force: publish whatever speaks against it; the log says what that was.
+            reasons: what the caller found against it, each a sentence. Too low an index recall and too slow
+                a search are found here.
 
         Returns:
             the id that the pointer named before.
 
         Raises:
             ArtefactError: the generation is not finished or damaged.
-            RefusedError: its index recall is below the target, or the pointer was set by another publisher.
+            RefusedError: something speaks against it, or the pointer was set by another publisher.
         """
-        path = self.path(generation_id)
         before = self.current(pointer) if isinstance(expected, _Unset) else expected
+        path = self.fetch(generation_id)
         # What it shares with the generation in use was checked when that was published: it is not read again.
         known = self.path(before) if before is not None and has_manifest(self.path(before)) else None
-        generation = Generation.open(path, verify=True, verified=known)
-        if generation.id != generation_id:
-            raise ArtefactError(f"{path} holds generation {generation.id}; rename the directory to that")
-        index = generation.manifest["index"]
-        recall, target = float(index["index_recall"]), float(index["target_index_recall"])
-        if recall < target and not force:
+        manifest = _verified(path, generation_id, known)
+        against = (*reasons_against(manifest["index"]), *reasons)
+        if against and not force:
             raise RefusedError(
-                f"generation {generation_id} is not published: its {index['factory']} index finds "
-                f"{recall:.4f} of the top {index['recall_k']} of {index['num_queries']} real queries, "
-                f"the target is {target}. Use another index.factory, lower index.target_index_recall, or "
-                f"force it; {pointer} still names {self.current(pointer)}"
+                f"generation {generation_id} is not published: {'. Also, '.join(against)}. --force publishes "
+                f"it all the same; {pointer} still names {self.current(pointer)}"
             )
-        with locked(self.root / f".{pointer}.lock"):
-            now = self.current(pointer)
-            if now == generation_id:
-                return now
-            if now != before:
-                raise RefusedError(
-                    f"generation {generation_id} is not published: another publisher was faster, "
-                    f"{pointer} names {now}, not {before}. Publish again to replace it"
-                )
-            if not has_manifest(path):
-                raise ArtefactError(f"{path} was removed meanwhile; build the generation again")
-            write_bytes(self._pointer(pointer), f"{generation_id}\n".encode())
-        return before
+        entry = Publication(now(), pointer, generation_id, before, "publish", force, against)
+        return self._set(entry)
+
+    def rollback(self, pointer: str = CURRENT) -> Publication:
+        """Let a pointer name what it named before its last publication, which undoes that.
+
+        Rolling back again goes one publication further back. No gate is asked: it was published before.
+
+        Returns:
+            what was done: from ``previous`` to ``id``.
+
+        Raises:
+            RefusedError: there is nothing to go back to, it was removed, or the pointer was set meanwhile.
+            ArtefactError: the generation to go back to is damaged.
+        """
+        current = self.current(pointer)
+        if current is None:
+            raise RefusedError(f"{pointer} of {self.where} was never set: there is nothing to roll back")
+        steps = earlier(self.publications(), pointer, current)
+        if not steps:
+            raise RefusedError(
+                f"{pointer} names {current}, the first that was published: there is nothing to roll back to"
+            )
+        if not self.has(steps[0]):
+            left = ", ".join(dict.fromkeys(s for s in steps if self.has(s))) or "none"
+            raise RefusedError(
+                f"{pointer} named {steps[0]} before {current}, and that was removed by a prune. Earlier ones "
+                f"that are still there: {left}; name one with python -m jobs.generations publish ID"
+            )
+        _verified(self.fetch(steps[0]), steps[0], None)
+        entry = Publication(now(), pointer, steps[0], current, "rollback")
+        self._set(entry)
+        return entry
+
+    def prune(self, keep: int, grace_s: float = GRACE_S, dry_run: bool = False) -> Pruned:
+        """Remove old generations, and what killed builds left behind.
+
+        Args:
+            keep: how many of the newest generations stay; those that a pointer names stay in any case.
+            grace_s: seconds for which a leftover must not have changed.
+            dry_run: only say what would be removed.
+
+        Raises:
+            ConfigError: ``keep`` is below 1.
+        """
+        with locked(self._lock):
+            named = set(self.pointers().values())
+            return prune_folder(self.root, unwanted(self.generations(), keep, named), grace_s, dry_run)
+
+    def _set(self, entry: Publication) -> str | None:
+        """Swap a pointer if it still names ``entry.previous``; returns what it named."""
+        with locked(self._lock):
+            current = self.current(entry.pointer)
+            if current == entry.id:
+                return current
+            if current != entry.previous:
+                raise too_late(entry, current)
+            if not self.has(entry.id):
+                raise ArtefactError(f"{self.path(entry.id)} was removed meanwhile; build it again")
+            append(self.root / LOG, entry)
+            write_bytes(self._pointer(entry.pointer), f"{entry.id}\n".encode())
+        return entry.previous
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / ".lock"
 
     def _pointer(self, pointer: str) -> Path:
-        if pointer == "generations":
-            raise ArtefactError("a pointer can not be called generations, as the folder is")
-        return self.root / _checked(pointer, "a pointer's name")
+        return self.root / checked_pointer(pointer)
 
 
-def _checked(name: str, what: str) -> str:
+def too_late(entry: Publication, current: str | None) -> RefusedError:
+    """Return the error of a publisher who was not the first."""
+    return RefusedError(
+        f"generation {entry.id} is not published: another publisher was faster, {entry.pointer} names "
+        f"{current}, not {entry.previous}. Publish again to replace it"
+    )
+
+
+def checked_pointer(pointer: str) -> str:
+    """Return the name of a pointer.
+
+    Raises:
+        ArtefactError: it is none.
+    """
+    if pointer in _RESERVED:
+        raise ArtefactError(f"a pointer can not be called {pointer}, as what is beside it in the store")
+    return checked_name(pointer, "a pointer's name")
+
+
+def checked_name(name: str, what: str) -> str:
+    """Return a name that stays inside the store.
+
+    Raises:
+        ArtefactError: it does not.
+    """
     if not _NAME.fullmatch(name):
         raise ArtefactError(
             f"{what} is {name!r}; it must be up to 128 letters, digits, dots, dashes and underscores, and "
             "begin with a letter or digit"
         )
     return name
+
+
+def _verified(path: Path, generation_id: str, known: Path | None) -> dict[str, Any]:
+    """Check every file of a generation and return its manifest."""
+    generation = Generation.open(path, verify=True, verified=known)
+    if generation.id != generation_id:
+        raise ArtefactError(f"{path} holds generation {generation.id}; rename the directory to that")
+    return generation.manifest

@@ -109,10 +109,10 @@ def update_items(
     base_id = store.current(pointer)
     if base_id is None:
         raise ArtefactError(
-            f"{pointer} of {store.root} names no generation to update; build and publish one first, with "
+            f"{pointer} of {store.where} names no generation to update; build and publish one first, with "
             "python -m jobs.build_index"
         )
-    base = Generation.open(store.path(base_id), verify=False)
+    base = Generation.open(store.fetch(base_id), verify=False)
     state = _State.of(base)
     edit = state.edit(changes, list(deletes), ignore_missing)
     if edit.nothing:
