@@ -29,7 +29,8 @@ from serve.schemas import (
     parse_retrieve,
     parse_similar,
 )
-from twotower.retrieval.query import Answer, NotAllowedError, Query, UnknownItemError
+from twotower.errors import NotAllowedError
+from twotower.retrieval.query import Answer, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 
 MAX_BODY_BYTES = 1 << 20

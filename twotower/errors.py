@@ -31,6 +31,16 @@ class RequestError(TwotowerError):
     """A retrieval request asks for something that is not allowed (HTTP 4xx)."""
 
 
+class NotAllowedError(RequestError):
+    """A value of a query that is not allowed, and what is."""
+
+    def __init__(self, message: str, allowed: str) -> None:
+        """Keep both parts apart, for an answer that shows them apart."""
+        super().__init__(f"{message}; allowed: {allowed}")
+        self.message = message
+        self.allowed = allowed
+
+
 class TrainingError(TwotowerError):
     """Training can not start or go on."""
 

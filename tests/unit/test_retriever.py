@@ -12,10 +12,10 @@ from tests.generations import catalogue_vectors
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
-from twotower.errors import ArtefactError
+from twotower.errors import ArtefactError, NotAllowedError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, profile_values
-from twotower.retrieval.query import NotAllowedError, UnknownItemError
+from twotower.retrieval.query import UnknownItemError
 from twotower.retrieval.retriever import HistoryItem, Query, Retriever, popularity_scores
 
 

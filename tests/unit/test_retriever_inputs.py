@@ -8,8 +8,9 @@ import pytest
 
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
+from twotower.errors import NotAllowedError
 from twotower.retrieval.inputs import Inputs, UserTable
-from twotower.retrieval.query import HistoryItem, NotAllowedError, Query
+from twotower.retrieval.query import HistoryItem, Query
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,

@@ -18,9 +18,9 @@ import pyarrow as pa
 
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import DataError
+from twotower.errors import DataError, NotAllowedError
 from twotower.model.features import Columns, encode_columns
-from twotower.retrieval.query import HistoryItem, NotAllowedError, Query, Strategy
+from twotower.retrieval.query import HistoryItem, Query, Strategy
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,

@@ -6,19 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from twotower.errors import RequestError
+from twotower.errors import NotAllowedError
 
 Strategy = Literal["personal", "history", "features", "popular", "similar"]
-
-
-class NotAllowedError(RequestError):
-    """A value of a query that is not allowed, and what is."""
-
-    def __init__(self, message: str, allowed: str) -> None:
-        """Keep both parts apart, for an answer that shows them apart."""
-        super().__init__(f"{message}; allowed: {allowed}")
-        self.message = message
-        self.allowed = allowed
 
 
 class UnknownItemError(NotAllowedError):

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from twotower.errors import NotAllowedError
 from twotower.index.search import Hits
 from twotower.model.features import QueryFeatures
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
-from twotower.retrieval.query import Answer, HistoryItem, NotAllowedError, Query, UnknownItemError
+from twotower.retrieval.query import Answer, HistoryItem, Query, UnknownItemError
 
 _BLOCK_ROWS = 1 << 22
 
