@@ -18,7 +18,8 @@ from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
 from twotower.retrieval.encoding import encode_table, source_columns
 from twotower.retrieval.generation import finish, write_tables
-from twotower.retrieval.shards import measure, write_shard
+from twotower.retrieval.promise import measure
+from twotower.retrieval.shards import write_shard
 from twotower.retrieval.store import Store
 
 

@@ -33,7 +33,8 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.encoding import source_columns
 from twotower.retrieval.generation import finish, write_tables
-from twotower.retrieval.shards import describe, measure, train_shards, write_shard
+from twotower.retrieval.promise import describe, measure
+from twotower.retrieval.shards import train_shards, write_shard
 from twotower.retrieval.store import Store
 
 _VERSION = 2
