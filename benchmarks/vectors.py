@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float32]
 _RANK = 24
 _CLUSTERS = 2_000
 _ZIPF = 1.3
-"""Exponent of the cluster sizes: the largest holds about a third of the vectors."""
+"""Exponent of the cluster sizes: the largest holds about a quarter of the vectors."""
 _SPREAD = 0.6
 _ITEM_NOISE = 0.25
 _QUERY_NOISE = 0.4
