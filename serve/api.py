@@ -53,6 +53,11 @@ _EXAMPLE_HISTORY = {
     "exclude_items": ["7"],
     "fields": ["title"],
 }
+_EXAMPLE_FILTER = {
+    "user_id": "42",
+    "k": 10,
+    "filter": {"genres": {"any_of": ["Comedy", "Drama"]}, "year": {"gte": 1990, "lt": 2000}},
+}
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,9 +93,9 @@ class Service:
         """Return the answer to a query as JSON."""
         return to_json(self.retriever.retrieve(query))
 
-    def similar(self, item_id: str, k: int, fields: list[str]) -> bytes:
-        """Return the items most similar to an item as JSON."""
-        return to_json(self.retriever.similar(item_id, k, fields))
+    def similar(self, item_id: str, k: int, fields: list[str], predicates: dict[str, Any] | None) -> bytes:
+        """Return the items most similar to an item, of those that satisfy predicates, as JSON."""
+        return to_json(self.retriever.similar(item_id, k, fields, predicates))
 
 
 def to_json(answer: Answer) -> bytes:
@@ -138,6 +143,7 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
                 "examples": {
                     "user": {"summary": "A known user", "value": _EXAMPLE},
                     "history": {"summary": "A history in the request", "value": _EXAMPLE_HISTORY},
+                    "filter": {"summary": "Of some items only", "value": _EXAMPLE_FILTER},
                 },
             }
         },
@@ -166,6 +172,12 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
             "schema": {"type": "string"},
             "description": "Item columns, comma separated",
         },
+        {
+            "name": "filter",
+            "in": "query",
+            "schema": {"type": "string"},
+            "description": "Predicates as in POST /v1/retrieve, as JSON",
+        },
     ]
 
     @api.get(
@@ -180,8 +192,8 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
         openapi_extra={"parameters": parameters},
     )
     async def similar(item_id: str, request: Request) -> Response:
-        k, fields = parse_similar(request.query_params.multi_items(), service.max_k)
-        return _json(await service.run(service.similar, item_id, k, fields))
+        k, fields, predicates = parse_similar(request.query_params.multi_items(), service.max_k)
+        return _json(await service.run(service.similar, item_id, k, fields, predicates))
 
     @api.get(
         "/v1/generation", summary="What answers: the generation's manifest in short", response_model=None

@@ -22,6 +22,7 @@ _MAX_SHOWN = 80
 
 _ID = f"text of 1 to {MAX_ID_LENGTH} characters, or an integer"
 _TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
+ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
 ALLOWED = {
     "user_id": f"{_ID}; or null",
     "history": 'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ...}; or null',
@@ -32,8 +33,9 @@ ALLOWED = {
     "at": f"{_TIME}; or null, which is now",
     "exclude_seen": "true or false",
     "exclude_items": "a list of item ids",
+    "allow_items": "a list of item ids; or null, which allows every item",
+    "filter": f"{ALLOWED_FILTER}; or null",
     "fields": "a list of names of item columns",
-    "filter": "nothing: filters are not there yet",
 }
 """What each key of a request may hold, for people; k depends on the service."""
 
@@ -84,11 +86,6 @@ def _time(value: Any) -> int:
 
 def _entry(value: Any) -> Any:
     return value if isinstance(value, dict) else {"item_id": value}
-
-
-def _no_filter(value: Any) -> None:
-    if value is not None:
-        raise ValueError("filters are not there yet; leave the key out, or filter the answer")
 
 
 _ID_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}, {"type": "integer"}]}
@@ -148,10 +145,13 @@ class RetrieveRequest(BaseModel):
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: list[Id] = []
     """Further items to leave out."""
+    allow_items: list[Id] | None = None
+    """Items that alone may be answered; all when not given."""
+    filter: dict[str, Any] | None = None
+    """Predicates by attribute, all of which an item must satisfy: any_of, all_of and none_of take lists of
+    values, gte, gt, lte and lt a bound. GET /v1/generation lists the attributes and their operators."""
     fields: list[str] = []
     """Columns of the item table to return with each item."""
-    filter: Annotated[Any, BeforeValidator(_no_filter)] = None
-    """Not there yet: must be left out."""
 
 
 class ScoredItem(BaseModel):
@@ -226,18 +226,22 @@ def parse_retrieve(body: bytes, max_k: int) -> Query:
         at=request.at,
         exclude_seen=request.exclude_seen,
         exclude_items=request.exclude_items,
+        allow_items=request.allow_items,
+        filter=request.filter,
         fields=request.fields,
     )
 
 
-def parse_similar(parameters: list[tuple[str, str]], max_k: int) -> tuple[int, list[str]]:
-    """Return k and the fields of the query string of GET /v1/items/{item_id}/similar.
+def parse_similar(
+    parameters: list[tuple[str, str]], max_k: int
+) -> tuple[int, list[str], dict[str, Any] | None]:
+    """Return k, the fields and the filter of the query string of GET /v1/items/{item_id}/similar.
 
     Raises:
         BadRequest: an unknown parameter, one twice, or a value that is not allowed.
     """
-    known = ("k", "fields")
-    k, fields = 20, list[str]()
+    known = ("k", "fields", "filter")
+    k, fields, predicates = 20, list[str](), None
     names = [name for name, _ in parameters]
     for name, value in parameters:
         if name not in known:
@@ -245,11 +249,29 @@ def parse_similar(parameters: list[tuple[str, str]], max_k: int) -> tuple[int, l
         if name == "fields":
             fields += [f for f in value.split(",") if f]
             continue
-        if names.count("k") > 1 or not (value.isascii() and value.isdigit() and len(value) < 10):
-            raise _invalid([{"where": "k", "message": f"is {_shown(value)}", "allowed": allowed_k(max_k)}])
-        k = int(value)
+        allowed = allowed_k(max_k) if name == "k" else ALLOWED_FILTER
+        refused = _invalid([{"where": name, "message": f"is {_shown(value)}", "allowed": allowed}])
+        if names.count(name) > 1:
+            raise refused
+        if name == "filter":
+            predicates = _object(value)
+            if predicates is None:
+                raise refused
+        elif value.isascii() and value.isdigit() and len(value) < 10:
+            k = int(value)
+        else:
+            raise refused
     check_k(k, max_k)
-    return k, fields
+    return k, fields, predicates
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """Return the object of a JSON text, None where it is something else."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def check_k(k: int, max_k: int) -> None:
@@ -281,15 +303,13 @@ def _detail(error: Any, max_k: int) -> dict[str, str]:
         model = HistoryEntry if location[0] == "history" else RetrieveRequest
         return {"where": where, **_unknown_key(str(location[-1]), tuple(model.model_fields))}
     name = next((str(part) for part in reversed(location) if isinstance(part, str) and part in _KEYS), "")
-    if name == "exclude_items" and len(location) > 1:
+    if name in ("exclude_items", "allow_items") and len(location) > 1:
         name = "item_id"
     allowed = allowed_k(max_k) if name == "k" else ALLOWED[name]
     if error["type"] == "missing":
         return {"where": where, "message": "is missing", "allowed": allowed}
     if error["type"] == "value_error":
         problem = str(error["ctx"]["error"])
-        if name == "filter":
-            return {"where": where, "message": problem, "allowed": allowed}
         return {"where": where, "message": f"{_shown(error['input'])} {problem}", "allowed": allowed}
     return {"where": where, "message": f"{_shown(error['input'])} is not allowed", "allowed": allowed}
 

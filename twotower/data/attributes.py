@@ -57,9 +57,11 @@ def attribute_table(items: pa.Table, attributes: Mapping[str, AttributeConfig]) 
         try:
             columns[name] = _typed(values, attributes[name])
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            kind = attributes[name].type
             raise ConfigError(
-                f"{where}: column {column!r} of type {values.type} can not be read as "
-                f"{attributes[name].type} ({error}); correct the values, or declare another type"
+                f"{where}: column {column!r} of type {values.type} can not be "
+                f"{'filtered by' if kind == 'auto' else f'read as {kind}'} ({error}); correct its values or "
+                "declare a type that they have"
             ) from None
     return pa.table(columns)
 

@@ -161,7 +161,9 @@ class AttributeColumn:
                     high = min(high, at)
                 continue
             if not isinstance(operand, (list, tuple)) or not operand:
-                raise self._refused(operator, operand, "a list of one or more values, each " + self._wanted)
+                raise self._refused(
+                    operator, operand, "a list of one or more values, each " + _WANTED[self.kind]
+                )
             spans = [self._span(self._operand(operator, value)) for value in operand]
             if operator == "all_of":
                 terms += [Term(self, _joined([span])) for span in spans]
@@ -243,10 +245,6 @@ class AttributeColumn:
         search: Callable[..., int] = bisect.bisect_right if after else bisect.bisect_left
         return search(self._values, value, key=_plain)
 
-    @property
-    def _wanted(self) -> str:
-        return _WANTED[self.kind]
-
     def _operand(self, operator: str, value: Any) -> Any:
         """Return a value of a predicate as those of the attribute are compared."""
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -266,7 +264,8 @@ class AttributeColumn:
         number = whole or (isinstance(value, float) and math.isfinite(value))
         if self.kind in ("integer", "number") and operator in RANGE_OPERATORS and number:
             return value
-        raise self._refused(operator, value, self._wanted)
+        bound = self.kind == "integer" and operator in RANGE_OPERATORS
+        raise self._refused(operator, value, _WANTED["number" if bound else self.kind])
 
     def _refused(self, operator: str, value: Any, allowed: str) -> NotAllowedError:
         return NotAllowedError(f"filter.{self.name}.{operator}: {shown(value)} is not allowed", allowed)

@@ -35,13 +35,14 @@ from twotower.data.histories import Histories
 from twotower.data.sampling import popularity
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.parts import save_array
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import Columns, encode_columns, profile_values
-from twotower.retrieval.items import ItemTables
+from twotower.retrieval.items import ItemTables, mapped_table
 from twotower.schema import FeatureSchema
 
 KIND = "generation"
@@ -172,6 +173,16 @@ class Generation:
         return ItemTables(
             [(self._shard_path(s) / ITEMS, self._item_rows(s), self._dead(s)) for s in self._shards]
         )
+
+    @functools.cached_property
+    def attributes(self) -> Attributes:
+        """What queries can filter by, of the items that can be answered; built when first asked for."""
+        tables = []
+        if self.declared_attributes:
+            for shard in self._shards:
+                path, item_rows = self._shard_path(shard) / ATTRIBUTES, self._item_rows(shard)
+                tables.append((mapped_table(path, len(item_rows)), item_rows, self._dead(shard)))
+        return Attributes(tables, len(self.item_ids))
 
     def searcher(self, threads: int = 1) -> Searcher:
         """Return a searcher over all shards, at the effort that the index recall was measured with.

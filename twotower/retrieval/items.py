@@ -29,15 +29,7 @@ class ItemTables:
         self._shards: list[tuple[pa.Table, npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self.schema = pa.schema([])
         for path, item_rows, dead in shards:
-            try:
-                with pa.memory_map(str(path), "r") as source:
-                    table = pa.ipc.open_file(source).read_all()
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ArtefactError(f"{path} can not be read ({error}); build the generation again") from None
-            if len(table) != len(item_rows):
-                raise ArtefactError(
-                    f"{path} has {len(table)} rows, its shard has {len(item_rows)}; build it again"
-                )
+            table = mapped_table(path, len(item_rows))
             self.schema = table.schema.remove_metadata()
             if len(item_rows):
                 self._shards.append((table, item_rows, dead))
@@ -95,6 +87,22 @@ class ItemTables:
         if (place < 0).any():
             raise RequestError(f"item row {rows[np.argmin(place)]} is not in the index; use an indexed one")
         return pieces, place
+
+
+def mapped_table(path: Path, num_rows: int) -> pa.Table:
+    """Return the memory-mapped table of an Arrow file.
+
+    Raises:
+        ArtefactError: it can not be read or has another number of rows.
+    """
+    try:
+        with pa.memory_map(str(path), "r") as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtefactError(f"{path} can not be read ({error}); build the generation again") from None
+    if len(table) != num_rows:
+        raise ArtefactError(f"{path} has {len(table)} rows, its shard has {num_rows}; build it again")
+    return table
 
 
 def _places(

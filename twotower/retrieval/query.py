@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,10 @@ class Query:
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: Sequence[str] = ()
     """Further external ids to leave out; unknown ones are passed over."""
+    allow_items: Sequence[str] | None = None
+    """External ids that alone may be answered; unknown ones are passed over. None allows every item."""
+    filter: Mapping[str, Any] | None = None
+    """Predicates over attributes, as ``Attributes.allowed`` takes them; an item must satisfy all of them."""
     fields: Sequence[str] = ()
     """Item columns to return with each item."""
 

@@ -11,7 +11,7 @@ Shapes: B queries, D embedding_dim, K results, N catalogue items.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from twotower.errors import NotAllowedError
+from twotower.index.allowed import Allowed
 from twotower.index.search import Hits
 from twotower.model.features import QueryFeatures
 from twotower.retrieval.generation import Generation
@@ -87,14 +88,21 @@ class Retriever:
         torch.set_num_threads(self._threads)
 
     def warm_up(self) -> None:
-        """Answer a query from a history, so that the first real one finds everything loaded."""
+        """Answer queries from a history, so that the first real one finds everything loaded."""
         first = self._item_ids.id(0)
         self.retrieve(Query(k=10, history=[HistoryItem(first)], fields=self.item_fields))
+        if self.attributes:
+            self.retrieve(Query(k=10, history=[HistoryItem(first)], allow_items=[first]))
 
     @property
     def item_fields(self) -> list[str]:
         """Item columns that a query may ask for; item_id and score are in every answer."""
         return [name for name in self._items.fields if name not in ("item_id", "score")]
+
+    @property
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """Type and operators of each attribute that a query may filter by."""
+        return self._generation.attributes.describe()
 
     @property
     def user_columns(self) -> list[str]:
@@ -122,6 +130,7 @@ class Retriever:
             "num_users": len(self._generation.user_ids),
             "item_fields": self.item_fields,
             "user_columns": self.user_columns,
+            "attributes": self.attributes,
         }
 
     def retrieve(self, query: Query) -> Answer:
@@ -146,14 +155,19 @@ class Retriever:
         ranked = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
         vectors = self._encode([inputs[i] for i in ranked])
         encoded = time.perf_counter()
+        allowed = self._allowed_sets(queries)
         hits = [
-            self._popular(each.excluded, query.k) if each.strategy == "popular" else None
-            for each, query in zip(inputs, queries, strict=True)
+            self._popular(each.excluded, query.k, only) if each.strategy == "popular" else None
+            for each, query, only in zip(inputs, queries, allowed, strict=True)
         ]
-        for k in sorted({queries[i].k for i in ranked}):
-            places = [place for place, i in enumerate(ranked) if queries[i].k == k]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, i in enumerate(ranked):
+            groups.setdefault((queries[i].k, id(allowed[i])), []).append(place)
+        for (k, _), places in groups.items():
             excluded = [inputs[ranked[place]].excluded for place in places]
-            for place, found in zip(places, self._searcher.search(vectors[places], k, excluded), strict=True):
+            only = allowed[ranked[places[0]]]
+            answers = self._searcher.search(vectors[places], k, excluded, allowed=only)
+            for place, found in zip(places, answers, strict=True):
                 hits[ranked[place]] = found
         searched = time.perf_counter()
         items = [
@@ -167,12 +181,20 @@ class Retriever:
             for found, each in zip(items, inputs, strict=True)
         ]
 
-    def similar(self, item_id: str, k: int, fields: Sequence[str] = ()) -> Answer:
+    def similar(
+        self, item_id: str, k: int, fields: Sequence[str] = (), filter: Mapping[str, Any] | None = None
+    ) -> Answer:
         """Return the items whose vectors are nearest to an item's own, without the item itself.
+
+        Args:
+            item_id: external id.
+            k: number of items wanted, 1 or more.
+            fields: item columns to return with each item.
+            filter: predicates that the answers must satisfy; the item itself need not.
 
         Raises:
             UnknownItemError: the item is not in the catalogue.
-            RequestError: k or a field is not allowed.
+            RequestError: k, a field or the filter is not allowed.
         """
         start = time.perf_counter()
         self._check(k, fields)
@@ -185,7 +207,8 @@ class Retriever:
             raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
         vector = self._searcher.vectors([row])
         encoded = time.perf_counter()
-        hits = self._searcher.search(vector, k, [np.array([row])])[0]
+        only = self._allowed(filter, None)
+        hits = self._searcher.search(vector, k, [np.array([row])], allowed=only)[0]
         searched = time.perf_counter()
         items = self._described(hits, fields)
         return Answer(self.generation_id, items, "similar", _timing(start, encoded, searched))
@@ -207,12 +230,41 @@ class Retriever:
         batch = self._features(*self._inputs.batch(inputs))
         return np.asarray(self._model.encode_queries(batch).numpy(), dtype=np.float32)
 
-    def _popular(self, excluded: npt.NDArray[np.int64], k: int) -> Hits:
-        """Return the most popular items that are not excluded."""
-        # Of the first k + e at most e are excluded.
-        first = self._popularity[: k + len(excluded)]
-        kept = np.flatnonzero(~np.isin(first, excluded))[:k]
-        return Hits(first[kept], self._popularity_scores[kept])
+    def _allowed_sets(self, queries: Sequence[Query]) -> list[Allowed | None]:
+        """Return for each query the items it may be answered with; equal filters give the same set."""
+        sets: dict[str, Allowed | None] = {}
+        keys = [repr((query.filter, query.allow_items)) for query in queries]
+        for key, query in zip(keys, queries, strict=True):
+            if key not in sets:
+                sets[key] = self._allowed(query.filter, query.allow_items)
+        return [sets[key] for key in keys]
+
+    def _allowed(self, filter: Mapping[str, Any] | None, allow_items: Sequence[str] | None) -> Allowed | None:
+        """Return the items that satisfy a filter and are in a list; None where neither restricts them."""
+        satisfying = listed = None
+        if filter is not None and filter != {}:
+            satisfying = self._generation.attributes.allowed(filter)
+        if allow_items is not None:
+            rows = self._item_ids.rows(allow_items, missing="negative")
+            listed = Allowed.of_rows(rows, len(self._item_ids))
+        if satisfying is None:
+            return listed
+        return satisfying if listed is None else satisfying & listed
+
+    def _popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
+        """Return the most popular items that are allowed and not excluded."""
+        # Of the first k + e at most e are excluded; a filter may look further down the ranking.
+        start, size = 0, k + len(excluded)
+        kept = np.zeros(0, np.int64)
+        while start < len(self._popularity) and len(kept) < k:
+            block = self._popularity[start : start + size]
+            inside = ~np.isin(block, excluded)
+            if allowed is not None:
+                inside &= allowed.contains(block)
+            kept = np.concatenate([kept, start + np.flatnonzero(inside)])
+            start, size = start + size, size * 4
+        kept = kept[:k]
+        return Hits(self._popularity[kept], self._popularity_scores[kept])
 
     def _described(self, hits: Hits, fields: Sequence[str]) -> list[dict[str, Any]]:
         ids = self._item_ids.ids(hits.item_rows)
