@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -61,6 +63,18 @@ QUERIES: list[tuple[dict[str, Any], Query]] = [
     (
         {"k": 7, "user_id": "nobody", "exclude_items": [1001, "1002"]},
         Query(k=7, user_id="nobody", exclude_items=["1001", "1002"]),
+    ),
+    (
+        {"user_id": "5", "k": 9, "filter": {"genres": {"any_of": ["War"]}, "year": {"gte": 1960}}},
+        Query(user_id="5", k=9, filter={"genres": {"any_of": ["War"]}, "year": {"gte": 1960}}),
+    ),
+    (
+        {"k": 6, "filter": {"in_stock": {"any_of": [False]}}},
+        Query(k=6, filter={"in_stock": {"any_of": [False]}}),
+    ),
+    (
+        {"user_id": 7, "k": 9, "allow_items": [1004, 1009, 1012, 1020, 1033, 1041, 1050, "none"]},
+        Query(user_id="7", k=9, allow_items=["1004", "1009", "1012", "1020", "1033", "1041", "1050", "none"]),
     ),
     (
         {"k": 12, "user_id": "5", "at": "2023-12-01T00:00:00"},
@@ -215,6 +229,22 @@ def test_similar_items(client: Client, library: Retriever) -> None:
     assert scores == sorted(scores, reverse=True)
 
 
+def test_filtered_answers_satisfy_the_filter(client: Client) -> None:
+    filtered = {"genres": {"any_of": ["War", "Drama"], "none_of": ["Comedy"]}, "year": {"gte": 1970}}
+    items = client.items(user_id="5", k=200, exclude_seen=False, filter=filtered, fields=["genres", "year"])
+    every = client.items(user_id="5", k=200, exclude_seen=False, fields=["genres", "year"])
+
+    def satisfies(item: dict[str, Any]) -> bool:
+        genres = set(item["genres"].split("|"))
+        return bool({"War", "Drama"} & genres) and "Comedy" not in genres and item["year"] >= 1970
+
+    assert [i["item_id"] for i in items] == [i["item_id"] for i in every if satisfies(i)]
+    assert 5 < len(items) < len(every) - 5
+    path = "/v1/items/1003/similar?k=200&filter=" + quote(json.dumps(filtered))
+    similar = {item["item_id"] for item in client.get(path).json["items"]}
+    assert similar == {item["item_id"] for item in items} - {"1003"}
+
+
 def test_generation_health_and_docs(client: Client, shop: Shop) -> None:
     facts = client.get("/v1/generation").json
     assert facts["id"] == "g1"
@@ -223,6 +253,7 @@ def test_generation_health_and_docs(client: Client, shop: Shop) -> None:
     assert facts["user_columns"] == ["age", "group"]
     assert set(facts["item_fields"]) >= {"title", "genres", "year"}
     assert facts["index"]["index_recall"] == 1.0
+    assert facts["attributes"]["genres"] == {"type": "list", "operators": ["any_of", "all_of", "none_of"]}
     assert str(shop.generation.parent) not in client.get("/v1/generation").content.decode()
     assert client.get("/healthz").json == {"status": "ok"}
     ready = client.get("/readyz").json
