@@ -12,7 +12,8 @@ Symbols: Q queries, D embedding_dim, K results, S shards, N items, n items of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from twotower.errors import ArtefactError, RequestError
 from twotower.index.allowed import Allowed
 from twotower.index.build import check_item_rows
 from twotower.index.filter_plan import FilterPlan, Strategy, unmeasured
+from twotower.index.gpu import Gpu, gpus, placed
 from twotower.index.hits import (
     Excluded,
     FloatArray,
@@ -38,7 +40,7 @@ from twotower.index.hits import (
     ranking_keys,
 )
 from twotower.index.spec import Effort, efforts
-from twotower.index.units import Unit, units_of
+from twotower.index.units import Unit
 
 __all__ = ["Hits", "Searcher", "Shard", "best_keys", "exact_top_k", "hits_of", "ranking_keys"]
 
@@ -70,6 +72,7 @@ class Searcher:
         effort: Effort | None = None,
         threads: int = 1,
         plan: FilterPlan | None = None,
+        on: Sequence[Gpu] | None = None,
     ) -> None:
         """Check the shards and make them ready.
 
@@ -78,6 +81,7 @@ class Searcher:
             effort: how hard approximate indexes look.
             threads: FAISS threads of a call; set for the calling thread at each call.
             plan: how to search among some of the items, as measured on these shards.
+            on: GPUs that hold copies of the shards; all of this machine when not given.
 
         Raises:
             ArtefactError: the shards do not fit together.
@@ -93,7 +97,10 @@ class Searcher:
                 )
         self.shards = [s for s in shards if len(s.item_rows)]
         self.dim = dims[0] if dims else 0
-        self.units = units_of([(s.index, s.item_rows, s.dead) for s in self.shards])
+        on = gpus() if on is None else on
+        self.units = placed([(s.index, s.item_rows, s.dead) for s in self.shards], on)
+        # Each GPU works for a thread of its own; one is asked by the caller's.
+        self._pool = ThreadPoolExecutor(len(on), "gpu") if len(on) > 1 and len(self.units) > 1 else None
         _check_disjoint(self.units)
         self.num_items = sum(len(u.item_rows) for u in self.units)
         self.effort = effort or Effort()
@@ -289,7 +296,7 @@ class Searcher:
     ) -> tuple[list[Hits], IntArray]:
         """Return what the indexes find, and which queries are short of items that there are."""
         wanted = np.full(len(queries), self.num_items)
-        found_scores, found_rows = [], []
+        fetches = []
         for unit in self.units:
             extra = 0
             if excluded is not None and len(excluded.pairs):
@@ -298,11 +305,14 @@ class Searcher:
                 )
                 wanted -= left_out
                 extra = int(left_out.max())
-            scores, rows = unit.search(
-                queries, min(k + extra, len(unit.item_rows)), effort, allowed, by_selector
-            )
-            found_scores.append(scores)
-            found_rows.append(rows)
+            fetches.append(min(k + extra, len(unit.item_rows)))
+
+        def ask(unit: Unit, fetch: int) -> tuple[FloatArray, IntArray]:
+            return unit.search(queries, fetch, effort, allowed, by_selector)
+
+        each: Callable[..., Iterable[tuple[FloatArray, IntArray]]] = self._pool.map if self._pool else map
+        found = list(each(ask, self.units, fetches))
+        found_scores, found_rows = [f[0] for f in found], [f[1] for f in found]
         # One call over all shards: NumPy's cost for each call is most of the time of a single query.
         scores = found_scores[0] if len(found_scores) == 1 else np.concatenate(found_scores, axis=1)
         rows = found_rows[0] if len(found_rows) == 1 else np.concatenate(found_rows, axis=1)

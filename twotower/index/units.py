@@ -123,7 +123,18 @@ class Unit:
     def _search(
         self, queries: FloatArray, k: int, effort: Effort, selector: Any = None
     ) -> tuple[FloatArray, IntArray]:
-        """Return what the index finds, dead items among it."""
+        """Return the scores and item rows that the index finds, dead items among them."""
+        scores, labels = self._labels(queries, k, effort, selector)
+        if self._labels_are_rows:
+            return scores, labels
+        rows = self._held[labels]
+        rows[labels < 0] = -1
+        return scores, rows
+
+    def _labels(
+        self, queries: FloatArray, k: int, effort: Effort, selector: Any = None
+    ) -> tuple[FloatArray, IntArray]:
+        """Return the scores and labels that FAISS finds."""
         if len(queries) > 1:
             index = self._batches
             scores, labels = index.search(queries, k, params=effort.parameters(index, selector))
@@ -136,11 +147,7 @@ class Unit:
             scores, labels = self.index.search(queries, k, params=effort.parameters(self.index, selector))
             if self._one_thread:
                 faiss.omp_set_num_threads(threads)
-        if self._labels_are_rows:
-            return scores, labels
-        rows = self._held[labels]
-        rows[labels < 0] = -1
-        return scores, rows
+        return scores, labels
 
     def _search_lists(self, query: FloatArray, k: int, parameters: Any) -> tuple[FloatArray, IntArray]:
         """Search one query in two steps, which takes four fifths of the time of FAISS's one."""
