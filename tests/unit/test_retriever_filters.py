@@ -13,7 +13,7 @@ from tests.generations import plain_generation
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.errors import ConfigError, NotAllowedError
+from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
@@ -155,6 +155,15 @@ def test_filters_follow_updates(
     found = ids(updated, k=99, user_id="1", exclude_seen=False, filter=FILTERS[0][0])
     assert set(found) == {item_id for item_id, item in now.items() if satisfies(item)}
     assert "1001" in ids(retriever, k=99, user_id="1", exclude_seen=False)
+
+
+def test_an_update_needs_the_columns_of_attributes(
+    shop: tuple[Config, Dataset, Path], items: dict[str, Item]
+) -> None:
+    store = Store(shop[0].store)
+    table = pa.Table.from_pylist([items["1002"]], Generation.open(shop[2]).items.schema)
+    with pytest.raises(DataError, match="no column 'brand', which the catalogue's have"):
+        update_items(store, table.drop_columns(["brand"]), publish=False)
 
 
 def test_an_attribute_whose_column_is_not_there(shop: tuple[Config, Dataset, Path], tmp_path: Path) -> None:

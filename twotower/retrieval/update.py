@@ -338,6 +338,11 @@ class _State:
         table = stored_columns("item", [f.spec for f in self.base.schema.item], changes)
         columns = []
         for field in wanted:
+            if field.name not in table.column_names:
+                raise DataError(
+                    f"the items given have no column {field.name!r}, which the catalogue's have; they have "
+                    f"{', '.join(table.column_names)}. Add it, empty where there is no value"
+                )
             column = table.column(field.name)
             try:
                 columns.append(column.cast(field.type))
