@@ -67,7 +67,7 @@ class Input:
     columns: Columns
     """Static columns by feature name, [1, ...]."""
     excluded: IntArray
-    """[e] int64 catalogue rows that must not be answered, ascending."""
+    """[e] int64 item rows that must not be answered, ascending."""
 
 
 class Inputs:
@@ -79,7 +79,7 @@ class Inputs:
         Args:
             schema: of the model.
             users: the user table.
-            item_ids: catalogue items first, then items that only occur in interactions.
+            item_ids: the items that the towers were trained with, then those that updates added.
         """
         self.schema = schema
         self.users = users
@@ -145,11 +145,13 @@ class Inputs:
     def _given_history(
         self, history: Sequence[HistoryItem], listed: IntArray, at: int
     ) -> tuple[IntArray, FloatArray]:
+        """Return the latest items of a history that count at a moment: rows [H] and weights [H]."""
         length = self.schema.max_history
         counted = [
             (int(row), item.weight)
             for row, item in zip(listed, history, strict=True)
-            if row >= 0 and (item.time is None or item.time < at)
+            # The query tower has no embedding of what an update added.
+            if 0 <= row < self.schema.num_items and (item.time is None or item.time < at)
         ]
         latest = counted[::-1][:length]
         rows = np.full(length, -1, np.int64)
@@ -170,7 +172,7 @@ class Inputs:
         if not parts:
             return np.zeros(0, np.int64)
         rows = np.unique(np.concatenate(parts))
-        return rows[(rows >= 0) & (rows < self.schema.num_catalogue_items)]
+        return rows[rows >= 0]
 
     def _given_columns(self, values: dict[str, Any]) -> Columns:
         if not values:

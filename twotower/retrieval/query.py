@@ -20,7 +20,7 @@ class HistoryItem:
     """One item of a history that comes with a query."""
 
     item_id: str
-    """External id; one that is not in the vocabulary is passed over."""
+    """External id; one that the model was not trained with is passed over."""
     time: int | None = None
     """Microseconds UTC; an item without a time counts at every moment."""
     weight: float = 1.0

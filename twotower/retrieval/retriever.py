@@ -49,7 +49,7 @@ class Retriever:
         self._item_ids = generation.item_ids
         self._items = generation.items
         self._searcher = generation.searcher(threads)
-        self._popularity = np.array(generation.popularity, dtype=np.int64)
+        self._popularity = self._ranking()
         self._popularity_scores = popularity_scores(
             self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
         )
@@ -199,10 +199,10 @@ class Retriever:
         start = time.perf_counter()
         self._check(k, fields)
         row = self._item_ids.row(item_id)
-        if row is None or row >= len(self._popularity):
-            reason = (
-                "is not known" if row is None else "only occurs in interactions, it is not in the catalogue"
-            )
+        if row is None or not self._searcher.contains([row])[0]:
+            reason = "is not known"
+            if row is not None:
+                reason = "is not in the catalogue: it only occurs in interactions, or was deleted"
             shown = item_id if len(item_id) <= 60 else item_id[:60] + "..."
             raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
         vector = self._searcher.vectors([row])
@@ -251,6 +251,13 @@ class Retriever:
             return listed
         return satisfying if listed is None else satisfying & listed
 
+    def _ranking(self) -> npt.NDArray[np.int64]:
+        """Return the item rows that can be answered, the most popular first, those of updates last."""
+        built = np.array(self._generation.popularity, dtype=np.int64)
+        later = np.setdiff1d(np.arange(len(self._item_ids)), built, assume_unique=True)
+        ranking = np.concatenate([built, later])
+        return ranking[self._searcher.contains(ranking)]
+
     def _popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
         """Return the most popular items that are allowed and not excluded."""
         # Of the first k + e at most e are excluded; a filter may look further down the ranking.
@@ -287,7 +294,7 @@ def popularity_scores(
     disagree, a score is lowered to that of the place before, so that scores fall along the ranking.
 
     Args:
-        ranking: [N] int64 item rows, the most popular first.
+        ranking: [n] int64 item rows, the most popular first.
         seen_item_rows: [m] int32, each user's seen items one after the other; may be memory-mapped.
         num_users: number of users.
         num_items: items of the vocabulary.
