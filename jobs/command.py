@@ -115,7 +115,8 @@ def check_storage(config: Config, environment: Mapping[str, str] | None = None) 
     root = config.storage.root
     if "://" in root:
         raise ConfigError(
-            f"storage.root ({root}) is a URL; artefacts live in a folder that every node sees: give its path"
+            f"storage.root ({root}) is a URL; artefacts live in a folder that every node sees: give its "
+            "path. Generations alone may live in a bucket, which storage.store names"
         )
     if Path(root).expanduser().is_absolute():
         return

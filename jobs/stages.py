@@ -77,9 +77,9 @@ def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
 
 def store_of(config: Config) -> Store:
     """Return the store of generations of the configuration."""
-    from twotower.retrieval.store import Store
+    from twotower.retrieval.store import open_store
 
-    return Store(config.store)
+    return open_store(config)
 
 
 def publish(

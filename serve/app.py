@@ -18,7 +18,9 @@ class BuildArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     store: str
-    """Path of the store, the same on every node; ``STORE/CURRENT`` names what is served."""
+    """Path of the store, the same on every node, or its URL; its pointer names what is served."""
+    cache: str | None = None
+    """Folder of each node for the generations of a URL."""
     pointer: str = "CURRENT"
     """Pointer of the store to serve."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -45,6 +47,16 @@ def build(args: BuildArgs) -> Application:
         num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": variables}},
     )
-    store = str(Path(args.store).expanduser().absolute())
-    application: Application = deployment.bind(store, args.pointer, args.threads, args.workers, args.max_k)
+    application: Application = deployment.bind(
+        args.store if "://" in args.store else _absolute(args.store),
+        args.pointer,
+        args.threads,
+        args.workers,
+        args.max_k,
+        None if args.cache is None else _absolute(args.cache),
+    )
     return application
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -12,7 +12,7 @@ from serve.api import Service, make_api
 from twotower.environment import read_settings
 from twotower.errors import ArtefactError
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
+from twotower.retrieval.store import store_at
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,20 +29,23 @@ logger = logging.getLogger("ray.serve")
 class Retrieval:
     """Answers requests from the generation that a pointer of a store names when the replica starts."""
 
-    def __init__(self, store: str, pointer: str, threads: int, workers: int, max_k: int) -> None:
+    def __init__(
+        self, store: str, pointer: str, threads: int, workers: int, max_k: int, cache: str | None = None
+    ) -> None:
         """Open and verify the generation, and answer a first query.
 
         Args:
-            store: path of the store.
+            store: path or URL of the store.
             pointer: name of the pointer.
             threads: CPU threads of the query tower and of a search.
             workers: requests worked on at the same time.
             max_k: largest k of a request.
+            cache: local folder for the generations of a URL.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged.
         """
-        found = Store(store)
+        found = store_at(store, cache)
         generation_id = found.current(pointer)
         if generation_id is None:
             raise ArtefactError(

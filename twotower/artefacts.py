@@ -71,21 +71,38 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     Raises:
         ArtefactError: there is no manifest, it is not JSON, or it is of another kind or newer schema.
     """
-    path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        data = (directory / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise ArtefactError(
             f"{directory} is not a finished {kind}: it has no {MANIFEST}. Run the job that makes it again."
         ) from None
+    return parse_manifest(data, str(directory), kind)
+
+
+def parse_manifest(data: bytes, place: str, kind: str) -> dict[str, Any]:
+    """Return the manifest in the bytes of its file.
+
+    Args:
+        data: the bytes.
+        place: path or URL of the artefact, for the errors.
+        kind: what it must be of.
+
+    Raises:
+        ArtefactError: it is not JSON, or it is of another kind or newer schema.
+    """
+    try:
+        manifest = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}). Delete {directory} and make it again.") from None
+        raise ArtefactError(
+            f"{place}/{MANIFEST} is damaged ({error}). Delete {place} and make it again."
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ArtefactError(f"{directory} holds a {found}, not a {kind}. Give the path of a {kind}.")
+        raise ArtefactError(f"{place} holds a {found}, not a {kind}. Give the path of a {kind}.")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtefactError(
-            f"{directory} has schema version {manifest.get('schema_version')}; this release reads "
+            f"{place} has schema version {manifest.get('schema_version')}; this release reads "
             f"{SCHEMA_VERSION}. Make it again, or use the release that wrote it."
         )
     return manifest

@@ -69,7 +69,8 @@ def running(
         serve = config.serve
         return build(
             BuildArgs(
-                store=str(config.store.absolute()),
+                store=config.storage.store or str(config.store),
+                cache=str(config.store),
                 pointer=pointer,
                 threads=serve.threads,
                 max_k=serve.max_k,
@@ -89,13 +90,13 @@ def check_published(config: Config, pointer: str = "CURRENT") -> str:
         ArtefactError: there is none, or it is damaged.
     """
     from twotower.retrieval.generation import Generation
-    from twotower.retrieval.store import Store
+    from twotower.retrieval.store import open_store
 
-    store = Store(config.store)
+    store = open_store(config)
     generation_id = store.current(pointer)
     if generation_id is None:
         raise ArtefactError(
-            f"nothing is published: {config.store} has no pointer {pointer}. Run `python -m jobs.pipeline` "
+            f"nothing is published: {store.where} has no pointer {pointer}. Run `python -m jobs.pipeline` "
             "with the same --config and --set first, or name the configuration that was run"
         )
     Generation.open(store.fetch(generation_id), verify=True)

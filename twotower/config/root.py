@@ -117,7 +117,7 @@ class Config(Section):
 
     @property
     def store(self) -> Path:
-        """Folder of generations and pointers."""
+        """Folder of generations and pointers; with ``storage.store`` a cache of what is there."""
         return self.home / "store"
 
     @property

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from twotower.config.section import PositiveInt, Section
+
+
+def check_store_url(url: str) -> str:
+    """Return the URL of a place for generations.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"(s3|gs)://[a-z0-9][a-z0-9._-]+(/[A-Za-z0-9._=-]+)*/?", url):
+        raise ValueError(
+            f"{url} is no place for generations; give s3://BUCKET/PREFIX or gs://BUCKET/PREFIX, or null for "
+            "a folder below storage.root"
+        )
+    return url
 
 
 class StorageConfig(Section):
@@ -16,6 +31,8 @@ class StorageConfig(Section):
     root: str = "runs"
     """Folder of all artefacts; may be relative to the working directory, but not on a remote cluster."""
 
+    store: Annotated[str, AfterValidator(check_store_url)] | None = None
+    """Bucket of the generations, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX; null keeps them in ``root``."""
     keep_generations: PositiveInt | None = None
     """Newest generations that stay after a job published, beside those that pointers name; null keeps all."""
 

@@ -419,11 +419,7 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
     """
     known = {} if verified is None else read_manifest(verified, KIND)["files"]
     for name, facts in files.items():
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-            raise ArtefactError(
-                f"the manifest of {directory} lists {name!r}, which is outside of it. {_AGAIN}"
-            )
+        check_file_name(name, str(directory))
         path = directory / name
         try:
             size = os.stat(path).st_size
@@ -439,6 +435,21 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
                 f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
                 f"{str(facts['sha256'])[:16]}... {_AGAIN}"
             )
+
+
+def check_file_name(name: str, place: str) -> None:
+    """Refuse a name of a manifest that leads out of its generation.
+
+    Args:
+        name: relative path.
+        place: path or URL of the generation, for the error.
+
+    Raises:
+        ArtefactError: it does.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
+        raise ArtefactError(f"the manifest of {place} lists {name!r}, which is outside of it. {_AGAIN}")
 
 
 def _same_file(first: Path, second: Path) -> bool:
