@@ -29,9 +29,10 @@ from twotower.index.choice import choose
 from twotower.index.filter_measure import measure_filters
 from twotower.index.filter_plan import SHARES
 from twotower.index.hits import Hits, hits_of, merged
-from twotower.index.recall import index_recall_at_k, least_effort
+from twotower.index.recall import index_recall_at_k
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort, ivf_of
+from twotower.index.tuning import least_effort
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -71,6 +71,8 @@ def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
 
 
 def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
+    from twotower.retrieval.promise import curve_table
+
     store = stages.store_of(config)
     path = stages.generation_for(config, arguments.id)
     manifest = store.manifest(path.name)
@@ -92,7 +94,7 @@ def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
         f"  index        {index['factory']}: {index.get('reason', 'as configured')}",
         f"  index recall {index['index_recall']:.4f} of the top {index['recall_k']} of "
         f"{index['num_queries']} real queries, target {index['target_index_recall']}",
-        *_curve(index),
+        *(f"    {line}" for line in curve_table(index)),
         *_shards(manifest),
     ]
     if delta is not None:
@@ -107,21 +109,6 @@ def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
         "delta": delta,
     }
     return command.Result(path=path, metrics=stages.index_metrics(path), details=details, lines=lines)
-
-
-def _curve(index: dict[str, Any]) -> list[str]:
-    """Return the measured points of recall over effort as a table, the chosen one marked."""
-    points = index.get("curve") or []
-    if not points:
-        return []
-    lines = ["  effort                        recall   p50 ms"]
-    for point in points:
-        effort = ", ".join(f"{name} {value}" for name, value in point["effort"].items()) or "-"
-        cost = point["search_ms"]
-        p50 = cost["p50"] if isinstance(cost, dict) else cost
-        mark = "  <- chosen" if point["effort"] == index["effort"] else ""
-        lines.append(f"    {effort:<26}  {point['index_recall']:.4f}  {p50:>7.3f}{mark}")
-    return lines
 
 
 def _shards(manifest: dict[str, Any]) -> list[str]:

@@ -10,7 +10,6 @@ import faiss
 import numpy as np
 import pytest
 
-from twotower.config.service import IndexConfig
 from twotower.errors import ArtefactError, ConfigError
 from twotower.index.build import (
     build_shard,
@@ -20,7 +19,6 @@ from twotower.index.build import (
     train_index,
     write_index,
 )
-from twotower.index.choice import choose
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort, shard_of
 
@@ -179,18 +177,6 @@ def test_the_index_is_free_of_torch_and_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_auto_is_exact_for_small_catalogues_and_says_why() -> None:
-    small, large = (choose(IndexConfig(), n, 128) for n in (20_000, 20_001))
-    assert small.factory == "Flat"
-    assert "20,000" in small.reason
-    assert large.factory == "IVF512,SQ8"
-    assert choose(IndexConfig(), 1_000_000, 128).factory == "IVF4096,SQ8"
-    assert choose(IndexConfig(factory="HNSW8"), 10, 8).factory == "HNSW8"
-    assert choose(IndexConfig(kind="ivf_flat"), 390, 8).factory == "IVF10,Flat"
-    with pytest.raises(ValueError, match="leave one out"):
-        IndexConfig(kind="flat", factory="Flat")
 
 
 def test_an_index_trained_once_is_filled_after_it_was_read_again(

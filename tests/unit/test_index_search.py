@@ -10,9 +10,10 @@ import pytest
 
 from twotower.errors import ArtefactError, ConfigError, RequestError
 from twotower.index.build import build_shard, train_index
-from twotower.index.recall import index_recall_at_k, least_effort
+from twotower.index.recall import index_recall_at_k
 from twotower.index.search import Hits, Searcher, Shard, exact_top_k
 from twotower.index.spec import Effort
+from twotower.index.tuning import least_effort
 
 DIM = 20
 

@@ -90,7 +90,8 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
             write_tables(partial, config, dataset, checkpoint)
             threads = max(1, int(config.cluster.cpus_per_encoder))
             facts = measure(config, dataset, checkpoint, parts, work / "shards", threads)
-            say(describe(facts))
+            for line in describe(facts):
+                say(line)
             os.replace(work / "shards", partial / "shards")
             created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
             finish(partial, name, created, dataset, checkpoint, facts)

@@ -56,8 +56,8 @@ class AttributeConfig(Section):
 class IndexConfig(Section):
     """The FAISS index of the catalogue, and what it promises."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq"] = "auto"
-    """Kind of each shard; auto chooses by the size of the catalogue, and says why."""
+    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_fastscan"] = "auto"
+    """Kind of each shard; auto chooses by the catalogue, memory, updates and filters, and says why."""
     factory: str | None = None
     """FAISS factory string of each shard, such as IVF256,SQ8, in place of a kind."""
     num_shards: PositiveInt = 2
@@ -65,7 +65,15 @@ class IndexConfig(Section):
     target_index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Smallest share of the exact top k that the index must find; below it publishing is refused."""
     recall_k: PositiveInt = 100
-    """k of that measurement."""
+    """k of that measurement, and of the comparison with the generation in use."""
+    max_search_ms: Annotated[float, Field(gt=0)] | None = None
+    """Longest median time of a single search, in milliseconds; above it publishing is refused."""
+    max_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Most memory of all shards of an open index, in GiB; auto chooses within it, a kind is checked."""
+    max_recall_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the recall of the generation in use that a new one may lose, over items that both know."""
+    updates: bool = True
+    """Whether items are to be changed and deleted between builds; auto then searches more items exactly."""
     num_recall_queries: PositiveInt = 256
     """Real queries that recall is reported on; as many others tune the search."""
     train_points: PositiveInt | None = None

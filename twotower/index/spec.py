@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import faiss
@@ -18,6 +18,9 @@ from twotower.errors import ConfigError
 
 # FAISS's type hints leave out the fields of search parameters.
 _faiss: Any = faiss
+
+_LEAST_EF, _MOST_EF = 16, 2_048
+_MOST_K_FACTOR = 128
 
 KNOWN_GOOD = "Flat, HNSW32, HNSW32,SQ8, IVF256,Flat, IVF256,SQ8 or IVF256,PQ16"
 
@@ -150,13 +153,39 @@ class Effort:
 
 
 def efforts(index: Any) -> list[Effort]:
-    """Return the efforts worth trying on an index, from the least to the most; one when it has no choice."""
+    """Return the efforts worth trying on an index, from the least to the most; one when it has no choice.
+
+    Where a search among inverted lists is refined, both grow along the way.
+    """
     inner = innermost(index)
+    steps = [Effort()]
     if isinstance(inner, faiss.IndexIVF):
-        steps = [1 << i for i in range(int(inner.nlist).bit_length())]
-        return [Effort(nprobe=n) for n in sorted({*steps, int(inner.nlist)})]
-    if isinstance(inner, faiss.IndexHNSW):
-        return [Effort(ef_search=1 << i) for i in range(4, 12)]
-    if isinstance(faiss.downcast_index(index), faiss.IndexRefine):
-        return [Effort(k_factor=float(1 << i)) for i in range(8)]
-    return [Effort()]
+        steps = [Effort(nprobe=n) for n in _ladder(1, int(inner.nlist))]
+    elif isinstance(inner, faiss.IndexHNSW):
+        steps = [Effort(ef_search=n) for n in _ladder(_LEAST_EF, _MOST_EF)]
+    if not _is_refined(index):
+        return steps
+    factors = _ladder(1, _MOST_K_FACTOR)
+    longest = max(len(steps), len(factors))
+    return [
+        replace(
+            steps[i * (len(steps) - 1) // (longest - 1)],
+            k_factor=float(factors[i * (len(factors) - 1) // (longest - 1)]),
+        )
+        for i in range(longest)
+    ]
+
+
+def _ladder(first: int, last: int) -> list[int]:
+    """Return whole numbers about a quarter apart, both ends among them."""
+    steps = [first]
+    while steps[-1] < last:
+        steps.append(min(max(steps[-1] + 1, int(steps[-1] * 1.25)), last))
+    return steps
+
+
+def _is_refined(index: Any) -> bool:
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _is_refined(index.index)
+    return isinstance(index, faiss.IndexRefine)

@@ -37,6 +37,7 @@ from twotower.data.vocabulary import Vocabulary
 from twotower.errors import ArtefactError, ArtefactMismatchError
 from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
+from twotower.index.filter_plan import FilterPlan
 from twotower.index.parts import save_array
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
@@ -199,7 +200,8 @@ class Generation:
             )
             for s in self._shards
         ]
-        return Searcher(shards, self.effort, threads)
+        filters = self.manifest["index"].get("filters")
+        return Searcher(shards, self.effort, threads, FilterPlan.from_json(filters) if filters else None)
 
     def base_rows(self) -> npt.NDArray[np.int64]:
         """Return the item rows of the base shards, dead ones too, in no order: [N] int64."""
