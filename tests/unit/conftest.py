@@ -1,9 +1,12 @@
-"""A store with generations, for the tests of stores."""
+"""Stores with generations, in a folder and in a bucket."""
 
 from __future__ import annotations
 
+import http.client
+import logging
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from tests.generations import edit_manifest, plain_generation, untrained_checkpoint
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
+from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.store import Store
 
 
@@ -35,3 +39,54 @@ def filled(
 def store(filled: Config, tmp_path: Path) -> Store:
     """A copy of that store, nothing published."""
     return Store(shutil.copytree(filled.store, tmp_path / "small" / "store"))
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """The URL of a server of the S3 protocol."""
+    from moto.s3.responses import S3Response
+    from moto.server import ThreadedMotoServer
+
+    # S3 compares and writes in one step; the stand-in does not without this.
+    turn, plain = threading.Lock(), S3Response.put_object
+
+    def put_object(self: S3Response) -> Any:
+        with turn:
+            return plain(self)
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_object)
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of an empty place in a bucket of this test, and the environment that leads to it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    name = f"b{abs(hash(request.node.nodeid)):x}"
+    connection = http.client.HTTPConnection(endpoint.removeprefix("http://"))
+    connection.request("PUT", f"/{name}")
+    assert connection.getresponse().status == 200
+    connection.close()
+    return f"s3://{name}/some/place"
+
+
+@pytest.fixture
+def here(store: Store, bucket: str) -> RemoteStore:
+    """A bucket, and a folder in which b, a and c were built and not pushed."""
+    return RemoteStore(bucket, store.root)
+
+
+@pytest.fixture
+def elsewhere(bucket: str, tmp_path: Path) -> RemoteStore:
+    """The same bucket from a machine that has nothing."""
+    return RemoteStore(bucket, tmp_path / "elsewhere" / "store")
