@@ -60,7 +60,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
             parts,
             number,
             choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory,
-            str(dataset.path),
+            dataset.item_paths,
             ["title", *source_columns(checkpoint.schema)],
             config.index.attributes,
             checkpoint.fingerprint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
+from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
 
@@ -56,18 +57,17 @@ class DyingEncoder(EncodeItems):
 
 
 class RepeatingEncoder(EncodeItems):
-    """Announces each part twice."""
+    """Begins each part but the first one item too early."""
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        facts = super().__call__(table)
-        return pa.concat_tables([facts, facts])
+    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
+        return super()._tables(path, max(start - 1, 0), stop)
 
 
 class LosingEncoder(EncodeItems):
-    """Leaves the first item of each table out."""
+    """Leaves the first item of each part out."""
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return super().__call__(table.slice(1))
+    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
+        return super()._tables(path, start + 1, stop)
 
 
 @pytest.mark.parametrize(("num_shards", "encoder"), [(3, EncodeItems), (1, DyingEncoder)])
@@ -81,11 +81,12 @@ def test_ray_encodes_as_one_process_does(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "parts"
-    parts = encode_catalogue(checkpoint.path, small_dataset, out, config, num_shards, encoder)
+    catalogue = Catalogue.of(small_dataset)
+    parts = encode_catalogue(checkpoint.path, catalogue, out, config, num_shards, encoder)
     assert len(parts) > 1
     assert (tmp_path / "died").exists() == (encoder is DyingEncoder)
     # Files of the attempt that died are gone.
-    assert len(list(out.iterdir())) == 2 * len(parts)
+    assert len(list(out.iterdir())) == 3 * len(parts)
     found = load_vectors(parts, small_dataset.num_catalogue_items)
     np.testing.assert_allclose(found, catalogue_vectors(checkpoint, small_dataset), atol=1e-6)
     shards = shard_of(small_dataset.item_table()["item_id"].to_pylist(), num_shards)
@@ -94,6 +95,16 @@ def test_ray_encodes_as_one_process_does(
             rows = part.item_rows()[part.shard(number)]
             assert (shards[rows] == number).all()
             assert (np.diff(rows) > 0).all()
+    if encoder is EncodeItems:
+        # A run that was killed left two parts whole and one half: the rest is encoded, the whole stay.
+        whole, half = parts[:2], parts[2]
+        for part in parts[2:]:
+            Path(f"{part.path}.rows.npy").unlink()
+        before = [Path(f"{part.path}.rows.npy").stat().st_mtime_ns for part in whole]
+        assert encode_catalogue(checkpoint.path, catalogue, out, config, num_shards) == parts
+        assert [Path(f"{part.path}.rows.npy").stat().st_mtime_ns for part in whole] == before
+        assert Path(f"{half.path}.rows.npy").is_file()
+        assert (load_vectors(parts, small_dataset.num_catalogue_items) == found).all()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,7 @@ def test_items_are_counted_once(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ArtefactError, match=message):
-        encode_catalogue(checkpoint.path, small_dataset, tmp_path / "parts", config, 2, encoder)
+        encode_catalogue(checkpoint.path, Catalogue.of(small_dataset), tmp_path / "parts", config, 2, encoder)
 
 
 def test_a_generation_built_on_ray_is_that_of_one_process(

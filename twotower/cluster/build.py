@@ -1,7 +1,8 @@
 """A checkpoint and a dataset to a generation: encode, build each shard on Ray, measure, write.
 
-Workers write into a work folder of this run alone; the driver moves what is complete. A killed build leaves
-work folders and an unfinished directory, which the next build of the same generation removes.
+Workers write into a work folder that is called after the generation; the driver moves what is complete. A
+build that was killed leaves the folder, and the next build of the same generation goes on with the parts and
+shards that are missing in it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import datetime
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from twotower.index.parts import Part
 from twotower.index.spec import empty_index
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
+from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.encoding import source_columns
 from twotower.retrieval.generation import finish, write_tables
 from twotower.retrieval.promise import describe, measure
@@ -83,9 +84,12 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
         if has_manifest(directory):
             say(f"generation {name} is there already")
             return directory
-        with building(directory) as partial, _work_folder(config.store, name) as work, session(config):
-            parts = encode_catalogue(checkpoint_dir, dataset, work / "parts", config, config.index.num_shards)
-            build_shards(config, dataset, checkpoint, parts, work / "shards")
+        with building(directory) as partial, work_folder(config.store, name) as work, session(config):
+            catalogue = Catalogue.of(dataset)
+            parts = encode_catalogue(
+                checkpoint_dir, catalogue, work / "parts", config, config.index.num_shards
+            )
+            build_shards(config, catalogue, checkpoint, parts, work / "shards", choice.factory)
             say("users and tables")
             write_tables(partial, config, dataset, checkpoint)
             threads = max(1, int(config.cluster.cpus_per_encoder))
@@ -100,16 +104,23 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
 
 
 def build_shards(
-    config: Config, dataset: Dataset, checkpoint: Checkpoint, parts: list[Part], directory: Path
+    config: Config,
+    catalogue: Catalogue,
+    checkpoint: Checkpoint,
+    parts: list[Part],
+    directory: Path,
+    factory: str,
 ) -> None:
     """Build and write every shard, one Ray task each.
 
     Args:
         config: for the index and what a task reserves.
-        dataset: for the item tables.
+        catalogue: for the item tables.
         checkpoint: that encoded the parts.
         parts: of the whole catalogue.
-        directory: gets a folder for each shard; all nodes must reach it under this path.
+        directory: gets a folder for each shard; all nodes must reach it under this path. Shards that an
+            earlier run wrote whole are taken as they are.
+        factory: FAISS factory string of each shard.
 
     Raises:
         ConfigError: the index can not be built from a shard.
@@ -118,7 +129,6 @@ def build_shards(
     num_shards = config.index.num_shards
     cpus = config.cluster.cpus_per_encoder
     threads = max(1, int(cpus))
-    factory = choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory
     trained = None
     if num_shards > 1:
         # Once for all shards, so that they can be searched as one.
@@ -134,7 +144,7 @@ def build_shards(
             parts,
             number,
             factory,
-            str(dataset.path.absolute()),
+            [str(Path(path).absolute()) for path in catalogue.paths],
             ["title", *source_columns(checkpoint.schema)],
             config.index.attributes,
             checkpoint.fingerprint,
@@ -153,9 +163,9 @@ def build_shards(
                 progress.update(len(done))
         finally:
             _end(pending)
-    if rows != dataset.num_catalogue_items:
+    if rows != catalogue.num_items:
         raise ArtefactError(
-            f"the shards hold {rows} items, the catalogue has {dataset.num_catalogue_items}; build again"
+            f"the shards hold {rows} items, the catalogue has {catalogue.num_items}; build again"
         )
 
 
@@ -169,15 +179,17 @@ def _end(tasks: list[ray.ObjectRef]) -> None:
 
 
 @contextlib.contextmanager
-def _work_folder(store: Path, name: str) -> Iterator[Path]:
-    """Yield a folder of this run; those of killed runs are removed."""
-    parent = (store / ".work").absolute()
-    for left in parent.glob(f"{name}-*"):
-        # A worker of the killed run may be writing still.
-        shutil.rmtree(left, ignore_errors=True)
-    folder = parent / f"{name}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(parents=True)
+def work_folder(store: Path, name: str) -> Iterator[Path]:
+    """Yield the work folder of a generation, with what a run that was killed left in it.
+
+    It is removed at the end, also where its content is to blame for an error; what befalls the cluster leaves
+    it for the next run.
+    """
+    folder = (store / ".work").absolute() / f"{name}-build"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
-    finally:
+    except TwotowerError:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

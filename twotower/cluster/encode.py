@@ -1,7 +1,8 @@
 """The whole catalogue through the item tower, on a pool of Ray Data actors.
 
-Actors write vectors to files and return only facts about them. A part counts when its facts arrive at the
-driver, so that an attempt that failed after writing leaves nothing behind but a file that is removed.
+An actor is given rows of a Parquet file; it reads them while it encodes and writes vectors to files, so that
+nothing large passes through the driver. Parts are named by what they hold: those that an earlier run
+wrote whole are not encoded again.
 """
 
 from __future__ import annotations
@@ -10,86 +11,115 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import torch
 
-from twotower import errors
 from twotower.cluster.failures import plain_errors
 from twotower.cluster.native_log import without_native_log
-from twotower.cluster.pool import without_bars
-from twotower.cluster.session import wants_gpu
+from twotower.cluster.pool import work_through
 from twotower.config import Config
-from twotower.data.dataset import ITEM_ROW, Dataset
-from twotower.errors import ArtefactError, TwotowerError
+from twotower.data.dataset import ITEM_ROW
 from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar
+from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.encoding import encode_table, source_columns
-from twotower.schema import FeatureSchema
+from twotower.training.ahead import made_ahead
 
 __all__ = ["EncodeItems", "encode_catalogue", "load_vectors"]
 
-_READ_BLOCKS_PER_ENCODER = 4
+_PARTS_PER_ENCODER = 4
+_PART_ROWS = 131_072
+"""Most items of a part: 64 MiB of vectors at 128 dimensions."""
+_FEWEST_ROWS = 64
 
 
 class EncodeItems:
-    """Encodes tables of items and writes the vectors; holds the model once. An actor of Ray Data."""
+    """Encodes rows of item files and writes the vectors; holds the model once. An actor of the pool."""
 
-    def __init__(self, checkpoint: str, directory: str, num_shards: int, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        directory: str,
+        columns: list[str],
+        num_shards: int,
+        batch_size: int,
+        device: str,
+        threads: int,
+    ) -> None:
         """Load the model.
 
         Args:
             checkpoint: its directory.
             directory: where parts are written.
+            columns: read from the files.
             num_shards: of the index.
+            batch_size: items encoded at once.
             device: for the model.
             threads: CPU threads of torch.
         """
         torch.set_num_threads(threads)
         self._checkpoint = Checkpoint.open(checkpoint, device)
         self._directory = Path(directory)
+        self._columns = columns
         self._num_shards = num_shards
+        self._batch_size = batch_size
         self._device = device
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the vectors of a table of items as one part; returns its path and the rows of each shard.
+    def __call__(self, work: pa.Table) -> pa.Table:
+        """Write the part that the first row describes, and return how many items it has."""
+        part = {name: work[name][0].as_py() for name in work.column_names}
+        rows, ids, vectors = [], [], []
+        for table in made_ahead(self._tables(part["path"], part["start"], part["stop"]), depth=1):
+            rows.append(table[ITEM_ROW].to_numpy())
+            ids.append(table["item_id"].to_pylist())
+            vectors.append(encode_table(self._checkpoint, table, self._device))
+            check_vectors(vectors[-1])
+        shards = shard_of([i for some in ids for i in some], self._num_shards)
+        written = write_part(
+            self._directory,
+            np.concatenate(rows),
+            shards,
+            np.concatenate(vectors),
+            self._num_shards,
+            part["name"],
+        )
+        return pa.table({"items": [written.num_rows]})
 
-        What is wrong with the items comes back as a row too: Ray Data loses the cause of an exception on
-        its way to the driver, and prints its trace.
-        """
-        try:
-            part = self._write(table)
-        except TwotowerError as error:
-            return _facts("", [], type(error).__name__, str(error))
-        return _facts(part.path, part.shard_rows, "", "")
-
-    def _write(self, table: pa.Table) -> Part:
-        rows = table[ITEM_ROW].to_numpy()
-        vectors = encode_table(self._checkpoint, table, self._device)
-        check_vectors(vectors)
-        shards = shard_of(table["item_id"].to_pylist(), self._num_shards)
-        return write_part(self._directory, rows, shards, vectors, self._num_shards)
+    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
+        """Yield rows of a file, a batch at a time."""
+        file = pq.ParquetFile(path)
+        counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(counts)
+        begins = ends - counts
+        groups = np.flatnonzero((begins < stop) & (ends > start)).tolist()
+        at = int(begins[groups[0]])
+        for batch in file.iter_batches(self._batch_size, row_groups=groups, columns=self._columns):
+            first, last = max(start - at, 0), min(stop - at, len(batch))
+            at += len(batch)
+            if first < last:
+                yield pa.Table.from_batches([batch.slice(first, last - first)])
 
 
 def encode_catalogue(
     checkpoint_dir: Path,
-    dataset: Dataset,
+    catalogue: Catalogue,
     out_dir: Path,
     config: Config,
     num_shards: int,
     encoder: type[EncodeItems] = EncodeItems,
 ) -> list[Part]:
-    """Encode all catalogue items into parts, each item row exactly once. Ray must be initialised.
+    """Encode all items of a catalogue into parts, each item row exactly once. Ray must be initialised.
 
     Args:
         checkpoint_dir: its item tower encodes.
-        dataset: whose catalogue; prepared with the checkpoint's vocabulary.
-        out_dir: folder for the parts, created; all nodes must reach it under this path.
+        catalogue: of the vocabulary that the checkpoint was trained on.
+        out_dir: folder for the parts, created; all nodes must reach it under this path. What it holds must be
+            of the same checkpoint, catalogue and number of shards: whole parts are taken as they are.
         config: for batches, actors and what they reserve.
         num_shards: shards that the rows of a part are grouped by.
         encoder: class of the actors.
@@ -98,74 +128,49 @@ def encode_catalogue(
         ArtefactError: an item was not encoded, or more than once.
         ConfigError: a vector is zero or not finite.
     """
-    checkpoint = Checkpoint.open(checkpoint_dir)
-    checkpoint.require_dataset(dataset)
     out_dir = out_dir.absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
-    cluster = config.cluster
-    num_items = dataset.num_catalogue_items
-    use_gpu = wants_gpu(config)
-    size = cluster.num_encoders
-    if use_gpu:
-        size = max(1, min(size, int(ray.cluster_resources()["GPU"])))
-    # More actors than batches would only load the model.
-    size = max(1, min(size, -(-num_items // cluster.encode_batch_size)))
+    schema = Checkpoint.open(checkpoint_dir).schema
+    present = catalogue.columns
+    wanted = dict.fromkeys([ITEM_ROW, "item_id", *source_columns(schema)])
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint_dir.absolute()),
         "directory": str(out_dir),
+        "columns": [name for name in wanted if name in present],
         "num_shards": num_shards,
-        "device": "cuda" if use_gpu else "cpu",
-        "threads": max(1, int(cluster.cpus_per_encoder)),
+        "batch_size": config.cluster.encode_batch_size,
     }
-    parts: list[Part] = []
+    work = _work(catalogue, config)
+    done = {part["name"]: Part.open(out_dir / str(part["name"])) for part in work}
+    missing = [part for part in work if done[part["name"]] is None]
     with (
-        without_bars(),
         plain_errors(),
         without_native_log(),
-        bar(num_items, "encode", unit="items") as progress,
+        bar(catalogue.num_items, "encode", unit="items") as progress,
     ):
-        items = ray.data.read_parquet(
-            dataset.item_paths,
-            num_cpus=cluster.cpus_per_reader,
-            override_num_blocks=max(len(dataset.item_paths), size * _READ_BLOCKS_PER_ENCODER),
-        ).select_columns(_needed_columns(dataset, checkpoint.schema))
-        facts = items.map_batches(
-            encoder,
-            fn_constructor_kwargs=settings,
-            batch_size=cluster.encode_batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=cluster.cpus_per_encoder,
-            num_gpus=1 if use_gpu else None,
-        )
-        tables: Iterator[Any] = iter(
-            facts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        )
-        for table in tables:
-            for fact in table.to_pylist():
-                if fact["error"]:
-                    raise getattr(errors, fact["error"])(fact["message"])
-                parts.append(Part(fact["path"], fact["shard_rows"]))
-                progress.update(parts[-1].num_rows)
+        progress.update(sum(part.num_rows for part in done.values() if part is not None))
+        for fact in work_through(encoder, settings, missing, config, gpu=True):
+            progress.update(fact["items"])
+    found = [Part.open(out_dir / str(part["name"])) for part in work]
+    parts = [part for part in found if part is not None]
     remove_strays(out_dir, parts)
-    check_parts(parts, num_items)
+    check_parts(parts, catalogue.num_items, catalogue.held())
     return parts
 
 
-def _facts(path: str, shard_rows: list[int], error: str, message: str) -> pa.Table:
-    return pa.table(
-        {
-            "path": [path],
-            "shard_rows": pa.array([shard_rows], pa.list_(pa.int64())),
-            "error": [error],
-            "message": [message],
-        }
-    )
-
-
-def _needed_columns(dataset: Dataset, schema: FeatureSchema) -> list[str]:
-    if not dataset.item_paths:
-        raise ArtefactError(f"dataset {dataset.path} has no items; prepare it again")
-    present = pq.read_schema(dataset.item_paths[0]).names
-    wanted = dict.fromkeys([ITEM_ROW, "item_id", *source_columns(schema)])
-    return [name for name in wanted if name in present]
+def _work(catalogue: Catalogue, config: Config) -> list[dict[str, Any]]:
+    """Return the rows of each part: a few parts for each actor, none too large."""
+    fair = -(-catalogue.num_items // (_PARTS_PER_ENCODER * config.cluster.num_encoders))
+    work: list[dict[str, Any]] = []
+    for number, path in enumerate(catalogue.paths):
+        footer = pq.read_metadata(path)
+        step = min(max(fair, _FEWEST_ROWS), _PART_ROWS)
+        if footer.num_rows:
+            # Whole row groups, since a part reads those that it has rows of.
+            group = footer.row_group(0).num_rows
+            step = step if step < group else step // group * group
+        for start in range(0, footer.num_rows, step):
+            stop = min(start + step, footer.num_rows)
+            name = f"{number:05d}-{start:010d}-{stop:010d}"
+            work.append({"name": name, "path": path, "start": start, "stop": stop})
+    return work

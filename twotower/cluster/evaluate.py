@@ -40,6 +40,7 @@ from twotower.evaluation.report import (
 from twotower.index.parts import Part, check_parts
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
+from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 
@@ -132,7 +133,7 @@ def _measure(
     order = popular_order(dataset)
     write_arrays(scratch, held, query_inputs(dataset, held.user_rows))
     np.save(scratch / "popular.npy", order)
-    parts = encode_catalogue(checkpoint.path, dataset, scratch / "parts", config, num_shards=1)
+    parts = encode_catalogue(checkpoint.path, Catalogue.of(dataset), scratch / "parts", config, num_shards=1)
     vectors = str(scratch / "vectors.npy")
     task = ray.remote(num_cpus=config.cluster.cpus_per_encoder)
     ray.get(task(join_vectors).remote(parts, dataset.num_catalogue_items, vectors))

@@ -24,7 +24,7 @@ _ERROR = "error"
 
 
 def work_through(
-    worker: type[Any], settings: dict[str, Any], parts: Sequence[dict[str, int]], config: Config, gpu: bool
+    worker: type[Any], settings: dict[str, Any], parts: Sequence[dict[str, Any]], config: Config, gpu: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the facts of each part, in any order.
 

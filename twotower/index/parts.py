@@ -1,7 +1,8 @@
 """Vectors between encoding and indexing: parts, written by many, each accounted for once.
 
-A part is two files, vectors and item rows, sorted by shard and then item row; a part that nobody names was
-written by an attempt that failed and does not count.
+A part is three files, vectors, rows of each shard and item rows, sorted by shard and then item row. The item
+rows are written last: a part counts once they are there, and its name says what it holds, so that a build
+that was killed goes on with the parts that are missing.
 
 Symbols: D embedding_dim, N catalogue items, S shards, n rows of a part.
 """
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from twotower.errors import ArtefactError
 
+_KINDS = ("vectors", "shards", "rows")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -29,6 +32,13 @@ class Part:
     """Path without the endings ``.vectors.npy`` (float32 [n, D]) and ``.rows.npy`` (int64 [n])."""
     shard_rows: list[int]
     """[S] rows of each shard, which lie one after the other."""
+
+    @classmethod
+    def open(cls, path: Path) -> Part | None:
+        """Return the part of a path without its endings; None when it was not written whole."""
+        if not Path(f"{path}.rows.npy").is_file():
+            return None
+        return cls(str(path), _open(f"{path}.shards.npy").tolist())
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -59,8 +69,9 @@ def write_part(
     shards: npt.NDArray[np.int32],
     vectors: npt.NDArray[np.float32],
     num_shards: int,
+    name: str | None = None,
 ) -> Part:
-    """Write one part under a name of its own, flushed to disk.
+    """Write one part, flushed to disk.
 
     Args:
         directory: where parts are collected; must be there.
@@ -68,43 +79,55 @@ def write_part(
         shards: [n] in [0, num_shards).
         vectors: [n, D].
         num_shards: S.
+        name: of the part; one of its own when not given.
     """
     order = np.lexsort((item_rows, shards))
-    path = directory / uuid.uuid4().hex
+    path = directory / (name or uuid.uuid4().hex)
+    counts = np.bincount(shards, minlength=num_shards)
     save_array(Path(f"{path}.vectors.npy"), np.asarray(vectors[order], dtype=np.float32))
+    save_array(Path(f"{path}.shards.npy"), counts)
     save_array(Path(f"{path}.rows.npy"), np.asarray(item_rows[order], dtype=np.int64))
-    return Part(str(path), np.bincount(shards, minlength=num_shards).tolist())
+    return Part(str(path), counts.tolist())
 
 
-def check_parts(parts: Sequence[Part], num_items: int) -> None:
-    """Refuse parts that do not hold every item row 0..N-1 exactly once.
+def check_parts(parts: Sequence[Part], num_items: int, held: npt.NDArray[np.bool_] | None = None) -> None:
+    """Refuse parts that do not hold every item row exactly once.
+
+    Args:
+        parts: of the whole catalogue.
+        num_items: N.
+        held: [R] whether there is an item of each row; rows 0 to N - 1 when not given.
 
     Raises:
         ArtefactError: with an item row that is missing, repeated or out of range.
     """
-    seen = np.zeros(num_items, np.bool_)
+    held = np.ones(num_items, np.bool_) if held is None else held
+    seen = np.zeros(len(held), np.bool_)
     for part in parts:
         rows = part.item_rows()
         if len(rows) != part.num_rows or len(part.vectors()) != part.num_rows:
             raise ArtefactError(f"{part.path} holds {len(rows)} rows, not {part.num_rows}; encode again")
-        if len(rows) and (rows.min() < 0 or rows.max() >= num_items):
-            wrong = rows[(rows < 0) | (rows >= num_items)][0]
-            raise ArtefactError(f"item row {wrong} was encoded; the catalogue has rows 0 to {num_items - 1}")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(held)):
+            wrong = rows[(rows < 0) | (rows >= len(held))][0]
+            raise ArtefactError(f"item row {wrong} was encoded; the catalogue has rows 0 to {len(held) - 1}")
+        if not held[rows].all():
+            wrong = rows[~held[rows]][0]
+            raise ArtefactError(f"item row {wrong} was encoded; the catalogue has no such item")
         if seen[rows].any() or len(np.unique(rows)) != len(rows):
             ordered = np.sort(rows)
             repeated = np.concatenate([rows[seen[rows]], ordered[1:][ordered[1:] == ordered[:-1]]])
             raise ArtefactError(f"item row {repeated[0]} was encoded twice; prepare the dataset again")
         seen[rows] = True
-    if not seen.all():
+    if missing := int((held & ~seen).sum()):
         raise ArtefactError(
-            f"{int((~seen).sum())} of {num_items} items were not encoded, the first is item row "
-            f"{int(np.argmin(seen))}; encode again"
+            f"{missing} of {int(held.sum())} items were not encoded, the first is item row "
+            f"{int(np.argmax(held & ~seen))}; encode again"
         )
 
 
 def remove_strays(directory: Path, parts: Sequence[Part]) -> int:
-    """Remove the files of attempts that failed; returns how many there were."""
-    named = {f"{Path(p.path).name}.{kind}.npy" for p in parts for kind in ("vectors", "rows")}
+    """Remove the files of attempts that failed, and of other parts; returns how many there were."""
+    named = {f"{Path(p.path).name}.{kind}.npy" for p in parts for kind in _KINDS}
     strays = [path for path in directory.iterdir() if path.name not in named]
     for path in strays:
         path.unlink(missing_ok=True)
@@ -146,7 +169,8 @@ def blocks(parts: Sequence[Part]) -> Iterator[tuple[npt.NDArray[np.int64], npt.N
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write a ``.npy`` file so that a reader sees a whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Workers of several machines may write into one folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()

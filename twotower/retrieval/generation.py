@@ -50,6 +50,8 @@ KIND = "generation"
 BASE, DELTA = "base", "delta"
 """Roles of shards: built from the whole catalogue, or holding what updates changed since."""
 TOMBSTONES = "tombstones.npy"
+FACTS = "shard.json"
+"""The last file of a shard that is written."""
 ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
 """Tables of a shard: what people read about its items, and what queries filter by."""
 _NO_ROWS = np.zeros(0, np.int64)
@@ -375,12 +377,12 @@ def finish(
 def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:
     """Write what a shard is, and which checkpoint its vectors came from."""
     facts = {"rows": rows, "factory": factory, "checkpoint_fingerprint": checkpoint_fingerprint}
-    write_json(directory / "shard.json", facts)
+    write_json(directory / FACTS, facts)
 
 
 def read_shard_facts(directory: Path) -> dict[str, Any]:
     """Return what ``write_shard_facts`` wrote."""
-    path = directory / "shard.json"
+    path = directory / FACTS
     try:
         facts = json.loads(path.read_bytes())
         return {

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_columns
-from twotower.data.dataset import ITEM_ROW, Dataset
+from twotower.data.dataset import ITEM_ROW
 from twotower.errors import ArtefactError
 from twotower.index.build import (
     build_shard,
@@ -25,7 +25,7 @@ from twotower.index.build import (
 )
 from twotower.index.parts import Part, load_shard, save_array
 from twotower.index.spec import empty_index, ivf_of
-from twotower.retrieval.generation import write_items, write_shard_facts
+from twotower.retrieval.generation import FACTS, read_shard_facts, write_items, write_shard_facts
 
 _READ_ROWS = 65_536
 _TRAIN_POINTS = 65_536
@@ -36,7 +36,7 @@ def write_shard(
     parts: list[Part],
     number: int,
     factory: str,
-    dataset_path: str,
+    item_paths: list[str],
     columns: list[str],
     attributes: dict[str, AttributeConfig],
     checkpoint_fingerprint: str,
@@ -46,11 +46,13 @@ def write_shard(
 ) -> int:
     """Build one shard's index and write it with its item rows and item table; returns its number of items.
 
+    A shard that an earlier run wrote whole is taken as it is.
+
     Args:
         parts: of the whole catalogue.
         number: of the shard.
         factory: FAISS factory string.
-        dataset_path: directory of the dataset.
+        item_paths: Parquet files of the catalogue.
         columns: of the item table, beside the id; those that it does not have are passed over.
         attributes: that queries can filter by.
         checkpoint_fingerprint: of what encoded the parts.
@@ -60,14 +62,14 @@ def write_shard(
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
+    if (path / FACTS).is_file():
+        return int(read_shard_facts(path)["rows"])
     item_rows, vectors = load_shard(parts, number)
     check_item_rows(item_rows)
     shared = read_trained(Path(trained)) if trained is not None and len(vectors) else None
     write_index(build_shard(vectors, factory, threads, item_rows, shared), path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
-    items = shard_items(
-        Dataset.open(dataset_path), item_rows, [*columns, *attribute_columns(attributes).values()]
-    )
+    items = shard_items(item_paths, item_rows, [*columns, *attribute_columns(attributes).values()])
     write_items(path, items, attributes)
     write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
     return len(item_rows)
@@ -77,6 +79,8 @@ def train_shards(
     parts: list[Part], factory: str, points: int | None, seed: int, path: str, threads: int
 ) -> str | None:
     """Train what all shards share on vectors drawn over all parts, and write it; returns the path.
+
+    What an earlier run wrote is taken as it is.
 
     Args:
         parts: of the whole catalogue.
@@ -96,6 +100,8 @@ def train_shards(
     index = empty_index(factory, dim)
     if index.is_trained:
         return None
+    if Path(path).is_file():
+        return path
     ivf = ivf_of(index)
     total = sum(p.num_rows for p in parts)
     wanted = points or max(64 * (0 if ivf is None else ivf.nlist), _TRAIN_POINTS)
@@ -113,16 +119,25 @@ def train_shards(
     return path
 
 
-def shard_items(dataset: Dataset, item_rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
-    """Return the item table of a shard in the order of its ascending item rows, without reading the whole."""
-    present = pq.read_schema(dataset.item_paths[0]).names
+def shard_items(paths: list[str], item_rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
+    """Return the item table of a shard in the order of its ascending item rows, without reading the whole.
+
+    Args:
+        paths: Parquet files of the catalogue.
+        item_rows: of the shard.
+        columns: wanted beside the id; those that the files do not have are passed over.
+
+    Raises:
+        ArtefactError: an item is not there, or there twice.
+    """
+    present = pq.read_schema(paths[0]).names
     wanted = [c for c in dict.fromkeys(["item_id", *columns]) if c in present and c != ITEM_ROW]
     pieces = []
-    for path in dataset.item_paths:
+    for path in paths:
         for batch in pq.ParquetFile(path).iter_batches(_READ_ROWS, columns=[ITEM_ROW, *wanted]):
             mine = np.isin(batch.column(ITEM_ROW).to_numpy(), item_rows)
             pieces.append(pa.Table.from_batches([batch]).filter(pa.array(mine)))
     table = pa.concat_tables(pieces).sort_by(ITEM_ROW)
     if not np.array_equal(table[ITEM_ROW].to_numpy(), item_rows):
-        raise ArtefactError(f"the items of dataset {dataset.path} are not those encoded; prepare it again")
+        raise ArtefactError(f"the items of {paths[0]} and others are not those encoded; prepare them again")
     return table.select(wanted)
