@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stages.add_dataset(parser)
     stages.add_checkpoint(parser)
     parser.add_argument("--no-publish", action="store_true", help="leave CURRENT as it is")
+    stages.add_force(parser)
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
@@ -29,7 +30,9 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
         stage("encode the catalogue and build the index")
         generation = build_generation(config, dataset, checkpoint)
     if not arguments.no_publish:
-        stages.publish(config, generation.name)
+        stage("publish")
+        reasons = stages.reasons_against(config, dataset, generation)
+        stages.publish(config, generation.name, force=arguments.force, reasons=reasons)
     details = {
         "generation": generation.name,
         "published": not arguments.no_publish,

@@ -17,11 +17,15 @@ from twotower.progress import stage
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
-    return run(config, stages.dataset_for(config))
+    return run(config, stages.dataset_for(config), arguments.force)
 
 
-def run(config: Config, dataset: Dataset) -> command.Result:
-    """Train, index, evaluate and publish from a prepared dataset."""
+def run(config: Config, dataset: Dataset, force: bool = False) -> command.Result:
+    """Train, index, evaluate and publish from a prepared dataset.
+
+    Raises:
+        RefusedError: something speaks against publishing, and ``force`` does not override it.
+    """
     from twotower.cluster.build import build_generation
     from twotower.cluster.evaluate import evaluate
 
@@ -32,7 +36,8 @@ def run(config: Config, dataset: Dataset) -> command.Result:
         stage("evaluate")
         report = evaluate(config, dataset, checkpoints.evaluated, generation)
     stage("publish")
-    stages.publish(config, generation.name)
+    reasons = stages.reasons_against(config, dataset, generation)
+    stages.publish(config, generation.name, force=force, reasons=reasons)
     return command.Result(
         path=generation,
         metrics={**read_manifest(report, "report")["metrics"], **stages.index_metrics(generation)},
@@ -47,7 +52,7 @@ def run(config: Config, dataset: Dataset) -> command.Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("pipeline", __doc__, work, argv=argv)
+    return command.run("pipeline", __doc__, work, stages.add_force, argv)
 
 
 if __name__ == "__main__":

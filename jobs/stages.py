@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs import command
 from twotower.artefacts import read_manifest
@@ -80,6 +80,41 @@ def store_of(config: Config) -> Store:
     from twotower.retrieval.store import open_store
 
     return open_store(config)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add ``--force``."""
+    parser.add_argument(
+        "--force", action="store_true", help="publish whatever speaks against it; that is recorded"
+    )
+
+
+def reasons_against(config: Config, dataset: Dataset, generation: Path) -> list[str]:
+    """Compare a generation with the published one, on the test split of its dataset.
+
+    Returns:
+        for ``publish``: why it should not be published, each a sentence. Where there is nothing to compare
+        it with, that is said and none are returned.
+    """
+    from twotower.retrieval.comparison import compare
+
+    store = store_of(config)
+    current = store.current()
+    if current == generation.name:
+        return []
+    if current is None:
+        found: Any = "none is published yet"
+    else:
+        try:
+            found = compare(dataset, generation, store.fetch(current), config.index.recall_k, config.seed)
+        except ArtefactError as error:
+            found = f"the one in use can not be opened ({error})"
+    if isinstance(found, str):
+        say(f"recall is not compared with another generation: {found}")
+        return []
+    say(found.describe())
+    reason = found.reason_against(config.index.max_recall_drop)
+    return [] if reason is None else [reason]
 
 
 def publish(

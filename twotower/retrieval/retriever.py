@@ -232,8 +232,9 @@ class Retriever:
 
     def _allowed_sets(self, queries: Sequence[Query]) -> list[Allowed | None]:
         """Return for each query the items it may be answered with; equal filters give the same set."""
-        sets: dict[str, Allowed | None] = {}
-        keys = [repr((query.filter, query.allow_items)) for query in queries]
+        sets: dict[tuple[str, int], Allowed | None] = {}
+        # A list may be as long as the catalogue: it is known by being the same object.
+        keys = [(repr(query.filter), id(query.allow_items)) for query in queries]
         for key, query in zip(keys, queries, strict=True):
             if key not in sets:
                 sets[key] = self._allowed(query.filter, query.allow_items)
