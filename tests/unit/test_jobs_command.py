@@ -29,6 +29,7 @@ JOBS = [
     "recommend",
     "pipeline",
     "generations",
+    "update_items",
     "quickstart",
 ]
 _DEADLINE_S = 60.0
