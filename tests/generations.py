@@ -17,7 +17,7 @@ from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
 from twotower.retrieval.encoding import encode_table, source_columns
-from twotower.retrieval.generation import finish, write_tables
+from twotower.retrieval.generation import Generation, finish, write_tables
 from twotower.retrieval.promise import measure
 from twotower.retrieval.shards import write_shard
 from twotower.retrieval.store import Store
@@ -68,7 +68,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
             threads=1,
         )
     write_tables(directory, config, dataset, checkpoint)
-    facts = measure(config, dataset, checkpoint, parts, directory / "shards", threads=1)
+    facts = measure(config, Generation(directory, {}), checkpoint, parts, directory / "shards", threads=1)
     finish(directory, name, f"2026-01-01T00:00:00 {name}", dataset, checkpoint, facts)
     return directory
 

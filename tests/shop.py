@@ -99,6 +99,7 @@ def make_config(root: Path) -> Config:
             "model": {"embedding_dim": 11, "query_tower": {"hidden": [23]}, "item_tower": {"hidden": [19]}},
             "index": {
                 "num_shards": 3,
+                "max_delta_share": None,
                 "attributes": {
                     "genres": {"separator": "|"},
                     "year": {},

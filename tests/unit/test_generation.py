@@ -122,15 +122,17 @@ def test_queries_from_it_are_those_of_the_dataset(
 
 
 def test_queries_of_the_recall_are_of_users_with_a_history(
-    small_dataset: Dataset, checkpoint: Checkpoint
+    built: Path, small_dataset: Dataset, checkpoint: Checkpoint
 ) -> None:
-    queries = real_queries(small_dataset, checkpoint, 40, seed=1)
+    # It needs neither shards nor a manifest.
+    tables = Generation(built, {})
+    queries = real_queries(tables, checkpoint, 40, seed=1)
     assert queries.shape == (40, 24)
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-5)
     assert len(np.unique(queries.round(6), axis=0)) == 40
-    assert (real_queries(small_dataset, checkpoint, 40, seed=1) == queries).all()
-    assert (real_queries(small_dataset, checkpoint, 40, seed=2) != queries).any()
-    assert len(real_queries(small_dataset, checkpoint, 10_000, seed=1)) <= small_dataset.num_users
+    assert (real_queries(tables, checkpoint, 40, seed=1) == queries).all()
+    assert (real_queries(tables, checkpoint, 40, seed=2) != queries).any()
+    assert len(real_queries(tables, checkpoint, 10_000, seed=1)) <= small_dataset.num_users
 
 
 def test_item_tables_answer_by_item_row(built: Path, small_dataset: Dataset) -> None:
@@ -226,6 +228,6 @@ def test_more_shards_than_items_leave_empty_ones(
     rows = [s["rows"] for s in generation.manifest["shards"]]
     assert len(rows) == 400
     assert 0 in rows
-    (hits,) = generation.searcher().search(real_queries(small_dataset, checkpoint, 1, seed=1), 1_000)
+    (hits,) = generation.searcher().search(real_queries(generation, checkpoint, 1, seed=1), 1_000)
     assert sorted(hits.item_rows.tolist()) == list(range(210))
     assert generation.items.take([5], ["item_id"]) == {"item_id": [small_dataset.item_ids.id(5)]}

@@ -10,7 +10,7 @@ import pytest
 from twotower.config.service import AttributeConfig, IndexConfig
 from twotower.errors import ConfigError
 from twotower.index.build import build_shard, write_index
-from twotower.index.choice import choose, factory_of, memory_bytes
+from twotower.index.choice import choose, factory_of, memory_bytes, num_shards
 from twotower.index.spec import empty_index
 
 
@@ -88,3 +88,9 @@ def test_the_estimate_of_memory_is_the_file_and_a_few_bytes_of_each_item(
     write_index(build_shard(vectors, factory, item_rows=np.arange(count)), tmp_path / "index.faiss")
     size = (tmp_path / "index.faiss").stat().st_size
     assert memory_bytes(kind, count, dim) - 17 * count == pytest.approx(size, rel=0.1)
+
+
+def test_shards_by_number_and_by_size() -> None:
+    assert num_shards(IndexConfig(num_shards=3), 1_000) == 3
+    by_size = IndexConfig(num_shards=3, shard_items=100)
+    assert [num_shards(by_size, n) for n in (0, 1, 100, 101, 1_000, 1_001)] == [1, 1, 1, 2, 10, 11]

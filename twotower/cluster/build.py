@@ -26,14 +26,14 @@ from twotower.config import Config
 from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, TwotowerError
-from twotower.index.choice import choose
+from twotower.index.choice import choose, num_shards
 from twotower.index.parts import Part
 from twotower.index.spec import empty_index
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.encoding import source_columns
-from twotower.retrieval.generation import finish, write_tables
+from twotower.retrieval.generation import Generation, finish, write_tables
 from twotower.retrieval.promise import describe, measure
 from twotower.retrieval.shards import train_shards, write_shard
 from twotower.retrieval.store import Store
@@ -85,22 +85,41 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
             say(f"generation {name} is there already")
             return directory
         with building(directory) as partial, work_folder(config.store, name) as work, session(config):
-            catalogue = Catalogue.of(dataset)
-            parts = encode_catalogue(
-                checkpoint_dir, catalogue, work / "parts", config, config.index.num_shards
-            )
-            build_shards(config, catalogue, checkpoint, parts, work / "shards", choice.factory)
             say("users and tables")
             write_tables(partial, config, dataset, checkpoint)
-            threads = max(1, int(config.cluster.cpus_per_encoder))
-            facts = measure(config, dataset, checkpoint, parts, work / "shards", threads)
-            for line in describe(facts):
-                say(line)
-            os.replace(work / "shards", partial / "shards")
+            facts = build_index(config, Catalogue.of(dataset), checkpoint, partial, work)
             created = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
             finish(partial, name, created, dataset, checkpoint, facts)
-    say(f"generation {name}: {dataset.num_catalogue_items:,} items in {config.index.num_shards} shards")
+    say(f"generation {name}: {dataset.num_catalogue_items:,} items in {facts['num_shards']} shards")
     return directory
+
+
+def build_index(
+    config: Config, catalogue: Catalogue, checkpoint: Checkpoint, directory: Path, work: Path
+) -> dict[str, Any]:
+    """Encode a catalogue, build its shards into an unfinished generation, and measure them.
+
+    Args:
+        config: for the index and the cluster. Ray must be initialised.
+        catalogue: all its items are indexed.
+        checkpoint: all nodes must reach its directory.
+        directory: of the generation, with its users and items; gets ``shards``.
+        work: folder that all nodes reach; whole parts and shards that are there are taken as they are.
+
+    Returns:
+        ``index`` of the manifest.
+    """
+    factory = choose(config.index, catalogue.num_items, checkpoint.embedding_dim).factory
+    count = num_shards(config.index, catalogue.num_items)
+    parts = encode_catalogue(checkpoint.path, catalogue, work / "parts", config, count)
+    build_shards(config, catalogue, checkpoint, parts, work / "shards", factory)
+    threads = max(1, int(config.cluster.cpus_per_encoder))
+    # The generation has no manifest yet, and its users are there.
+    facts = measure(config, Generation(directory, {}), checkpoint, parts, work / "shards", threads)
+    for line in describe(facts):
+        say(line)
+    os.replace(work / "shards", directory / "shards")
+    return facts
 
 
 def build_shards(
@@ -126,11 +145,11 @@ def build_shards(
         ConfigError: the index can not be built from a shard.
         ArtefactError: the shards do not hold as many items as the catalogue.
     """
-    num_shards = config.index.num_shards
+    count = num_shards(config.index, catalogue.num_items)
     cpus = config.cluster.cpus_per_encoder
     threads = max(1, int(cpus))
     trained = None
-    if num_shards > 1:
+    if count > 1:
         # Once for all shards, so that they can be searched as one.
         path = directory.absolute().with_name("trained.faiss")
         with plain_errors():
@@ -152,10 +171,10 @@ def build_shards(
             threads,
             trained,
         )
-        for number in range(num_shards)
+        for number in range(count)
     ]
     rows = 0
-    with plain_errors(), bar(num_shards, "index", unit="shards") as progress:
+    with plain_errors(), bar(count, "index", unit="shards") as progress:
         try:
             while pending:
                 done, pending = ray.wait(pending)

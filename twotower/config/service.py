@@ -62,6 +62,8 @@ class IndexConfig(Section):
     """FAISS factory string of each shard, such as IVF256,SQ8, in place of a kind."""
     num_shards: PositiveInt = 2
     """Shards; an item's shard is a stable hash of its id."""
+    shard_items: PositiveInt | None = None
+    """Items that a shard has on average at most; as many shards as that takes, in place of num_shards."""
     target_index_recall: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Smallest share of the exact top k that the index must find; below it publishing is refused."""
     recall_k: PositiveInt = 100
@@ -74,6 +76,8 @@ class IndexConfig(Section):
     """Share of the recall of the generation in use that a new one may lose, over items that both know."""
     updates: bool = True
     """Whether items are to be changed and deleted between builds; auto then searches more items exactly."""
+    max_delta_share: Annotated[float, Field(gt=0)] | None = 0.05
+    """Items that updates changed, over those of the build, above which update_items compacts; null never."""
     num_recall_queries: PositiveInt = 256
     """Real queries that recall is reported on; as many others tune the search."""
     train_points: PositiveInt | None = None

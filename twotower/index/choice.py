@@ -34,7 +34,7 @@ half of that within it                       ``ivf_pq``    may find too little f
 A graph is never chosen, only named: it was slower at the same recall, took longer to build, and gets slower
 still as items are deleted or filtered out, which inverted lists pass over while they are scanned.
 
-Symbols: N items, D embedding_dim.
+Symbols: N items, D embedding_dim, S shards.
 """
 
 from __future__ import annotations
@@ -126,6 +126,13 @@ _CHANGING = {
     True: ", and no update or filter lowers what is found",
     False: ", and pass over items that are deleted or filtered out",
 }
+
+
+def num_shards(index: IndexConfig, num_items: int) -> int:
+    """Return the number of shards of N items, S."""
+    if index.shard_items is None:
+        return index.num_shards
+    return max(1, -(-num_items // index.shard_items))
 
 
 def factory_of(kind: str, num_items: int, dim: int) -> str:

@@ -113,9 +113,7 @@ class _Case:
 
 def _answerable(generation: Generation) -> pa.StringArray:
     """Return the ids of the items that a generation can answer."""
-    rows = np.setdiff1d(generation.base_rows(), generation.dead_rows)
-    rows = np.concatenate([rows, generation.delta_rows])
-    return generation.item_ids.array.take(pa.array(rows))
+    return generation.item_ids.array.take(pa.array(generation.answerable_rows()))
 
 
 def _cases(

@@ -1,4 +1,4 @@
-"""Items and users of a dataset through the towers of a checkpoint. Runs without Ray.
+"""Items of a catalogue and users of a generation through the towers of a checkpoint. Runs without Ray.
 
 Symbols: D embedding_dim, n items, Q queries.
 """
@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from twotower.data.dataset import ITEM_ROW, Dataset
-from twotower.data.histories import Histories
+from twotower.data.dataset import ITEM_ROW
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values, to_device
+from twotower.model.features import QueryFeatures, encode_columns, item_batch, to_device
+from twotower.retrieval.generation import Generation
 from twotower.schema import FeatureSchema, HistoryFeature, IdFeature, ProfileFeature
 
 _QUERY_BATCH = 1_024
@@ -42,25 +42,23 @@ def source_columns(schema: FeatureSchema) -> list[str]:
     )
 
 
-def real_queries(dataset: Dataset, checkpoint: Checkpoint, count: int, seed: int) -> npt.NDArray[np.float32]:
+def real_queries(
+    tables: Generation, checkpoint: Checkpoint, count: int, seed: int
+) -> npt.NDArray[np.float32]:
     """Return the query embeddings of users drawn from those with a history, as of now, [Q, D] float32.
 
     Args:
-        dataset: whose users, with all their interactions.
+        tables: whose users; it needs no shards and no manifest yet.
         checkpoint: its query tower encodes.
         count: the most users drawn.
         seed: of the draw.
     """
-    schema = checkpoint.schema
-    histories = Histories.of(dataset.interactions, capped=max(schema.max_history, 1))
+    schema, histories, columns = checkpoint.schema, tables.histories, tables.user_columns
     users = np.flatnonzero(np.diff(histories.offsets))
     if len(users) == 0:
-        users = np.arange(dataset.num_users)
+        users = np.arange(len(tables.user_ids))
     users = np.random.default_rng(seed).permutation(users)[:count]
-    columns = encode_columns(schema.query, dataset.user_table())
-    features = QueryFeatures(
-        schema, profile_values(schema, encode_columns(schema.item, dataset.item_table()))
-    )
+    features = QueryFeatures(schema, tables.profiles)
     vectors = []
     for start in range(0, len(users), _QUERY_BATCH):
         rows = users[start : start + _QUERY_BATCH]

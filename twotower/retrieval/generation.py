@@ -209,6 +209,11 @@ class Generation:
         """Return the item rows of the base shards, dead ones too, in no order: [N] int64."""
         return np.concatenate([_NO_ROWS, *(self._item_rows(s) for s in self._shards if s["role"] == BASE)])
 
+    def answerable_rows(self) -> npt.NDArray[np.int64]:
+        """Return the item rows that can be answered: ascending [num_items] int64."""
+        alive = np.setdiff1d(self.base_rows(), self.dead_rows, assume_unique=True)
+        return np.sort(np.concatenate([alive, self.delta_rows]))
+
     @functools.cached_property
     def dead_rows(self) -> npt.NDArray[np.int64]:
         """Item rows of base shards that updates deleted or replaced: ascending [m] int64."""
@@ -228,6 +233,19 @@ class Generation:
                 index = read_index(path, shard["factory"], dim, shard["rows"])
                 return np.array(index.reconstruct_n(0, index.ntotal), dtype=np.float32)
         return np.zeros((0, dim), np.float32)
+
+    def require_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Refuse towers that did not encode the shards, by the weights themselves.
+
+        Raises:
+            ArtefactMismatchError: they are of another training.
+        """
+        expected = self.manifest["checkpoint_fingerprint"]
+        if checkpoint.fingerprint != expected:
+            raise ArtefactMismatchError(
+                f"the towers in {self.path} are of {checkpoint.fingerprint}, its shards of {expected}; "
+                f"vectors of different trainings do not fit. {_AGAIN}"
+            )
 
     def _dead(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
         return self.dead_rows if shard["role"] == BASE else _NO_ROWS
@@ -341,18 +359,6 @@ def finish(
         checkpoint: what encoded its shards.
         index: factory, num_shards, effort, index_recall, target_index_recall, recall_k, num_queries and more.
     """
-    shards = []
-    for path in sorted((directory / "shards").iterdir()):
-        facts = read_shard_facts(path)
-        shards.append(
-            {
-                "name": path.name,
-                "rows": facts["rows"],
-                "factory": facts["factory"],
-                "role": BASE,
-                "checkpoint_fingerprint": facts["checkpoint_fingerprint"],
-            }
-        )
     write_manifest(
         directory,
         KIND,
@@ -366,12 +372,18 @@ def finish(
             "metric": METRIC,
             "num_items": dataset.num_catalogue_items,
             "as_of": dataset.as_of,
-            "shards": shards,
+            "shards": built_shards(directory),
             "delta": None,
             "files": list_files(directory),
             "index": index,
         },
     )
+
+
+def built_shards(directory: Path) -> list[dict[str, Any]]:
+    """Return ``shards`` of the manifest of a generation that was just built, whose shards are all base."""
+    facts = {path.name: read_shard_facts(path) for path in sorted((directory / "shards").iterdir())}
+    return [{"name": name, "role": BASE, **each} for name, each in facts.items()]
 
 
 def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:

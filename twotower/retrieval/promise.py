@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from twotower.config import Config
-from twotower.data.dataset import Dataset
 from twotower.index.build import read_index
 from twotower.index.choice import choose, finds_more
 from twotower.index.filter_measure import measure_filters
@@ -27,7 +26,7 @@ from twotower.index.tuning import curve, least_effort, search_times
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
 from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.generation import read_shard_facts
+from twotower.retrieval.generation import Generation, read_shard_facts
 
 _FILTER_QUERIES = 128
 """Queries that each strategy of searching among some of the items is measured with, at most."""
@@ -36,7 +35,7 @@ _LEAST_FILTER_QUERIES = 16
 
 def measure(
     config: Config,
-    dataset: Dataset,
+    tables: Generation,
     checkpoint: Checkpoint,
     parts: list[Part],
     directory: Path,
@@ -49,23 +48,24 @@ def measure(
 
     Args:
         config: for the index, the threads of the service and the seed of the draw of queries.
-        dataset: whose users ask.
+        tables: whose users ask; it needs no shards and no manifest yet.
         checkpoint: that encoded the parts, and encodes the queries.
         parts: of the whole catalogue, searched exactly.
         directory: with a folder for each shard.
         threads: of searches that are not timed.
     """
     index = config.index
-    choice = choose(index, dataset.num_catalogue_items, checkpoint.embedding_dim)
+    num_items = sum(part.num_rows for part in parts)
+    choice = choose(index, num_items, checkpoint.embedding_dim)
     shards, memory_bytes = _open(directory, choice.factory, checkpoint.embedding_dim)
     searcher = Searcher(shards, threads=threads)
-    k = min(index.recall_k, dataset.num_catalogue_items)
+    k = min(index.recall_k, num_items)
     if k < index.recall_k:
         say(f"index recall is measured at {k}: the catalogue has no {index.recall_k} items (index.recall_k)")
 
     tunable = len(searcher.efforts()) > 1
     wanted = index.num_recall_queries * (2 if tunable or index.attributes else 1)
-    queries = real_queries(dataset, checkpoint, wanted, config.seed)
+    queries = real_queries(tables, checkpoint, wanted, config.seed)
     if len(queries) < wanted:
         say(f"index recall is measured with the {len(queries)} users there are, not {wanted}")
     # Twice k, so that items that tie with the k-th are among them.

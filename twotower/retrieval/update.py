@@ -20,10 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.artefacts import building, fingerprint, has_manifest, link_or_copy, locked, write_manifest
-from twotower.errors import ArtefactError, ArtefactMismatchError, TwotowerError
+from twotower.errors import ArtefactError, TwotowerError
 from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
-from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
 from twotower.retrieval.delta import CatalogueState
 from twotower.retrieval.generation import (
@@ -107,7 +106,7 @@ def update_items(
         say(f"generation {base_id} holds these items already")
         return Update(base_id, base_id, 0, 0, 0, edit.unchanged, state.share, publish)
     checkpoint = base.checkpoint()
-    _check_model(base, checkpoint)
+    base.require_checkpoint(checkpoint)
     after = state.after(edit, checkpoint)
     name = fingerprint({"base": state.built_from, "content": after.content()})
     directory = store.path(name)
@@ -171,16 +170,6 @@ def _write(state: CatalogueState, directory: Path, name: str, checkpoint_fingerp
         "files": dict(sorted({**files, **{n: file_facts(directory / n) for n in new}}.items())),
     }
     write_manifest(directory, KIND, content)
-
-
-def _check_model(base: Generation, checkpoint: Checkpoint) -> None:
-    """The weights themselves, not only their manifest, must be those that encoded the base shards."""
-    expected = base.manifest["checkpoint_fingerprint"]
-    if checkpoint.fingerprint != expected:
-        raise ArtefactMismatchError(
-            f"the towers in {base.path} are of {checkpoint.fingerprint}, its shards of {expected}; "
-            "vectors of different trainings do not fit. Build the generation again."
-        )
 
 
 def _is_replaced(name: str) -> bool:
