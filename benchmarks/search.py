@@ -20,46 +20,23 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from benchmarks import measure
+from benchmarks.tuned import POINTS_PER_LIST, SHARDS, TARGET, THREADS, Data, K, tuned_shards, with_answers
 from benchmarks.vectors import make
 from twotower.config.service import IndexConfig
 from twotower.index.allowed import Allowed
 from twotower.index.attributes import Attributes
-from twotower.index.build import build_shard, train_index
 from twotower.index.choice import choose
 from twotower.index.filter_measure import measure_filters
 from twotower.index.filter_plan import SHARES
 from twotower.index.hits import Hits, hits_of, merged
 from twotower.index.recall import index_recall_at_k
-from twotower.index.search import Searcher, Shard
+from twotower.index.search import Searcher
 from twotower.index.spec import Effort, ivf_of
-from twotower.index.tuning import least_effort
 
 FloatArray = npt.NDArray[np.float32]
 
 DIM = 128
-K = 100
-TARGET = 0.95
-THREADS = 2
-SHARDS = 4
-POINTS_PER_LIST = 64
 CATEGORIES = 1_000
-
-
-@dataclass
-class Data:
-    """Vectors, and queries with their exact answers: some to tune on, others to report on."""
-
-    vectors: FloatArray
-    tuning: FloatArray
-    tuning_exact: list[Hits]
-    queries: FloatArray
-    exact: list[Hits]
-
-    def blocks(self) -> Iterable[tuple[npt.NDArray[np.int64], FloatArray]]:
-        """Yield (item_rows, vectors) of all items."""
-        for start in range(0, len(self.vectors), 32_768):
-            block = self.vectors[start : start + 32_768]
-            yield np.arange(start, start + len(block)), block
 
 
 @dataclass
@@ -79,9 +56,9 @@ def main() -> None:
     faiss.omp_set_num_threads(THREADS)
     num_items, num_queries = (50_000, 512) if quick else (1_000_000, 2_048)
     vectors, queries = make(num_items, DIM, num_queries=num_queries)
-    data = _with_answers(vectors, queries)
+    data = with_answers(vectors, queries)
     factory = choose(IndexConfig(), num_items, DIM).factory
-    searcher = _sharded(data, factory)
+    searcher = tuned_shards(data, factory)
     best, sweep = _sweep(data, quick)
     ours_ms, best_ms, ratio = _compare(searcher, best, data, rounds=4 if quick else 12)
     recall = index_recall_at_k(searcher.search(data.queries, K), data.exact, K)
@@ -100,32 +77,6 @@ def main() -> None:
         "search_p50_ms": ours_ms,
     }
     measure.finish("search", figures, rows, quick)
-
-
-def _with_answers(vectors: FloatArray, queries: FloatArray) -> Data:
-    flat = faiss.IndexFlatIP(DIM)
-    flat.add(vectors)
-    scores, rows = flat.search(queries, 2 * K)
-    exact = [Hits(r, s) for r, s in zip(rows, scores, strict=True)]
-    half = len(queries) // 2
-    return Data(vectors, queries[:half], exact[:half], queries[half:], exact[half:])
-
-
-def _sharded(data: Data, factory: str) -> Searcher:
-    """Build shards that share what is trained, and tune them."""
-    rng = np.random.default_rng(0)
-    shard = rng.integers(0, SHARDS, len(data.vectors))
-    nlist = int(factory.split(",")[0].removeprefix("IVF"))
-    sample = rng.permutation(len(data.vectors))[: POINTS_PER_LIST * nlist]
-    trained = train_index(data.vectors[np.sort(sample)], factory, THREADS)
-    shards = []
-    for number in range(SHARDS):
-        rows = np.flatnonzero(shard == number)
-        index = build_shard(data.vectors[rows], factory, THREADS, rows, faiss.clone_index(trained))
-        shards.append(Shard(index, rows))
-    searcher = Searcher(shards, threads=THREADS)
-    searcher.effort = least_effort(searcher, data.tuning, data.tuning_exact, K, TARGET)
-    return searcher
 
 
 def _sweep(data: Data, quick: bool) -> tuple[Point, list[Point]]:

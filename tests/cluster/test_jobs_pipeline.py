@@ -90,7 +90,7 @@ def test_inputs_can_be_named(published, file):
     )
     assert result["checkpoint"] == published["evaluated_checkpoint"]
     assert result["generation"] != published["generation"]
-    assert _run(generations, file, before=("list",))["current"] == published["generation"]
+    assert _run(generations, file, before=("list",))["pointers"]["CURRENT"] == published["generation"]
 
 
 def test_nobody_is_recommended_what_he_has_had(published, file):
