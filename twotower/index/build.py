@@ -28,6 +28,9 @@ _CHECKED_ROWS = 65_536
 _MIN_NORM = 1e-12
 _READ_LOCK = threading.Lock()
 
+PLAIN_IVF = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+"""Kinds whose lists can be chosen apart from filling and searching them, with all search parameters."""
+
 
 def build_shard(
     vectors: npt.NDArray[np.float32],
@@ -63,7 +66,7 @@ def build_shard(
             index.train(data)
         if item_rows is not None and keeps_rows(index):
             labels = np.ascontiguousarray(item_rows, dtype=np.int64)
-            index.add_with_ids(data, labels)
+            _add(index, data, labels)
         else:
             labels = np.arange(len(data))
             index.add(data)
@@ -74,6 +77,24 @@ def build_shard(
         ) from None
     _probe(index, factory, data, labels)
     return index
+
+
+def _add(index: Any, data: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
+    """Add vectors to an index that keeps labels; plain inverted lists are allocated once, at their length."""
+    index = faiss.downcast_index(index)
+    if type(index) not in PLAIN_IVF:
+        index.add_with_ids(data, labels)
+        return
+    # FAISS's own adding lets lists grow by doubling: twice the memory at worst, and all is copied again.
+    lists = np.empty((len(data), 1), np.int64)
+    for start in range(0, len(data), _CHECKED_ROWS):
+        block = data[start : start + _CHECKED_ROWS]
+        lists[start : start + _CHECKED_ROWS] = index.quantizer.assign(block, 1)
+    for number, size in enumerate(np.bincount(lists[:, 0], minlength=index.nlist).tolist()):
+        index.invlists.resize(number, size)
+        index.invlists.resize(number, 0)
+    pointer = _faiss.swig_ptr
+    index.add_core(len(data), pointer(data), pointer(labels), pointer(lists))
 
 
 def train_index(sample: npt.NDArray[np.float32], factory: str, threads: int = 1) -> Any | None:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.index.allowed import Allowed
+from twotower.index.build import PLAIN_IVF
 from twotower.index.spec import Effort, innermost, ivf_of, keeps_rows, map_labels
 
 IntArray = npt.NDArray[np.int64]
@@ -58,7 +59,7 @@ class Unit:
         self._alive_bits = np.packbits(self._alive, bitorder="little")
         self.num_dead = len(self._held) - len(self.item_rows)
         self._labels_are_rows = keeps_rows(index) or len(item_rows) == item_rows[-1] + 1
-        self._plain_ivf = type(self.index) in _PLAIN_IVF
+        self._plain_ivf = type(self.index) in PLAIN_IVF
         # FAISS splits a single exact search over its threads at several times the cost of one thread.
         self._one_thread = isinstance(self.index, faiss.IndexFlat)
         self._batches: Any = self.index
@@ -218,10 +219,6 @@ class Unit:
         bits = allowed.bits()
         width = min(len(bits), len(self._alive_bits))
         return bits[:width] & self._alive_bits[:width]
-
-
-_PLAIN_IVF = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-"""Kinds whose lists can be searched apart from choosing them, with all search parameters."""
 
 
 def units_of(shards: Sequence[tuple[Any, IntArray, IntArray]]) -> list[Unit]:
