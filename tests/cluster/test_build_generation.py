@@ -216,3 +216,15 @@ def test_other_inputs_have_another_name(
         generation_id(with_index(config, tmp_path, target_index_recall=0.9), small_dataset, checkpoint),
     }
     assert len(names) == 5
+
+
+def test_an_index_that_needs_a_gpu_is_refused_before_anything_is_encoded(
+    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    cagra = with_index(config, tmp_path, kind="cagra")
+    with pytest.raises(
+        ConfigError, match=r"cagra is built on a GPU, and this build has none.*index\.kind: hnsw"
+    ):
+        build_generation(cagra, small_dataset, checkpoint.path)
+    assert not list(cagra.store.glob("generations/*/manifest.json"))
+    assert not list(cagra.store.glob(".work/*-build"))

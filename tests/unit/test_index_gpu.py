@@ -56,9 +56,9 @@ class Limited:
 
     def search(self, queries: np.ndarray, k: int, params: Any) -> tuple[np.ndarray, np.ndarray]:
         assert self.lock.locked()
-        assert k <= MOST
+        assert k <= gpu_module.MOST
         assert len(queries) <= gpu_module.BLOCK
-        assert getattr(params, "nprobe", 1) <= MOST
+        assert getattr(params, "nprobe", 1) <= gpu_module.MOST
         assert getattr(params, "sel", None) is None
         self.num_queries += len(queries)
         return self.index.search(queries, k, params=params)
