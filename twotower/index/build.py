@@ -192,7 +192,8 @@ def _read_limited(path: Path, flags: int = faiss.IO_FLAG_MMAP_IFC) -> Any:
         faiss.set_deserialization_vector_byte_limit(size)
         faiss.set_deserialization_loop_limit(size)
         try:
-            return faiss.read_index(str(path), flags)
+            # Inner products have no use for the tables of IVFPQ, which may be larger than the file.
+            return faiss.read_index(str(path), flags | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except (RuntimeError, MemoryError) as error:
             raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
         finally:
