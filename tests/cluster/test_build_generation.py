@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
+from twotower.cluster import build
 from twotower.cluster.build import build_generation, generation_id
 from twotower.cluster.encode import EncodeItems, encode_catalogue, load_vectors
 from twotower.config import Config, parse_config
@@ -228,3 +229,31 @@ def test_an_index_that_needs_a_gpu_is_refused_before_anything_is_encoded(
         build_generation(cagra, small_dataset, checkpoint.path)
     assert not list(cagra.store.glob("generations/*/manifest.json"))
     assert not list(cagra.store.glob(".work/*-build"))
+
+
+@pytest.mark.parametrize(
+    ("factory", "gpus", "faiss_has_gpus", "reserved", "said"),
+    [
+        ("IVF8,SQ8", True, True, True, ""),
+        ("IVF8,SQ8", False, True, False, ""),
+        ("IVF8,SQ8", True, False, False, "CPU build here"),
+        ("HNSW16,Flat", True, True, False, "HNSW16,Flat is built on CPUs"),
+        ("Flat", True, True, False, ""),
+    ],
+)
+def test_shards_reserve_gpus_where_those_have_work(
+    factory: str,
+    gpus: bool,
+    faiss_has_gpus: bool,
+    reserved: bool,
+    said: str,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "wants_gpu", lambda _: gpus)
+    monkeypatch.setattr(build, "faiss_has_gpus", lambda: faiss_has_gpus)
+    assert build._on_gpu(config, factory, 24) is reserved
+    lines = capsys.readouterr().err
+    assert said in lines
+    assert bool(said) == bool(lines)

@@ -149,6 +149,9 @@ def test_shards_of_a_gpu_are_joined_where_they_were_trained_together(rng: np.ran
     assert units[0].gpu is not units[1].gpu
     np.testing.assert_array_equal(np.sort(np.concatenate([u.item_rows for u in units])), np.arange(NUM_ROWS))
     sizes = [len(u.item_rows) for u in units]
+    cards = [u.gpu for u in units if isinstance(u, GpuUnit)]
+    copied = [card.copies[0].index.ntotal for card in cards if isinstance(card, OnCpu)]
+    assert copied == sizes
     assert max(sizes) < NUM_ROWS * 0.65
 
 
