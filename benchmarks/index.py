@@ -10,14 +10,17 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks import measure
 from benchmarks.vectors import FloatArray, make
 from twotower.index.build import build_shard, read_trained, train_index, write_index
+from twotower.index.hits import Hits
 from twotower.index.parts import Part, load_shard, save_array, write_part
 from twotower.index.recall import NEAR_TIE
 from twotower.index.search import Searcher, Shard
@@ -97,15 +100,27 @@ def _share_equal(vectors: FloatArray, queries: FloatArray) -> float:
     whole.add(vectors)
     faiss.omp_set_num_threads(THREADS)
     scores, labels = whole.search(queries, K + 50)
+    return share_equal(searcher.search(queries, K), scores, labels, K)
+
+
+def share_equal(found: Sequence[Hits], scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> float:
+    """Return the share of queries whose hits are the exact ones, near-ties apart.
+
+    Args:
+        found: hits of each query.
+        scores: of exact search, more than k of each query, best first.
+        labels: their item rows.
+        k: hits that there must be.
+    """
     equal = 0
-    for hits, theirs, ids in zip(searcher.search(queries, K), scores, labels, strict=True):
-        edge = theirs[K - 1]
+    for hits, theirs, ids in zip(found, scores, labels, strict=True):
+        edge = theirs[k - 1]
         # Every id above the edge by more than rounding must come, and none from below it.
         must, may = set(ids[theirs > edge + NEAR_TIE]), set(ids[theirs >= edge - NEAR_TIE])
-        found = set(hits.item_rows)
-        close = np.abs(hits.scores - theirs[:K]) <= NEAR_TIE
-        equal += bool(len(found) == K and must <= found <= may and close.all())
-    return equal / len(queries)
+        mine = set(hits.item_rows)
+        close = np.abs(hits.scores - theirs[:k]) <= NEAR_TIE if len(mine) == k else np.zeros(1)
+        equal += bool(len(mine) == k and must <= mine <= may and close.all())
+    return equal / len(found)
 
 
 def _shard_of(count: int, num_shards: int) -> np.ndarray:

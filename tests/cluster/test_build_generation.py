@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
+from twotower.cluster import build
 from twotower.cluster.build import build_generation, generation_id
 from twotower.cluster.encode import EncodeItems, encode_catalogue, load_vectors
 from twotower.config import Config, parse_config
@@ -216,3 +217,43 @@ def test_other_inputs_have_another_name(
         generation_id(with_index(config, tmp_path, target_index_recall=0.9), small_dataset, checkpoint),
     }
     assert len(names) == 5
+
+
+def test_an_index_that_needs_a_gpu_is_refused_before_anything_is_encoded(
+    ray_local: None, config: Config, small_dataset: Dataset, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    cagra = with_index(config, tmp_path, kind="cagra")
+    with pytest.raises(
+        ConfigError, match=r"cagra is built on a GPU, and this build has none.*index\.kind: hnsw"
+    ):
+        build_generation(cagra, small_dataset, checkpoint.path)
+    assert not list(cagra.store.glob("generations/*/manifest.json"))
+    assert not list(cagra.store.glob(".work/*-build"))
+
+
+@pytest.mark.parametrize(
+    ("factory", "gpus", "faiss_has_gpus", "reserved", "said"),
+    [
+        ("IVF8,SQ8", True, True, True, ""),
+        ("IVF8,SQ8", False, True, False, ""),
+        ("IVF8,SQ8", True, False, False, "CPU build here"),
+        ("HNSW16,Flat", True, True, False, "HNSW16,Flat is built on CPUs"),
+        ("Flat", True, True, False, ""),
+    ],
+)
+def test_shards_reserve_gpus_where_those_have_work(
+    factory: str,
+    gpus: bool,
+    faiss_has_gpus: bool,
+    reserved: bool,
+    said: str,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "wants_gpu", lambda _: gpus)
+    monkeypatch.setattr(build, "faiss_has_gpus", lambda: faiss_has_gpus)
+    assert build._on_gpu(config, factory, 24) is reserved
+    lines = capsys.readouterr().err
+    assert said in lines
+    assert bool(said) == bool(lines)

@@ -66,6 +66,26 @@ def test_each_kind_is_built_written_read_and_searched(
     assert factory.startswith("OPQ") or "WARNING" not in capfd.readouterr().err
 
 
+def test_product_codes_with_more_lists_and_centroids_than_bytes_are_read(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    vectors, rows = unit_vectors(rng, 600), np.arange(600)
+    trained = train_index(vectors, "IVF256,PQ1")
+    index = build_shard(vectors, "IVF256,PQ1", 1, rows, faiss.clone_index(trained))
+    path = tmp_path / "index.faiss"
+    write_index(trained, path)
+    assert path.stat().st_size < 256 * 256 * 4
+    assert read_trained(path).is_trained
+    write_index(index, path)
+    read = read_index(path, "IVF256,PQ1", DIM, 600)
+    ours, theirs = (
+        Searcher([Shard(i, rows)], Effort(nprobe=9)).search(vectors[:20], 5) for i in (index, read)
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine.item_rows, other.item_rows)
+        np.testing.assert_array_equal(mine.scores, other.scores)
+
+
 def test_flat_gives_back_the_vectors_bit_for_bit(rng: np.random.Generator) -> None:
     vectors = unit_vectors(rng, 50)
     rows = np.arange(50) * 2

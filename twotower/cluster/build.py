@@ -21,14 +21,16 @@ import ray.exceptions
 from twotower.artefacts import building, fingerprint, has_manifest, locked
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.failures import plain_errors
-from twotower.cluster.session import session
+from twotower.cluster.session import session, wants_gpu
 from twotower.config import Config
 from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, TwotowerError
 from twotower.index.choice import choose, num_shards
+from twotower.index.gpu import faiss_has_gpus
+from twotower.index.gpu_build import require_gpu
 from twotower.index.parts import Part
-from twotower.index.spec import empty_index
+from twotower.index.spec import CAGRA, builds_on_gpu, empty_index
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
@@ -108,11 +110,17 @@ def build_index(
 
     Returns:
         ``index`` of the manifest.
+
+    Raises:
+        ConfigError: the index can not be built of these items, or only on a GPU and there is none.
+        ArtefactError: encoding or building lost an item.
     """
     factory = choose(config.index, catalogue.num_items, checkpoint.embedding_dim).factory
     count = num_shards(config.index, catalogue.num_items)
+    # Before the hours that encoding may take.
+    on_gpu = _on_gpu(config, factory, checkpoint.embedding_dim)
     parts = encode_catalogue(checkpoint.path, catalogue, work / "parts", config, count)
-    build_shards(config, catalogue, checkpoint, parts, work / "shards", factory)
+    build_shards(config, catalogue, checkpoint, parts, work / "shards", factory, on_gpu)
     threads = max(1, int(config.cluster.cpus_per_encoder))
     # The generation has no manifest yet, and its users are there.
     facts = measure(config, Generation(directory, {}), checkpoint, parts, work / "shards", threads)
@@ -129,6 +137,7 @@ def build_shards(
     parts: list[Part],
     directory: Path,
     factory: str,
+    on_gpu: bool = False,
 ) -> None:
     """Build and write every shard, one Ray task each.
 
@@ -140,6 +149,7 @@ def build_shards(
         directory: gets a folder for each shard; all nodes must reach it under this path. Shards that an
             earlier run wrote whole are taken as they are.
         factory: FAISS factory string of each shard.
+        on_gpu: let each task reserve a GPU, so that the shards spread over those of the cluster.
 
     Raises:
         ConfigError: the index can not be built from a shard.
@@ -148,16 +158,18 @@ def build_shards(
     count = num_shards(config.index, catalogue.num_items)
     cpus = config.cluster.cpus_per_encoder
     threads = max(1, int(cpus))
+    reserved: Any = ray.remote(num_cpus=cpus, num_gpus=int(on_gpu))
     trained = None
     if count > 1:
         # Once for all shards, so that they can be searched as one.
         path = directory.absolute().with_name("trained.faiss")
         with plain_errors():
-            training: Any = ray.remote(num_cpus=cpus)(train_shards)
+            training = reserved(train_shards)
+            points = config.index.train_points
             trained = ray.get(
-                training.remote(parts, factory, config.index.train_points, config.seed, str(path), threads)
+                training.remote(parts, factory, points, config.seed, str(path), threads, on_gpu)
             )
-    task: Any = ray.remote(num_cpus=cpus)(write_shard)
+    task = reserved(write_shard)
     pending = [
         task.remote(
             parts,
@@ -170,6 +182,7 @@ def build_shards(
             str(directory.absolute() / f"{number:05d}"),
             threads,
             trained,
+            on_gpu,
         )
         for number in range(count)
     ]
@@ -186,6 +199,26 @@ def build_shards(
         raise ArtefactError(
             f"the shards hold {rows} items, the catalogue has {catalogue.num_items}; build again"
         )
+
+
+def _on_gpu(config: Config, factory: str, dim: int) -> bool:
+    """Return whether the tasks of the shards reserve GPUs; what is left to CPUs although there are is said.
+
+    Raises:
+        ConfigError: the index can only be built on a GPU and there is none.
+    """
+    gpu = wants_gpu(config)
+    if factory == CAGRA:
+        require_gpu(gpu)
+    if not gpu or factory == "Flat":
+        return False
+    if not faiss_has_gpus():
+        say("FAISS is its CPU build here: the index is built on CPUs (make setup FLAVOUR=gpu)")
+        return False
+    if not builds_on_gpu(empty_index(factory, dim)):
+        say(f"index {factory} is built on CPUs: a GPU takes over none of it")
+        return False
+    return True
 
 
 def _end(tasks: list[ray.ObjectRef]) -> None:

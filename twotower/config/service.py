@@ -56,8 +56,9 @@ class AttributeConfig(Section):
 class IndexConfig(Section):
     """The FAISS index of the catalogue, and what it promises."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_fastscan"] = "auto"
-    """Kind of each shard; auto chooses by the catalogue, memory, updates and filters, and says why."""
+    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_fastscan", "cagra"] = "auto"
+    """Kind of each shard; auto chooses by the catalogue, memory, updates and filters, and says why. cagra is
+    built on GPUs."""
     factory: str | None = None
     """FAISS factory string of each shard, such as IVF256,SQ8, in place of a kind."""
     num_shards: PositiveInt = 2
@@ -140,7 +141,7 @@ class ClusterConfig(Section):
     local_num_cpus: PositiveInt = 4
     """Logical CPUs of the Ray that a job starts where there is no cluster."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """GPUs for training and encoding: auto takes them where the cluster has them."""
+    """GPUs for training, encoding and building: auto takes them where the cluster has them."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs of a training worker."""
     num_encoders: PositiveInt = 2

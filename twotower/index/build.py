@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, ConfigError
-from twotower.index.spec import Effort, empty_index, innermost, ivf_of, keeps_rows, map_labels
+from twotower.index.gpu import Gpu
+from twotower.index.gpu_build import add_with_rows, build_graph, train
+from twotower.index.spec import Effort, empty_index, innermost, is_cagra, ivf_of, keeps_rows, map_labels
 
 # FAISS's type hints leave out some classes.
 _faiss: Any = faiss
@@ -28,9 +30,6 @@ _CHECKED_ROWS = 65_536
 _MIN_NORM = 1e-12
 _READ_LOCK = threading.Lock()
 
-PLAIN_IVF = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
-"""Kinds whose lists can be chosen apart from filling and searching them, with all search parameters."""
-
 
 def build_shard(
     vectors: npt.NDArray[np.float32],
@@ -38,6 +37,7 @@ def build_shard(
     threads: int = 1,
     item_rows: npt.NDArray[np.int64] | None = None,
     trained: Any = None,
+    gpu: Gpu | None = None,
 ) -> Any:
     """Return a trained, filled FAISS index; label i is row i of ``vectors``, or its item row.
 
@@ -47,10 +47,11 @@ def build_shard(
         threads: FAISS threads used.
         item_rows: [n] int64, stored as labels by the kinds that keep them (``keeps_rows``).
         trained: an empty index of the factory, trained for all shards; it is filled. None trains one.
+        gpu: takes over the work of ``builds_on_gpu`` indexes; what is returned is a CPU index all the same.
 
     Raises:
         ConfigError: an unknown factory string, too few vectors to train it, a vector that is zero or not
-            finite, or an index that can not give its vectors back.
+            finite, an index that can not give its vectors back, or ``CAGRA`` without a GPU.
     """
     dim = vectors.shape[1]
     index = empty_index(factory, dim) if trained is None else trained
@@ -62,14 +63,17 @@ def build_shard(
     faiss.omp_set_num_threads(threads)
     data = np.ascontiguousarray(vectors, dtype=np.float32)
     try:
-        if not index.is_trained:
-            index.train(data)
-        if item_rows is not None and keeps_rows(index):
-            labels = np.ascontiguousarray(item_rows, dtype=np.int64)
-            _add(index, data, labels)
+        labels = np.arange(len(data))
+        if is_cagra(index):
+            index = build_graph(data, gpu)
         else:
-            labels = np.arange(len(data))
-            index.add(data)
+            if not index.is_trained:
+                train(index, data, gpu)
+            if item_rows is not None and keeps_rows(index):
+                labels = np.ascontiguousarray(item_rows, dtype=np.int64)
+                add_with_rows(index, data, labels, gpu)
+            else:
+                index.add(data)
     except RuntimeError as error:
         raise ConfigError(
             f"index.factory {factory!r} can not be built from {len(data)} vectors of {dim} dimensions: "
@@ -79,31 +83,16 @@ def build_shard(
     return index
 
 
-def _add(index: Any, data: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-    """Add vectors to an index that keeps labels; plain inverted lists are allocated once, at their length."""
-    index = faiss.downcast_index(index)
-    if type(index) not in PLAIN_IVF:
-        index.add_with_ids(data, labels)
-        return
-    # FAISS's own adding lets lists grow by doubling: twice the memory at worst, and all is copied again.
-    lists = np.empty((len(data), 1), np.int64)
-    for start in range(0, len(data), _CHECKED_ROWS):
-        block = data[start : start + _CHECKED_ROWS]
-        lists[start : start + _CHECKED_ROWS] = index.quantizer.assign(block, 1)
-    for number, size in enumerate(np.bincount(lists[:, 0], minlength=index.nlist).tolist()):
-        index.invlists.resize(number, size)
-        index.invlists.resize(number, 0)
-    pointer = _faiss.swig_ptr
-    index.add_core(len(data), pointer(data), pointer(labels), pointer(lists))
-
-
-def train_index(sample: npt.NDArray[np.float32], factory: str, threads: int = 1) -> Any | None:
+def train_index(
+    sample: npt.NDArray[np.float32], factory: str, threads: int = 1, gpu: Gpu | None = None
+) -> Any | None:
     """Return an empty index trained for all shards; None for a factory that needs no training.
 
     Args:
         sample: [m, D] float32, drawn over all shards.
         factory: FAISS index factory string.
         threads: FAISS threads used.
+        gpu: takes over the work of ``builds_on_gpu`` indexes.
 
     Raises:
         ConfigError: an unknown factory string, too few vectors, a vector that is zero or not finite.
@@ -114,7 +103,7 @@ def train_index(sample: npt.NDArray[np.float32], factory: str, threads: int = 1)
     check_vectors(sample)
     _check_enough(index, factory, len(sample))
     faiss.omp_set_num_threads(threads)
-    index.train(np.ascontiguousarray(sample, dtype=np.float32))
+    train(index, np.ascontiguousarray(sample, dtype=np.float32), gpu)
     return index
 
 
@@ -203,7 +192,8 @@ def _read_limited(path: Path, flags: int = faiss.IO_FLAG_MMAP_IFC) -> Any:
         faiss.set_deserialization_vector_byte_limit(size)
         faiss.set_deserialization_loop_limit(size)
         try:
-            return faiss.read_index(str(path), flags)
+            # Inner products have no use for the tables of IVFPQ, which may be larger than the file.
+            return faiss.read_index(str(path), flags | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except (RuntimeError, MemoryError) as error:
             raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
         finally:

@@ -10,6 +10,7 @@ kind              factory string         bytes of an item
 ``ivf_pq``        ``IVFn,PQ(D/2)``       D/2 + 8: two numbers in 8 bits; 92 % at most, slow to train
 ``ivf_fastscan``  ``IVFn,PQ(D/2)x4fs,    5 D/4 + 8: short codes are scanned, 8-bit ones refine what is
                   Refine(SQ8)``          found
+``cagra``         ``CAGRA``              4 D + 272: a graph, built on a GPU and searched there or on a CPU
 ================  =====================  =========================================================
 
 n is the power of two next to 4 sqrt(N), which FAISS's guidelines name the least for large N, and no more than
@@ -44,6 +45,7 @@ from dataclasses import dataclass
 
 from twotower.config.service import IndexConfig
 from twotower.errors import ConfigError
+from twotower.index.spec import CAGRA
 
 FLAT_ITEMS = 20_000
 """Most items that auto searches exactly: about 0.25 ms a query at 128 dimensions on one core."""
@@ -145,6 +147,7 @@ def factory_of(kind: str, num_items: int, dim: int) -> str:
         "ivf_sq8": f"IVF{lists},SQ8",
         "ivf_pq": f"IVF{lists},PQ{half}",
         "ivf_fastscan": f"IVF{lists},PQ{half}x4fs,Refine(SQ8)",
+        "cagra": CAGRA,
     }[kind]
 
 
@@ -158,6 +161,7 @@ def memory_bytes(kind: str, num_items: int, dim: int) -> int:
         "ivf_sq8": dim + 8,
         "ivf_pq": dim // 2 + 8,
         "ivf_fastscan": dim // 4 + dim + 8,
+        "cagra": 4 * dim + 272,
     }[kind]
     centroids = 4 * dim * _lists(num_items) if kind.startswith("ivf") else 0
     return num_items * (code + _ROW_BYTES) + centroids

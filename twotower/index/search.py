@@ -308,6 +308,8 @@ class Searcher:
             fetches.append(min(k + extra, len(unit.item_rows)))
 
         def ask(unit: Unit, fetch: int) -> tuple[FloatArray, IntArray]:
+            # Of the thread that asks: what a GPU can not do falls to the CPU.
+            faiss.omp_set_num_threads(self.threads)
             return unit.search(queries, fetch, effort, allowed, by_selector)
 
         each: Callable[..., Iterable[tuple[FloatArray, IntArray]]] = self._pool.map if self._pool else map

@@ -19,9 +19,16 @@ from twotower.errors import ConfigError
 # FAISS's type hints leave out the fields of search parameters.
 _faiss: Any = faiss
 
+CAGRA = "CAGRA"
+"""Factory string of the graph that cuVS builds on a GPU, which FAISS's factory does not know."""
+CAGRA_DEGREE, CAGRA_POOL = 64, 128
+"""Neighbours of each of its vectors, and the near vectors that they are chosen from."""
+
 _LEAST_EF, _MOST_EF = 16, 2_048
 _MOST_K_FACTOR = 128
 
+PLAIN_IVF = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+"""Kinds whose lists can be searched and filled apart from choosing them."""
 KNOWN_GOOD = "Flat, HNSW32, HNSW32,SQ8, IVF256,Flat, IVF256,SQ8 or IVF256,PQ16"
 
 
@@ -44,11 +51,13 @@ def shard_of(item_ids: Iterable[str], num_shards: int) -> npt.NDArray[np.int32]:
 
 
 def empty_index(factory: str, dim: int) -> Any:
-    """Return the untrained inner-product index of a factory string.
+    """Return the untrained inner-product index of a factory string, or of ``CAGRA``.
 
     Raises:
         ConfigError: FAISS does not know the string, or the kind can not hold inner products or plain vectors.
     """
+    if factory == CAGRA:
+        return _faiss.IndexHNSWCagra(dim, CAGRA_DEGREE // 2, faiss.METRIC_INNER_PRODUCT)
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except (RuntimeError, TypeError) as error:
@@ -85,6 +94,16 @@ def innermost(index: Any) -> Any:
     return index
 
 
+def is_cagra(index: Any) -> bool:
+    """Return whether an index is a graph built on a GPU, in the form that CPUs search."""
+    return isinstance(faiss.downcast_index(index), _faiss.IndexHNSWCagra)
+
+
+def builds_on_gpu(index: Any) -> bool:
+    """Return whether building an index like this is work that a GPU takes over."""
+    return is_cagra(index) or ivf_of(index) is not None
+
+
 def keeps_rows(index: Any) -> bool:
     """Return whether an index stores item rows as its labels; others number their vectors from 0."""
     index = faiss.downcast_index(index)
@@ -115,7 +134,7 @@ class Effort:
     nprobe: int = 1
     """Inverted lists visited, of an IVF index."""
     ef_search: int = 64
-    """Candidates kept while walking the graph, of an HNSW index."""
+    """Candidates kept while walking the graph, of an HNSW or CAGRA index."""
     k_factor: float = 4.0
     """Candidates taken for each result, of an index with a refinement."""
 

@@ -14,7 +14,7 @@ Symbols: Q queries, D embedding_dim, K results, n items of a unit.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import faiss
@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.index.allowed import Allowed
-from twotower.index.build import PLAIN_IVF
-from twotower.index.spec import Effort, innermost, ivf_of, keeps_rows, map_labels
+from twotower.index.spec import PLAIN_IVF, Effort, innermost, ivf_of, keeps_rows, map_labels
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -221,8 +220,16 @@ class Unit:
         return bits[:width] & self._alive_bits[:width]
 
 
-def units_of(shards: Sequence[tuple[Any, IntArray, IntArray]]) -> list[Unit]:
-    """Return the units of (index, item rows, dead rows) of shards; those trained alike are joined."""
+def units_of(
+    shards: Sequence[tuple[Any, IntArray, IntArray]],
+    make: Callable[[Any, IntArray, IntArray], Unit] = Unit,
+) -> list[Unit]:
+    """Return the units of (index, item rows, dead rows) of shards; those trained alike are joined.
+
+    Args:
+        shards: any number, also empty ones.
+        make: makes a unit.
+    """
     units: list[Unit] = []
     groups: dict[bytes, list[tuple[Any, IntArray, IntArray]]] = {}
     for index, item_rows, dead in shards:
@@ -230,10 +237,10 @@ def units_of(shards: Sequence[tuple[Any, IntArray, IntArray]]) -> list[Unit]:
             continue
         key = _trained_part(index)
         if key is None:
-            units.append(Unit(index, item_rows, dead))
+            units.append(make(index, item_rows, dead))
         else:
             groups.setdefault(key + dead.tobytes(), []).append((index, item_rows, dead))
-    units += [_joined(group) for group in groups.values()]
+    units += [make(*_joined(group)) for group in groups.values()]
     return [unit for unit in units if len(unit.item_rows)]
 
 
@@ -253,10 +260,10 @@ def _trained_part(index: Any) -> bytes | None:
     return kind + codec + bytes(faiss.serialize_index(index.quantizer))
 
 
-def _joined(group: list[tuple[Any, IntArray, IntArray]]) -> Unit:
-    first, item_rows, dead = group[0]
+def _joined(group: list[tuple[Any, IntArray, IntArray]]) -> tuple[Any, IntArray, IntArray]:
+    first, _, dead = group[0]
     if len(group) == 1:
-        return Unit(first, item_rows, dead)
+        return group[0]
     whole: Any = faiss.clone_index(first)
     lists: Any = faiss.ArrayInvertedLists(first.nlist, first.code_size)
     # The lists of a file are mapped read-only, so FAISS's own merging, which empties its source, is no help.
@@ -267,7 +274,8 @@ def _joined(group: list[tuple[Any, IntArray, IntArray]]) -> Unit:
                 lists.add_entries(number, size, source.get_ids(number), source.get_codes(number))
     lists.this.disown()
     whole.replace_invlists(lists, True)
-    return Unit(whole, np.sort(np.concatenate([rows for _, rows, _ in group])), dead)
+    whole.ntotal = sum(len(rows) for _, rows, _ in group)
+    return whole, np.sort(np.concatenate([rows for _, rows, _ in group])), dead
 
 
 def _view(index: Any) -> Any:

@@ -18,10 +18,11 @@ from twotower.config import Config
 from twotower.index.build import read_index
 from twotower.index.choice import choose, finds_more
 from twotower.index.filter_measure import measure_filters
+from twotower.index.gpu import gpus
 from twotower.index.parts import Part, blocks
 from twotower.index.recall import index_recall_at_k
 from twotower.index.search import Searcher, Shard, exact_top_k
-from twotower.index.spec import Effort
+from twotower.index.spec import CAGRA, Effort
 from twotower.index.tuning import curve, least_effort, search_times
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
@@ -74,9 +75,17 @@ def measure(
     half = len(queries) // 2 if wanted > index.num_recall_queries else 0
     tuning, reporting = slice(0, max(half, 1)), slice(half, None)
     target = index.target_index_recall
+    searchers = [searcher]
+    if choice.factory == CAGRA and gpus():
+        # A CPU walks the same graph in another way: what is promised holds on both.
+        searchers.append(Searcher(shards, threads=threads, on=()))
     if tunable:
-        searcher.effort = least_effort(searcher, queries[tuning], exact[tuning], k, target)
-    recall = index_recall_at_k(searcher.search(queries[reporting], k), exact[reporting], k)
+        found = [least_effort(s, queries[tuning], exact[tuning], k, target) for s in searchers]
+        searcher.effort = max(found, key=lambda effort: effort.ef_search)
+    recall = min(
+        index_recall_at_k(s.search(queries[reporting], k, effort=searcher.effort), exact[reporting], k)
+        for s in searchers
+    )
 
     searcher.threads = config.serve.threads
     points = curve(searcher, queries[reporting], exact[reporting], k, searcher.effort)

@@ -23,6 +23,7 @@ from twotower.index.build import (
     train_index,
     write_index,
 )
+from twotower.index.gpu import Gpu, gpus
 from twotower.index.parts import Part, load_shard, save_array
 from twotower.index.spec import empty_index, ivf_of
 from twotower.retrieval.generation import FACTS, read_shard_facts, write_items, write_shard_facts
@@ -43,6 +44,7 @@ def write_shard(
     directory: str,
     threads: int,
     trained: str | None = None,
+    on_gpu: bool = False,
 ) -> int:
     """Build one shard's index and write it with its item rows and item table; returns its number of items.
 
@@ -59,6 +61,7 @@ def write_shard(
         directory: of the shard, created.
         threads: FAISS threads.
         trained: file of an empty index that was trained for all shards; None trains this one alone.
+        on_gpu: let the first GPU of this process take over what it can.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,8 @@ def write_shard(
     item_rows, vectors = load_shard(parts, number)
     check_item_rows(item_rows)
     shared = read_trained(Path(trained)) if trained is not None and len(vectors) else None
-    write_index(build_shard(vectors, factory, threads, item_rows, shared), path / "index.faiss")
+    index = build_shard(vectors, factory, threads, item_rows, shared, _gpu(on_gpu))
+    write_index(index, path / "index.faiss")
     save_array(path / "item_rows.npy", item_rows)
     items = shard_items(item_paths, item_rows, [*columns, *attribute_columns(attributes).values()])
     write_items(path, items, attributes)
@@ -76,7 +80,13 @@ def write_shard(
 
 
 def train_shards(
-    parts: list[Part], factory: str, points: int | None, seed: int, path: str, threads: int
+    parts: list[Part],
+    factory: str,
+    points: int | None,
+    seed: int,
+    path: str,
+    threads: int,
+    on_gpu: bool = False,
 ) -> str | None:
     """Train what all shards share on vectors drawn over all parts, and write it; returns the path.
 
@@ -89,6 +99,7 @@ def train_shards(
         seed: of the draw.
         path: of the file written.
         threads: FAISS threads.
+        on_gpu: let the first GPU of this process take over what it can.
 
     Returns:
         None for a factory that needs no training; nothing is written then.
@@ -112,11 +123,15 @@ def train_shards(
     for part, end, cut in zip(parts, ends, cuts, strict=True):
         pieces.append(part.vectors()[drawn[begin:cut] - (end - part.num_rows)])
         begin = cut
-    trained = train_index(np.concatenate(pieces), factory, threads)
+    trained = train_index(np.concatenate(pieces), factory, threads, _gpu(on_gpu))
     if trained is None:
         return None
     write_index(trained, Path(path))
     return path
+
+
+def _gpu(on_gpu: bool) -> Gpu | None:
+    return gpus()[0] if on_gpu and gpus() else None
 
 
 def shard_items(paths: list[str], item_rows: npt.NDArray[np.int64], columns: list[str]) -> pa.Table:
