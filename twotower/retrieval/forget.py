@@ -112,18 +112,24 @@ def forget_users(
     """
     request = config.home / REQUEST
     with locked(config.home / ".forget.lock"):
-        pending = json.loads(request.read_bytes())["users"] if request.exists() else []
-        if pending:
-            say(f"a run that was killed has not forgotten all of {len(pending):,} users; that is done now")
         if at_work := busy(config, store):
             raise RefusedError(
                 f"nothing is forgotten: other processes are at work on {', '.join(at_work[:_EXAMPLES])}. Run "
                 "it again when they have ended"
             )
-        wanted = list(dict.fromkeys([*ids, *pending]))
-        for folder in _folders(config):
-            settle(folder)
-        plan = _plan(config, store, wanted)
+        pending = _pending(request)
+        changes = []
+        if pending:
+            if dry_run:
+                raise RefusedError(
+                    f"a run that was killed has not forgotten all of {len(pending):,} users; finish it first, by "
+                    "running it without --dry-run"
+                )
+            say(f"a run that was killed has not forgotten all of {len(pending):,} users; that is done now")
+            # By itself: what it has done already follows from exactly these users.
+            changes += _run(config, store, pending).changes
+            request.unlink()
+        plan = _plan(config, store, ids)
         missing = [i for i in dict.fromkeys(ids) if i not in plan.found and i not in pending]
         if missing and not ignore_missing:
             raise DataError(
@@ -131,14 +137,48 @@ def forget_users(
                 f"{store.where}: {', '.join(map(repr, missing[:_EXAMPLES]))}; they were forgotten before, or "
                 "never there. Correct the ids, or pass over them with --ignore-missing"
             )
-        if not dry_run and (pending or plan.found):
-            write_json(request, {"users": wanted})
-            _forget(config, store, wanted, plan)
-            plan.left += [f"{name} is being made by another process" for name in busy(config, store)]
+        if plan.found and not dry_run:
+            write_json(request, {"users": list(dict.fromkeys(ids))})
+            plan = _run(config, store, ids)
             request.unlink()
-            for cut_short in config.home.glob(f".{REQUEST}.*.tmp"):
-                cut_short.unlink()
-    return Forgotten(len(wanted), len(missing), plan.changes, plan.left)
+        left = plan.left
+        if not dry_run:
+            left += [f"{name} is being made by another process" for name in busy(config, store)]
+    return Forgotten(len({*ids, *pending}), len(missing), changes + plan.changes, left)
+
+
+def _pending(request: Path) -> list[str]:
+    """Return the users whom a run that was killed was to forget."""
+    for cut_short in request.parent.glob(f".{request.name}.*.tmp"):
+        cut_short.unlink()
+    users: list[str] = json.loads(request.read_bytes())["users"] if request.exists() else []
+    return users
+
+
+def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
+    """Forget users, going on with what a run that was killed has left."""
+    for folder in _folders(config):
+        settle(folder)
+    plan = _plan(config, store, ids)
+    plan.changes += [Change("leftover", name, {}) for name in _remove_leftovers(config)]
+    with contextlib.ExitStack() as stack:
+        for path, erasure in plan.datasets.items():
+            say(f"dataset {path.name}: {erasure.num_users:,} users")
+            # It takes its place when the block ends.
+            forgetting = Forgetting.of(Dataset.open(path), ids)
+            assert forgetting is not None
+            forgetting.write(stack.enter_context(building(path)))
+        for path, erasure in plan.checkpoints.items():
+            say(f"checkpoint {path.name}")
+            with building(path) as partial:
+                forget_in_checkpoint(path, partial, erasure)
+        store.supersede({erasure.old_hash for erasure in plan.erasures})
+        _forget_generations(store, ids, plan)
+        for lists in plan.lists:
+            say(f"recommendations {lists.path.name}: {lists.num_rows:,} rows")
+            with building(lists.path) as partial:
+                lists.write(partial)
+    return plan
 
 
 def busy(config: Config, store: Store) -> list[str]:
@@ -230,27 +270,6 @@ def _matching(dataset: str, vocabulary: str, erasures: Sequence[Erasure]) -> Era
     """Return what has to go from something of a vocabulary, by its own dataset where that is there."""
     same = [e for e in erasures if e.old_hash == vocabulary]
     return next((e for e in same if e.old_dataset == dataset), same[0] if same else None)
-
-
-def _forget(config: Config, store: Store, ids: Sequence[str], plan: _Plan) -> None:
-    plan.changes += [Change("leftover", name, {}) for name in _remove_leftovers(config)]
-    with contextlib.ExitStack() as stack:
-        for path, erasure in plan.datasets.items():
-            say(f"dataset {path.name}: {erasure.num_users:,} users")
-            # It takes its place when the block ends.
-            forgetting = Forgetting.of(Dataset.open(path), ids)
-            assert forgetting is not None
-            forgetting.write(stack.enter_context(building(path)))
-        for path, erasure in plan.checkpoints.items():
-            say(f"checkpoint {path.name}")
-            with building(path) as partial:
-                forget_in_checkpoint(path, partial, erasure)
-        store.supersede({erasure.old_hash for erasure in plan.erasures})
-        _forget_generations(store, ids, plan)
-        for lists in plan.lists:
-            say(f"recommendations {lists.path.name}: {lists.num_rows:,} rows")
-            with building(lists.path) as partial:
-                lists.write(partial)
 
 
 def _forget_generations(store: Store, ids: Sequence[str], plan: _Plan) -> None:

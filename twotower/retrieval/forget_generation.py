@@ -5,7 +5,7 @@ answered. The one without the users has an id of its own, which follows from the
 vocabulary that is left: a run that was killed finds what it made. Its manifest says in whose place it stands
 (``replaces``), so that publications go on without being rewritten.
 
-Item popularity stays, as a sum over all users. The scores of popular items follow the seen sets that are left.
+Item popularity stays, as a sum over all users. Scores of popular items follow the seen sets that are left.
 
 Symbols: U users.
 """

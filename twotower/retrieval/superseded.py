@@ -1,8 +1,8 @@
 """Vocabularies that hold forgotten users: what was made with one of them is not published again.
 
 A build that ran while users were forgotten, a copy in another machine's cache, or a dataset prepared again
-from the same raw files would bring them back. A store therefore keeps the hashes of vocabularies as they were.
-Who knows all other ids could try which one completes such a hash, so it is stored salted and slow to compute.
+from the same raw files would bring them back. So a store keeps the hashes of vocabularies as they were. Who
+knows all other ids could try which one completes such a hash: it is stored salted and slow to compute.
 """
 
 from __future__ import annotations
