@@ -122,8 +122,8 @@ def forget_users(
         if pending:
             if dry_run:
                 raise RefusedError(
-                    f"a run that was killed has not forgotten all of {len(pending):,} users; finish it first, by "
-                    "running it without --dry-run"
+                    f"a run that was killed has not forgotten all of {len(pending):,} users; finish it "
+                    "first, by running it without --dry-run"
                 )
             say(f"a run that was killed has not forgotten all of {len(pending):,} users; that is done now")
             # By itself: what it has done already follows from exactly these users.
@@ -172,7 +172,8 @@ def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             say(f"checkpoint {path.name}")
             with building(path) as partial:
                 forget_in_checkpoint(path, partial, erasure)
-        store.supersede({erasure.old_hash for erasure in plan.erasures})
+        if plan.erasures:
+            store.supersede({erasure.old_hash for erasure in plan.erasures})
         _forget_generations(store, ids, plan)
         for lists in plan.lists:
             say(f"recommendations {lists.path.name}: {lists.num_rows:,} rows")

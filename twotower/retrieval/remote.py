@@ -260,7 +260,7 @@ class RemoteStore(Store):
             if not pushed:
                 self._refuse_outdated(entry)
                 self.push(entry.id)
-        self._refuse_pushed(entry)
+                self._refuse_pushed(entry)
         if now is not None:
             self._log(now)
         number = 1 if now is None else now.number + 1
@@ -275,11 +275,11 @@ class RemoteStore(Store):
         return entry.previous
 
     def _refuse_pushed(self, entry: Publication) -> None:
-        """Refuse again: who forgets users lists generations after he has superseded their vocabularies."""
+        """Refuse again: who forgets users supersedes their vocabularies before he looks for generations."""
         try:
             self._refuse_outdated(entry)
         except RefusedError:
-            self._remove_manifests([entry.id])
+            self.remove([entry.id])
             raise
 
     def _log(self, pointer: _Pointer) -> None:
