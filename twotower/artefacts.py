@@ -21,6 +21,8 @@ from twotower.errors import ArtefactError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+REPLACED = ".replaced"
+"""Ending of the hidden name of an artefact while another takes its place."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -114,7 +116,7 @@ def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
 
     One process builds at a time (a file lock that dies with its holder). What a killed build left
     behind is removed first, or kept where ``keep_partial`` says that the builder resumes from it. When
-    the block raises, ``directory`` is not touched.
+    the block raises, ``directory`` is not touched. What was there before is destroyed at the end.
 
     Raises:
         ArtefactError: the block ended without a manifest.
@@ -122,6 +124,7 @@ def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.partial")
     with locked(directory.with_name(f".{directory.name}.lock")):
+        _settle(directory)
         if partial.exists() and not keep_partial:
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
@@ -130,9 +133,32 @@ def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
             raise ArtefactError(f"the build of {directory} ended without a manifest")
         sync_tree(partial)
         if directory.exists():
-            shutil.rmtree(directory)
+            os.replace(directory, directory.with_name(f".{directory.name}{REPLACED}"))
         os.replace(partial, directory)
         _sync_directory(directory.parent)
+        _settle(directory)
+
+
+def settle(folder: Path) -> None:
+    """Finish or undo the replacements in a folder of artefacts whose processes were killed.
+
+    Whoever was killed before the new artefact had its name left the old one, which gets it back; later, it
+    is destroyed.
+    """
+    for dying in sorted(folder.glob(f".*{REPLACED}")):
+        name = dying.name.removeprefix(".").removesuffix(REPLACED)
+        with lock_if_free(folder / f".{name}.lock") as free:
+            if free:
+                _settle(folder / name)
+
+
+def _settle(directory: Path) -> None:
+    dying = directory.with_name(f".{directory.name}{REPLACED}")
+    if dying.exists():
+        if directory.exists():
+            shutil.rmtree(dying)
+        else:
+            os.replace(dying, directory)
 
 
 @contextlib.contextmanager

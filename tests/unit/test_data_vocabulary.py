@@ -77,3 +77,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "ids.arrow").write_bytes((tmp_path / "ids.arrow").read_bytes()[:40])
     with pytest.raises(ArtefactError, match=r"ids\.arrow is not a readable vocabulary"):
         Vocabulary.open(tmp_path / "ids.arrow")
+
+
+def test_a_forgotten_id_leaves_its_row_empty(tmp_path: Path) -> None:
+    ids = vocabulary("a", "b", "c", "d").without([2]).without([0])
+    ids.write(tmp_path / "ids.arrow")
+    for each in (ids, Vocabulary.open(tmp_path / "ids.arrow"), ids.extended(["e"])):
+        assert each.ids(range(4)) == ["", "b", "", "d"]
+        assert each.forgotten.tolist() == [0, 2]
+        assert each.rows(["a", "b", "", "d"], missing="negative").tolist() == [-1, 1, -1, 3]
+        assert each.row("") is None
+        assert "" not in each
+    assert ids.hash != vocabulary("a", "b", "c", "d").hash
+    with pytest.raises(DataError, match="'a', 'c'"):
+        ids.rows(["a", "c"])

@@ -30,6 +30,7 @@ JOBS = [
     "pipeline",
     "generations",
     "update_items",
+    "forget",
     "quickstart",
 ]
 _DEADLINE_S = 60.0

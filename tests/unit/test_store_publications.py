@@ -133,7 +133,7 @@ def test_any_sequence_is_undone_in_reverse(actions: list[str]) -> None:
             stack.append(action)
             log.append(entry(action, current))
     if stack:
-        assert earlier(log, "CURRENT", stack[-1]) == stack[-2::-1]
+        assert earlier(log, "CURRENT", stack[-1], {}) == stack[-2::-1]
 
 
 def test_an_append_leaves_whole_lines(tmp_path: Path) -> None:

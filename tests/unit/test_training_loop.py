@@ -109,10 +109,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     assert len(reports) == 3
     text = str(error.value)
     share = next(trainer.source.shares(0, 3))
-    user = small_dataset.user_ids.id(int(share.user_rows[0, 0]))
+    user = int(share.user_rows[0, 0])
     item = small_dataset.item_ids.id(int(share.item_rows[0, 0]))
     assert "step 4 of epoch 1 has loss nan" in text
-    assert f"256 pairs (user, item) begins with ({user}, {item})" in text
+    assert f"256 pairs (user row, item) begins with ({user}, {item})" in text
     assert "learning rate 0.00" in text
 
 

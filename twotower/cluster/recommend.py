@@ -21,7 +21,7 @@ from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
 from twotower.cluster.session import session
 from twotower.config import Config
-from twotower.data.vocabulary import Vocabulary
+from twotower.data.vocabulary import FORGOTTEN, Vocabulary
 from twotower.errors import ArtefactError
 from twotower.progress import bar, say
 from twotower.retrieval.generation import Generation
@@ -128,7 +128,8 @@ class RecommendUsers:
         return pa.table({"users": [stop - start], "rows": [len(table)]})
 
     def _lists(self, user_rows: NDArray[np.int64]) -> pa.Table:
-        ids = self._user_ids.ids(user_rows)
+        # Rows of users who were forgotten have no id.
+        ids = [user_id for user_id in self._user_ids.ids(user_rows) if user_id != FORGOTTEN]
         queries = [Query(user_id=user_id, k=self._k, exclude_seen=self._exclude_seen) for user_id in ids]
         answers = self._retriever.retrieve_batch(queries)
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

@@ -139,6 +139,26 @@ class Histories:
         return rows, weights
 
 
+def without_users(
+    offsets: npt.NDArray[np.int64], user_rows: npt.ArrayLike
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return compressed rows by user as they are when some users have none.
+
+    Args:
+        offsets: [U + 1] int64, where each user's entries begin.
+        user_rows: users whose entries go.
+
+    Returns:
+        the new offsets [U + 1], and which entries stay [n] bool.
+    """
+    counts = np.diff(offsets)
+    gone = np.zeros(len(counts), np.bool_)
+    gone[np.asarray(user_rows, np.int64)] = True
+    stays = ~np.repeat(gone, counts)
+    left = np.where(gone, 0, counts)
+    return np.concatenate([[0], np.cumsum(left)]).astype(np.int64), stays
+
+
 def first_not_before(times: IntArray, begin: IntArray, end: IntArray, when: IntArray) -> IntArray:
     """Return for each segment of ascending times the first position with time >= when, its end if none is.
 

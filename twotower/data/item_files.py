@@ -1,4 +1,4 @@
-"""Files of items that come after the dataset was prepared: changes of the catalogue, and ids to delete."""
+"""Files that come after the dataset was prepared: changes of the catalogue, ids of items and of users."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ def read_item_ids(config: DataConfig, path: str) -> list[str]:
         DataError: nothing is there, the column is missing, or an id is there twice.
     """
     return list(read_items(config, path).column("item_id").to_pylist())
+
+
+def read_user_ids(config: DataConfig, path: str) -> list[str]:
+    """Return the ids in CSV or Parquet files of users, in their order, each once.
+
+    The column is that of the user table, of the interactions where there is none, else ``user_id``.
+
+    Args:
+        config: the data section.
+        path: a file, a folder of them, or a glob.
+
+    Raises:
+        DataError: nothing is there, the column is missing, or a row has no readable id.
+    """
+    source, column = config.source, "user_id"
+    if isinstance(source, FilesSource):
+        column = source.columns.user if source.users is None else source.users.id
+    files = tables.find_files(path, "--users")
+    for file in files:
+        tables.require_columns(file, {"the user's id": column})
+    # A row that is passed over would be a user who is not forgotten.
+    bad = BadRows("error")
+    side = read_side("user", TableConfig(path=path, id=column), files, bad)
+    bad.settle()
+    return list(side.data.column("user_id").unique().to_pylist())
 
 
 def _columns(config: DataConfig, path: str) -> TableConfig:

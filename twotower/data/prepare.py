@@ -36,7 +36,7 @@ from twotower.data.interning import Interner
 from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
 from twotower.data.splits import assign_splits
-from twotower.data.vocabulary import Vocabulary
+from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError, DataError, DownloadError
 from twotower.schema import KINDS, SPLITS, FeatureSchema
 
@@ -172,7 +172,7 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
         num_catalogue_items=num_catalogue,
     )
     user_table = _align_users(user_ids, user_columns)
-    counts |= _count(interactions, schema)
+    counts |= counted(interactions, schema)
     _write(
         config, source, directory, schema, interactions, user_ids, item_ids, item_table, user_table, counts
     )
@@ -253,7 +253,8 @@ def _align_users(user_ids: Vocabulary, table: pa.Table | None) -> pa.Table:
     return ids
 
 
-def _count(interactions: Interactions, schema: FeatureSchema) -> dict[str, Any]:
+def counted(interactions: Interactions, schema: FeatureSchema) -> dict[str, Any]:
+    """Return the counts of a manifest that follow from the interactions."""
     positive = interactions.kind == KINDS["positive"]
     outside = interactions.item_row >= schema.num_catalogue_items
     return {
@@ -294,24 +295,12 @@ def _write(
     pq.write_table(pa.table({"item_id": outside_ids, ITEM_ROW: outside}), directory / "outside_items.parquet")
     _write_items(directory / "items", items)
     write_json(directory / "features.json", schema.to_json())
-    vocabulary_hash = fingerprint([user_ids.hash, item_ids.hash])
-    content: dict[str, npt.NDArray[Any]] = interactions.columns()
-    content_hash = fingerprint(
-        {
-            "version": PREPARE_VERSION,
-            "interactions": array_hash(*content.values()),
-            "vocabulary": vocabulary_hash,
-            "items": table_hash(items),
-            "users": table_hash(users),
-            "features": schema.to_json(),
-            "has_times": source.has_times,
-        }
-    )
+    hashed = vocabulary_hash(user_ids, item_ids)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
     manifest = {
         "id": _name(config, source),
-        "fingerprint": content_hash,
-        "vocabulary_hash": vocabulary_hash,
+        "fingerprint": content_hash(interactions, hashed, items, users, schema, source.has_times),
+        "vocabulary_hash": hashed,
         "has_times": source.has_times,
         "as_of": int(interactions.time.max()) if source.has_times else None,
         "counts": counts,
@@ -321,6 +310,29 @@ def _write(
         "files": {str(p.relative_to(directory)): p.stat().st_size for p in files},
     }
     write_manifest(directory, KIND, manifest)
+
+
+def content_hash(
+    interactions: Interactions,
+    vocabulary_hash: str,
+    items: pa.Table,
+    users: pa.Table,
+    schema: FeatureSchema,
+    has_times: bool,
+) -> str:
+    """Return the fingerprint of a dataset of this content."""
+    columns: dict[str, npt.NDArray[Any]] = interactions.columns()
+    return fingerprint(
+        {
+            "version": PREPARE_VERSION,
+            "interactions": array_hash(*columns.values()),
+            "vocabulary": vocabulary_hash,
+            "items": table_hash(items),
+            "users": table_hash(users),
+            "features": schema.to_json(),
+            "has_times": has_times,
+        }
+    )
 
 
 def _write_items(folder: Path, items: pa.Table) -> None:

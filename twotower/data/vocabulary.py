@@ -1,7 +1,8 @@
 """External ids and internal rows: the one place where they are exchanged.
 
 A row is the position of an id in its vocabulary. Rows are never negative in a vocabulary; -1 is only ever
-the answer "not there", and only where the caller asked for it.
+the answer "not there", and only where the caller asked for it. The empty text is no id: it is what stands in
+the rows of users who were forgotten, in as many as there are, and is never found.
 """
 
 from __future__ import annotations
@@ -14,11 +15,20 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from twotower.artefacts import fingerprint
 from twotower.data.hashing import hash64, table_hash
 from twotower.errors import ArtefactError, DataError
 
 IntArray = npt.NDArray[np.int64]
+FORGOTTEN = ""
+"""What stands in the place of an id that was forgotten. No source can hold it: an id there is not blank."""
+
+
+def vocabulary_hash(users: Vocabulary, items: Vocabulary) -> str:
+    """Return the hash of the user and item ids of a dataset, in row order."""
+    return fingerprint([users.hash, items.hash])
 
 
 class Vocabulary:
@@ -29,7 +39,7 @@ class Vocabulary:
     """
 
     def __init__(self, ids: pa.StringArray, _lookup: tuple[Any, Any] | None = None) -> None:
-        """Take the ids in row order: no nulls, no repeats.
+        """Take the ids in row order: no nulls, and no repeats but of ``FORGOTTEN``.
 
         Raises:
             DataError: an id is null or there twice.
@@ -85,6 +95,8 @@ class Vocabulary:
 
     def row(self, id: str) -> int | None:
         """Return the row of an id, or None when it is not there."""
+        if id == FORGOTTEN:
+            return None
         hashes, order = self._index()
         value = np.uint64(hash64(id))
         position = int(np.searchsorted(hashes, value))
@@ -112,7 +124,7 @@ class Vocabulary:
         texts = self._ids.take(pa.array(candidates)).to_pylist() if len(found) else []
         for at, row, text in zip(found.tolist(), candidates.tolist(), texts, strict=True):
             # Two ids may share a hash, so the text decides; the slow path walks the run of equal hashes.
-            exact = row if text == wanted[at] else self.row(wanted[at])
+            exact = row if text == wanted[at] != FORGOTTEN else self.row(wanted[at])
             rows[at] = -1 if exact is None else exact
         if missing == "error" and (rows < 0).any():
             absent = [wanted[i] for i in np.flatnonzero(rows < 0)[:5]]
@@ -121,6 +133,17 @@ class Vocabulary:
                 f"{', '.join(map(repr, absent))}; leave them out or prepare the data with them"
             )
         return rows
+
+    def without(self, rows: npt.ArrayLike) -> Vocabulary:
+        """Return a vocabulary in which the ids of some rows are forgotten; all rows stay where they are."""
+        mask = np.zeros(len(self), np.bool_)
+        mask[np.asarray(rows, np.int64)] = True
+        return Vocabulary(pc.if_else(pa.array(mask), FORGOTTEN, self._ids))
+
+    @property
+    def forgotten(self) -> IntArray:
+        """Rows whose ids were forgotten, ascending: [m] int64."""
+        return np.flatnonzero(np.asarray(pc.equal(self._ids, FORGOTTEN))).astype(np.int64)
 
     def extended(self, ids: Sequence[str]) -> Vocabulary:
         """Return a vocabulary with more ids behind these, whose rows stay as they are.
@@ -177,6 +200,7 @@ class Vocabulary:
     def _check_unique(self) -> None:
         counts = self._ids.value_counts()
         repeated = counts.filter(pa.array(counts.field("counts").to_numpy() > 1)).field("values")
+        repeated = repeated.filter(pc.not_equal(repeated, FORGOTTEN))
         if len(repeated):
             raise DataError(
                 f"{len(repeated)} ids are there more than once: "

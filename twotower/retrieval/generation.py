@@ -319,7 +319,7 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
     save_array(users / "seen_offsets.npy", offsets)
     save_array(users / "seen_item_rows.npy", item_rows)
     for name, column in encode_columns(schema.query, dataset.user_table()).items():
-        save_array(users / f"{_COLUMN}{quote(name, safe='')}.npy", column)
+        save_array(users / column_file(name), column)
 
     items = directory / "items"
     items.mkdir()
@@ -327,6 +327,11 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
         save_array(items / f"{_PROFILE}{quote(name, safe='')}.npy", values)
     counts = popularity(dataset.interactions, dataset.num_items)[: dataset.num_catalogue_items]
     save_array(directory / "popularity.npy", np.argsort(-counts, kind="stable").astype(np.int32))
+
+
+def column_file(feature: str) -> str:
+    """Return the name of the file with a static column of the users."""
+    return f"{_COLUMN}{quote(feature, safe='')}.npy"
 
 
 def seen_sets(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:

@@ -16,14 +16,16 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.artefacts import lock_if_free
+from twotower.artefacts import REPLACED, lock_if_free
 from twotower.errors import ConfigError
 
 GRACE_S = 24 * 3600.0
 """Default age of leftovers: a lock that a build on another machine holds may not be seen on this one."""
+ANY_AGE_S = float("-inf")
+"""Age of leftovers that can not wait; clocks may differ."""
 WORK = ".work"
 _PARTIAL, _LOCK = ".partial", ".lock"
-_DYING = (".pruned", ".refused")
+_DYING = (".pruned", ".refused", REPLACED)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class Publication:
     """The generation that it names since."""
     previous: str | None
     """The generation that it named before; None when it was never set."""
-    action: Literal["publish", "rollback"] = "publish"
-    """What was asked for."""
+    action: Literal["publish", "rollback", "forget"] = "publish"
+    """What was asked for; forget is the same generation without some users."""
     forced: bool = False
     """Whether gates were to be overridden."""
     reasons: tuple[str, ...] = ()
@@ -89,7 +89,9 @@ def reasons_against(index: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def earlier(publications: Iterable[Publication], pointer: str, current: str) -> list[str]:
+def earlier(
+    publications: Iterable[Publication], pointer: str, current: str, successors: Mapping[str, str]
+) -> list[str]:
     """Return what a pointer named before, as steps to roll back to, the latest first.
 
     A roll back undoes a publication, so that two of them go two steps back.
@@ -98,6 +100,7 @@ def earlier(publications: Iterable[Publication], pointer: str, current: str) -> 
         publications: of any pointers, in order.
         pointer: the pointer.
         current: what it names now.
+        successors: by id, the generation that stands in the place of one that held forgotten users.
     """
     steps: list[str] = []
     for entry in publications:
@@ -105,11 +108,13 @@ def earlier(publications: Iterable[Publication], pointer: str, current: str) -> 
             continue
         # What the pointer never came to name, or what was set without the log.
         if entry.previous is not None:
-            _unwind(steps, entry.previous)
-        if entry.action == "rollback":
-            _unwind(steps, entry.id)
+            _unwind(steps, successors.get(entry.previous, entry.previous))
+        name = successors.get(entry.id, entry.id)
+        if entry.action == "publish":
+            steps.append(name)
         else:
-            steps.append(entry.id)
+            # Who forgets users goes no step further.
+            _unwind(steps, name)
     _unwind(steps, current)
     return steps[-2::-1]
 

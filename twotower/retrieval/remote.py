@@ -4,6 +4,7 @@
     PREFIX/generations/ID/manifest.json    put when all its files are there
     PREFIX/pointers/NAME                   the publication that set it last, replaced by compare-and-swap
     PREFIX/publications/NAME/NUMBER.json   all of them
+    PREFIX/superseded.json                 vocabularies with users who were forgotten
 
 A bucket has no renames, links or memory maps, so that generations are read from the cache, whose files are
 verified when they arrive and are links where another generation has them already. A push that is killed
@@ -16,7 +17,7 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,10 @@ from twotower.errors import ArtefactError, RefusedError
 from twotower.progress import say
 from twotower.retrieval.generation import KIND, check_file_name
 from twotower.retrieval.objects import Content, Objects
-from twotower.retrieval.prune import GRACE_S, Pruned, prune_folder, unwanted
+from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import Publication
 from twotower.retrieval.store import CURRENT, Store, checked_name, checked_pointer, too_late
+from twotower.retrieval.superseded import SUPERSEDED, added
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -180,6 +182,25 @@ class RemoteStore(Store):
         """
         before = self._manifests()
         gone = unwanted(_by_age(before), keep, set(self.pointers().values()))
+        return self._clear(gone, lambda kept: unwanted(Store.generations(self), keep, kept), grace_s, dry_run)
+
+    def remove(self, ids: Collection[str]) -> Pruned:
+        """Remove generations that no pointer names, there and here, and all that nothing refers to."""
+        wanted = set(ids) - set(self.pointers().values())
+        gone = [name for name in self.generations() if name in wanted]
+        return self._clear(
+            gone, lambda _: [i for i in Store.generations(self) if i in gone], ANY_AGE_S, False
+        )
+
+    def _clear(
+        self,
+        gone: list[str],
+        stale: Callable[[dict[str, Any]], list[str]],
+        grace_s: float,
+        dry_run: bool,
+    ) -> Pruned:
+        """Remove generations there, those here that ``stale`` finds (manifests there given), leftovers."""
+        before = self._manifests()
         if not dry_run:
             gone = self._remove_manifests(gone)
         blobs = [o for o in self._objects.list(_BLOBS) if _age(o.modified) >= grace_s]
@@ -190,14 +211,31 @@ class RemoteStore(Store):
         if not dry_run:
             self._objects.delete([o.key for o in unused])
         with locked(self._lock):
-            stale = unwanted(super().generations(), keep, kept)
-            local = prune_folder(self.root, stale, grace_s, dry_run)
+            local = prune_folder(self.root, stale(kept), grace_s, dry_run)
         named = self._blob_keys(before)
         return Pruned(
             list(dict.fromkeys([*gone, *local.generations])),
             [o.key for o in unused if o.key not in named] + local.leftovers,
             sum(o.num_bytes for o in unused) + local.num_bytes,
         )
+
+    def supersede(self, vocabulary_hashes: Iterable[str]) -> None:
+        """Let nothing that was made with these vocabularies be published from now on, unless it is forced."""
+        hashes, done = list(vocabulary_hashes), False
+        while not done:
+            now = self._objects.get(SUPERSEDED)
+            data = added(None if now is None else now.data, hashes, f"{self.where}/{SUPERSEDED}")
+            done = self._objects.swap(SUPERSEDED, data, now)
+
+    def succeed(self, generation_id: str, successor_id: str) -> list[str]:
+        """Push the same generation without some users, and let every pointer to the other name it."""
+        if self._objects.exists(_manifest_key(generation_id)):
+            self.push(successor_id)
+        return super().succeed(generation_id, successor_id)
+
+    def _superseded(self) -> bytes | None:
+        found = self._objects.get(SUPERSEDED)
+        return None if found is None else found.data
 
     def _remove_manifests(self, names: list[str]) -> list[str]:
         """Remove generations that no pointer names; returns those that are gone."""
@@ -220,7 +258,9 @@ class RemoteStore(Store):
             if current != entry.previous:
                 raise too_late(entry, current)
             if not pushed:
+                self._refuse_outdated(entry)
                 self.push(entry.id)
+                self._refuse_pushed(entry)
         if now is not None:
             self._log(now)
         number = 1 if now is None else now.number + 1
@@ -233,6 +273,14 @@ class RemoteStore(Store):
             # A prune has removed it while nothing named it.
             self.push(entry.id)
         return entry.previous
+
+    def _refuse_pushed(self, entry: Publication) -> None:
+        """Refuse again: who forgets users supersedes their vocabularies before he looks for generations."""
+        try:
+            self._refuse_outdated(entry)
+        except RefusedError:
+            self.remove([entry.id])
+            raise
 
     def _log(self, pointer: _Pointer) -> None:
         self._objects.swap(_log_key(pointer), pointer.content.data, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +17,17 @@ from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
 from twotower.config import Config
 from twotower.errors import ArtefactError, ConfigError, RefusedError
 from twotower.retrieval.generation import KIND, Generation
-from twotower.retrieval.prune import GRACE_S, Pruned, prune_folder, unwanted
+from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
+from twotower.retrieval.superseded import SUPERSEDED, added, holds
 
 CURRENT = "CURRENT"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RESERVED = ("generations", LOG)
+_OUTDATED = (
+    "it was made with users who have been forgotten since; build it again from a dataset without them, or "
+    "run python -m jobs.forget for them again"
+)
+_RESERVED = ("generations", LOG, SUPERSEDED)
 
 
 class _Unset(enum.Enum):
@@ -165,7 +170,8 @@ class Store:
         # What it shares with the generation in use was checked when that was published: it is not read again.
         known = self.path(before) if before is not None and has_manifest(self.path(before)) else None
         manifest = _verified(path, generation_id, known)
-        against = (*reasons_against(manifest["index"]), *reasons)
+        outdated = [_OUTDATED] if self._is_outdated(manifest) else []
+        against = (*reasons_against(manifest["index"]), *outdated, *reasons)
         if against and not force:
             raise RefusedError(
                 f"generation {generation_id} is not published: {'. Also, '.join(against)}. --force publishes "
@@ -189,7 +195,7 @@ class Store:
         current = self.current(pointer)
         if current is None:
             raise RefusedError(f"{pointer} of {self.where} was never set: there is nothing to roll back")
-        steps = earlier(self.publications(), pointer, current)
+        steps = earlier(self.publications(), pointer, current, self._successors())
         if not steps:
             raise RefusedError(
                 f"{pointer} names {current}, the first that was published: there is nothing to roll back to"
@@ -220,6 +226,59 @@ class Store:
             named = set(self.pointers().values())
             return prune_folder(self.root, unwanted(self.generations(), keep, named), grace_s, dry_run)
 
+    def supersede(self, vocabulary_hashes: Iterable[str]) -> None:
+        """Let nothing that was made with these vocabularies be published from now on, unless it is forced."""
+        path = self.root / SUPERSEDED
+        with locked(self._lock):
+            data = self._superseded()
+            changed = added(data, vocabulary_hashes, str(path))
+            if changed != data:
+                write_bytes(path, changed)
+
+    def succeed(self, generation_id: str, successor_id: str) -> list[str]:
+        """Let every pointer that names a generation name the same one without some users; returns pointers.
+
+        Raises:
+            ArtefactError: the successor is not finished, or damaged.
+            RefusedError: another publisher was faster.
+        """
+        _verified(self.fetch(successor_id), successor_id, self.fetch(generation_id))
+        named = [pointer for pointer, name in self.pointers().items() if name == generation_id]
+        for pointer in named:
+            self._set(Publication(now(), pointer, successor_id, generation_id, "forget"))
+        return named
+
+    def remove(self, ids: Collection[str]) -> Pruned:
+        """Remove generations that no pointer names, and what killed runs left, however young it is.
+
+        A generation that a build or an update works on is left alone.
+        """
+        with locked(self._lock):
+            wanted = set(ids) - set(self.pointers().values())
+            gone = [name for name in self.generations() if name in wanted]
+            return prune_folder(self.root, gone, ANY_AGE_S, dry_run=False)
+
+    def _successors(self) -> dict[str, str]:
+        """Return by id the generation that stands in the place of one that is gone."""
+        names = self.generations()
+        return {old: name for name in names for old in self.manifest(name).get("replaces", ())}
+
+    def _superseded(self) -> bytes | None:
+        path = self.root / SUPERSEDED
+        return path.read_bytes() if path.exists() else None
+
+    def _is_outdated(self, manifest: dict[str, Any]) -> bool:
+        where = f"{self.where}/{SUPERSEDED}"
+        return holds(self._superseded(), str(manifest["vocabulary_hash"]), where)
+
+    def _refuse_outdated(self, entry: Publication) -> None:
+        """Refuse what was made before users were forgotten; who forced it has been told."""
+        if not entry.forced and self._is_outdated(self.manifest(entry.id)):
+            raise RefusedError(
+                f"generation {entry.id} is not published: {_OUTDATED}; {entry.pointer} still names "
+                f"{self.current(entry.pointer)}"
+            )
+
     def _set(self, entry: Publication) -> str | None:
         """Swap a pointer if it still names ``entry.previous``; returns what it named."""
         with locked(self._lock):
@@ -230,6 +289,7 @@ class Store:
                 raise too_late(entry, current)
             if not self.has(entry.id):
                 raise ArtefactError(f"{self.path(entry.id)} was removed meanwhile; build it again")
+            self._refuse_outdated(entry)
             append(self.root / LOG, entry)
             write_bytes(self._pointer(entry.pointer), f"{entry.id}\n".encode())
         return entry.previous

@@ -161,7 +161,8 @@ def _write(state: CatalogueState, directory: Path, name: str, checkpoint_fingerp
             }
         )
     content = {
-        **{k: v for k, v in manifest.items() if k not in ("kind", "schema_version")},
+        # In whose place the base stands is not said of what is made from it.
+        **{k: v for k, v in manifest.items() if k not in ("kind", "schema_version", "replaces")},
         "id": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         "num_items": state.num_items,

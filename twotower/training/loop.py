@@ -280,14 +280,13 @@ class Trainer:
         users, items = share.user_rows.ravel(), share.item_rows.ravel()
         there = np.flatnonzero(items >= 0)
         first = there[:5]
-        ids = zip(
-            self._dataset.user_ids.ids(users[first]), self._dataset.item_ids.ids(items[first]), strict=True
-        )
-        some = ", ".join(f"({user}, {item})" for user, item in ids)
+        # By row: sweeps and logs keep the message, where nobody looks for a user who is to be forgotten.
+        pairs = zip(users[first].tolist(), self._dataset.item_ids.ids(items[first]), strict=True)
+        some = ", ".join(f"({user}, {item})" for user, item in pairs)
         return (
             f"step {self.step + 1} of epoch {self.epoch + 1} has loss {loss} and gradient norm {norm} at "
-            f"learning rate {learning_rate:.3g}; both must be finite. Its batch of {len(there)} pairs (user, "
-            f"item) begins with {some}. The last checkpoint before it is kept. Lower "
+            f"learning rate {learning_rate:.3g}; both must be finite. Its batch of {len(there)} pairs (user "
+            f"row, item) begins with {some}. The last checkpoint before it is kept. Lower "
             f"train.optimizer.learning_rate ({self.config.train.optimizer.learning_rate}), set "
             "train.optimizer.max_grad_norm, or look for damaged numeric or vector features"
         )

@@ -1,0 +1,126 @@
+"""A shop with a user who is to be forgotten, and where to look for him."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from tests.generations import plain_generation
+from tests.shop import fresh_checkpoint, make_config, write_files
+from twotower.artefacts import write_manifest
+from twotower.config import Config, parse_config
+from twotower.data.dataset import Dataset
+from twotower.data.prepare import prepare
+from twotower.retrieval.query import HistoryItem, Query
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.store import Store
+from twotower.retrieval.update import update_items
+
+GONE = "zz-erase-me-4711"
+"""Id of the user; nobody else is called anything like it."""
+COLOUR = "chartreuse-of-4711"
+"""Value of a feature that he alone has."""
+_WAS = "13"
+
+
+def make_files(root: Path) -> Config:
+    """Write the raw files, and return their configuration."""
+    write_files(root / "files")
+    for name in ("interactions", "users"):
+        path = root / "files" / f"{name}.csv"
+        table = pacsv.read_csv(path)
+        ids = table.column("user").cast(pa.string())
+        his = pc.equal(ids, _WAS)
+        table = table.set_column(0, "user", pc.if_else(his, GONE, ids))
+        if name == "users":
+            table = table.set_column(2, "group", pc.if_else(his, COLOUR, table.column("group")))
+        pacsv.write_csv(table, path)
+    values = make_config(root).to_json()
+    values["index"]["attributes"] = {"year": {}}
+    return parse_config(values)
+
+
+def fill(config: Config, store: Store, dataset: Dataset) -> dict[str, str]:
+    """Make two builds, an update of the first, and publish all; returns the ids by build, update, other."""
+    first = fresh_checkpoint(config, dataset, config.checkpoints / "first")
+    second = fresh_checkpoint(config, dataset, config.checkpoints / "second", seed=4)
+    plain_generation(config, dataset, second, "other")
+    plain_generation(config, dataset, first, "build")
+    store.publish("other")
+    store.publish("build")
+    update = update_items(store, deletes=["1001", "1002"]).generation
+    store.publish("other", "candidate")
+    return {"build": "build", "update": update, "other": "other"}
+
+
+def lists_of(config: Config, generation: Path) -> Path:
+    """The top 4 of all users, in two files, as the job leaves them."""
+    retriever = Retriever.open(generation)
+    ids = [i for i in Dataset.open(next(config.datasets.glob("files-*"))).user_ids.array.to_pylist() if i]
+    directory = config.recommendations / f"{generation.name}-0123abcd"
+    (directory / "parts").mkdir(parents=True)
+    num_rows = 0
+    for number, users in enumerate((ids[:20], ids[20:])):
+        answers = retriever.retrieve_batch([Query(user_id=i, k=4) for i in users])
+        rows = [
+            {"user_id": i, "rank": rank, "item_id": item["item_id"], "score": item["score"]}
+            for i, answer in zip(users, answers, strict=True)
+            for rank, item in enumerate(answer.items, 1)
+        ]
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({"num_users": str(len(users))})
+        pq.write_table(table, directory / "parts" / f"part-{number}.parquet", compression="zstd")
+        num_rows += len(rows)
+    write_manifest(directory, "recommendations", {"id": directory.name, "num_rows": num_rows})
+    return directory
+
+
+def make_shop(root: Path) -> tuple[Config, dict[str, str]]:
+    """Everything that is made from the files; returns the configuration and ids of generations."""
+    config = make_files(root)
+    store = Store(config.store)
+    names = fill(config, store, prepare(config))
+    lists_of(config, store.path("build"))
+    return config, names
+
+
+def files_with(root: Path, *needles: str) -> set[str]:
+    """Files below a folder that hold one of the texts, as they are and in Parquet."""
+    found = set()
+    for path in (p for p in sorted(root.rglob("*")) if p.is_file()):
+        texts = [path.read_bytes()]
+        if path.suffix == ".parquet":
+            texts.append(str(pq.read_table(path).to_pydict()).encode())
+        if any(n.encode() in text for n in needles for text in texts):
+            found.add(path.relative_to(root).as_posix())
+    return found
+
+
+def answers(path: Path, users: Iterable[str], **query: Any) -> dict[str, Any]:
+    """What a generation answers to users, by id; unknown ones ask with a history too."""
+    retriever = Retriever.open(path)
+    at = 1_800_000_000_000_000
+    found = {
+        user: retriever.retrieve(Query(user_id=user, k=200, at=at, fields=["title"], **query))
+        for user in users
+    }
+    return {user: (answer.strategy, answer.items) for user, answer in found.items()}
+
+
+HISTORY = [HistoryItem("1005"), HistoryItem("1040", weight=0.5)]
+
+
+def others(dataset: Dataset) -> list[str]:
+    """Ids of everybody else."""
+    return [i for i in dataset.user_ids.array.to_pylist() if i not in (GONE, "")]
+
+
+def trained_row(table: np.ndarray, row: int) -> np.ndarray:
+    """The embedding of a user row."""
+    return table[row + 1]
