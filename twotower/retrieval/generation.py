@@ -209,6 +209,11 @@ class Generation:
         """Return the item rows of the base shards, dead ones too, in no order: [N] int64."""
         return np.concatenate([_NO_ROWS, *(self._item_rows(s) for s in self._shards if s["role"] == BASE)])
 
+    def answerable_rows(self) -> npt.NDArray[np.int64]:
+        """Return the item rows that can be answered: ascending [num_items] int64."""
+        alive = np.setdiff1d(self.base_rows(), self.dead_rows, assume_unique=True)
+        return np.sort(np.concatenate([alive, self.delta_rows]))
+
     @functools.cached_property
     def dead_rows(self) -> npt.NDArray[np.int64]:
         """Item rows of base shards that updates deleted or replaced: ascending [m] int64."""

@@ -33,7 +33,7 @@ from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy, Unkno
 
 _BLOCK_ROWS = 1 << 22
 
-__all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever", "allowed_items"]
+__all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever", "allowed_items", "make_inputs"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,7 @@ class Retriever:
         self._popularity_scores = popularity_scores(
             self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
         )
-        users = UserTable(
-            generation.user_ids,
-            generation.histories,
-            generation.seen_offsets,
-            generation.seen_item_rows,
-            generation.user_columns,
-        )
-        self._inputs = Inputs(checkpoint.schema, users, generation.item_ids)
+        self._inputs = make_inputs(generation)
         self._features = QueryFeatures(checkpoint.schema, generation.profiles)
         self.prepare_thread()
 
@@ -181,17 +174,6 @@ class Retriever:
             RequestError: a query asks for something that is not allowed.
         """
         return self._found(queries, among)[0]
-
-    def check(self, query: Query) -> None:
-        """Check a query without answering it.
-
-        Raises:
-            RequestError: it asks for something that is not allowed.
-        """
-        self._check(query.k, query.fields)
-        self._inputs.check(query)
-        if query.filter is not None:
-            self._generation.attributes.check(query.filter)
 
     def item_table(self, item_rows: npt.ArrayLike, fields: Sequence[str]) -> pa.Table:
         """Return ``item_id`` and columns of items, in the order given.
@@ -332,6 +314,18 @@ class Retriever:
             {"item_id": ids[m], "score": scores[m], **{name: values[name][m] for name in fields}}
             for m in range(len(ids))
         ]
+
+
+def make_inputs(generation: Generation) -> Inputs:
+    """Return what resolves queries against the tables of a generation."""
+    users = UserTable(
+        generation.user_ids,
+        generation.histories,
+        generation.seen_offsets,
+        generation.seen_item_rows,
+        generation.user_columns,
+    )
+    return Inputs(generation.schema, users, generation.item_ids)
 
 
 def allowed_items(
