@@ -15,7 +15,14 @@ from pydantic_core import PydanticUndefined
 from twotower.config import Config
 
 _WIDTH = 110
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_NAMES = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "any value",
+}
 
 
 def config_reference() -> str:

@@ -46,7 +46,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
         raise ConfigError("nothing to update: give --items, --delete, --delete-id or --compact")
     stage("update items")
     items = read_items(config.data, arguments.items) if arguments.items else None
-    deletes = read_item_ids(config.data, arguments.delete) if arguments.delete else []
+    deletes = read_item_ids(config.data, arguments.delete, "--delete") if arguments.delete else []
     store = stages.store_of(config)
     update = update_items(
         store,

@@ -24,13 +24,13 @@ from serve.schemas import (
     BadRequest,
     ErrorAnswer,
     RetrieveAnswer,
-    RetrieveRequest,
     error_body,
     parse_retrieve,
     parse_similar,
 )
 from twotower.errors import NotAllowedError
 from twotower.retrieval.query import Answer, Query, UnknownItemError
+from twotower.retrieval.request import InvalidQueryError, RetrieveRequest
 from twotower.retrieval.retriever import Retriever
 
 MAX_BODY_BYTES = 1 << 20
@@ -253,7 +253,9 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(NotAllowedError)
     async def not_allowed(request: Request, error: NotAllowedError) -> Response:
         unknown = isinstance(error, UnknownItemError)
-        content = error_body("unknown_item" if unknown else "invalid_request", error.message, error.allowed)
+        details = error.details if isinstance(error, InvalidQueryError) else None
+        code = "unknown_item" if unknown else "invalid_request"
+        content = error_body(code, error.message, error.allowed, details)
         return _json(orjson.dumps(content), 404 if unknown else 422)
 
     @api.exception_handler(HTTPException)

@@ -1,43 +1,27 @@
 """The bodies of the HTTP interface, and one shape for every error.
 
-Ids may be strings or integers in a request and are strings in an answer. Nothing is coerced: 42.0 and true
-are no ids, "5" is no k.
+What a request may hold is checked by ``twotower.retrieval.request``.
 """
 
 from __future__ import annotations
 
-import difflib
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict
 
-from twotower.retrieval.query import HistoryItem, Query
-
-MAX_ID_LENGTH = 1024
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MAX_SHOWN = 80
-
-_ID = f"text of 1 to {MAX_ID_LENGTH} characters, or an integer"
-_TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
-ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
-ALLOWED = {
-    "user_id": f"{_ID}; or null",
-    "history": 'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ...}; or null',
-    "item_id": _ID,
-    "time": f"{_TIME}; or null",
-    "weight": "a number; 1.0 when not given",
-    "features": "an object of the user's feature values by column name",
-    "at": f"{_TIME}; or null, which is now",
-    "exclude_seen": "true or false",
-    "exclude_items": "a list of item ids",
-    "allow_items": "a list of item ids; or null, which allows every item",
-    "filter": f"{ALLOWED_FILTER}; or null",
-    "fields": "a list of names of item columns",
-}
-"""What each key of a request may hold, for people; k depends on the service."""
+from twotower.retrieval.query import Query
+from twotower.retrieval.request import (
+    ALLOWED_FILTER,
+    InvalidQueryError,
+    RetrieveRequest,
+    allowed_k,
+    check_k,
+    parse,
+    query_of,
+    shown,
+    unknown_key,
+)
 
 
 class BadRequest(Exception):
@@ -49,12 +33,11 @@ class BadRequest(Exception):
         allowed: str,
         status: int = 422,
         code: str = "invalid_request",
-        details: list[dict[str, str]] | None = None,
     ) -> None:
         """Keep what the answer says."""
         super().__init__(message)
         self.status = status
-        self.content = error_body(code, message, allowed, details)
+        self.content = error_body(code, message, allowed)
 
 
 def error_body(
@@ -62,96 +45,6 @@ def error_body(
 ) -> dict[str, Any]:
     """Return the JSON of an error: what was wrong, what is allowed, and an entry for each thing wrong."""
     return {"error": {"code": code, "message": message, "allowed": allowed, "details": details or []}}
-
-
-def _id(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("is no id")
-    text = str(value)
-    if not 1 <= len(text) <= MAX_ID_LENGTH:
-        raise ValueError(f"has {len(text)} characters")
-    return text
-
-
-def _time(value: Any) -> int:
-    if not isinstance(value, str):
-        raise ValueError("is no time")
-    try:
-        time = datetime.fromisoformat(value)
-        time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-        return (time - _EPOCH) // timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        raise ValueError("is no ISO 8601 time") from None
-
-
-def _entry(value: Any) -> Any:
-    return value if isinstance(value, dict) else {"item_id": value}
-
-
-_ID_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}, {"type": "integer"}]}
-_TIME_SCHEMA = {"type": "string", "format": "date-time"}
-Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-Time = Annotated[int, BeforeValidator(_time), WithJsonSchema(_TIME_SCHEMA)]
-
-
-class HistoryEntry(BaseModel):
-    """One item of a history."""
-
-    model_config = _STRICT
-
-    item_id: Id
-    """The item."""
-    time: Time | None = None
-    """When it happened; without a time it counts at every ``at``."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Weight of the interaction."""
-
-
-_ENTRY_SCHEMA = {
-    "anyOf": [
-        *_ID_SCHEMA["anyOf"],
-        {
-            "type": "object",
-            "properties": {
-                "item_id": _ID_SCHEMA,
-                "time": _TIME_SCHEMA,
-                "weight": {"type": "number", "default": 1.0},
-            },
-            "required": ["item_id"],
-            "additionalProperties": False,
-        },
-    ]
-}
-
-
-class RetrieveRequest(BaseModel):
-    """Body of POST /v1/retrieve. Every key but k has a default."""
-
-    model_config = _STRICT
-
-    k: int
-    """Number of items wanted."""
-    user_id: Id | None = None
-    """The user; an unknown one is served from history or features, and with neither from popularity."""
-    history: list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]] | None = (
-        None
-    )
-    """The user's items, oldest first; replaces the stored history."""
-    features: dict[str, Any] = {}
-    """Values of user feature columns; each replaces the stored value."""
-    at: Time | None = None
-    """Only what happened strictly before this moment counts; now when not given."""
-    exclude_seen: bool = True
-    """Leave out what the user has already had, and the items of ``history``."""
-    exclude_items: list[Id] = []
-    """Further items to leave out."""
-    allow_items: list[Id] | None = None
-    """Items that alone may be answered; all when not given."""
-    filter: dict[str, Any] | None = None
-    """Predicates by attribute, all of which an item must satisfy: any_of, all_of and none_of take lists of
-    values, gte, gt, lte and lt a bound. GET /v1/generation lists the attributes and their operators."""
-    fields: list[str] = []
-    """Columns of the item table to return with each item."""
 
 
 class ScoredItem(BaseModel):
@@ -194,7 +87,8 @@ def parse_retrieve(body: bytes, max_k: int) -> Query:
     """Return the query of a request body.
 
     Raises:
-        BadRequest: the body is not JSON (400), or not a request (422).
+        BadRequest: the body is not JSON (400) or no object (422).
+        InvalidQueryError: it is not a request.
     """
     try:
         value = orjson.loads(body)
@@ -207,29 +101,9 @@ def parse_retrieve(body: bytes, max_k: int) -> Query:
         ) from None
     if not isinstance(value, dict):
         raise BadRequest(
-            f"the body is {_shown(value)}, not an object", 'a JSON object such as {"user_id": "1", "k": 10}'
+            f"the body is {shown(value)}, not an object", 'a JSON object such as {"user_id": "1", "k": 10}'
         )
-    try:
-        request = RetrieveRequest.model_validate(value)
-    except ValidationError as error:
-        # A misspelled key comes first: it is also why another is missing.
-        problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        details = [_detail(e, max_k) for e in problems]
-        raise _invalid(details) from None
-    check_k(request.k, max_k)
-    history = request.history
-    return Query(
-        k=request.k,
-        user_id=request.user_id,
-        history=None if history is None else [HistoryItem(h.item_id, h.time, h.weight) for h in history],
-        features=request.features,
-        at=request.at,
-        exclude_seen=request.exclude_seen,
-        exclude_items=request.exclude_items,
-        allow_items=request.allow_items,
-        filter=request.filter,
-        fields=request.fields,
-    )
+    return query_of(parse(value, max_k, RetrieveRequest))
 
 
 def parse_similar(
@@ -238,19 +112,19 @@ def parse_similar(
     """Return k, the fields and the filter of the query string of GET /v1/items/{item_id}/similar.
 
     Raises:
-        BadRequest: an unknown parameter, one twice, or a value that is not allowed.
+        InvalidQueryError: an unknown parameter, one twice, or a value that is not allowed.
     """
     known = ("k", "fields", "filter")
     k, fields, predicates = 20, list[str](), None
     names = [name for name, _ in parameters]
     for name, value in parameters:
         if name not in known:
-            raise _invalid([{"where": name, **_unknown_key(name, known)}])
+            raise InvalidQueryError([{"where": name, **unknown_key(name, known)}])
         if name == "fields":
             fields += [f for f in value.split(",") if f]
             continue
         allowed = allowed_k(max_k) if name == "k" else ALLOWED_FILTER
-        refused = _invalid([{"where": name, "message": f"is {_shown(value)}", "allowed": allowed}])
+        refused = InvalidQueryError([{"where": name, "message": f"is {shown(value)}", "allowed": allowed}])
         if names.count(name) > 1:
             raise refused
         if name == "filter":
@@ -272,65 +146,3 @@ def _object(text: str) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def check_k(k: int, max_k: int) -> None:
-    """Check that k is in the range of this service.
-
-    Raises:
-        BadRequest: it is not.
-    """
-    if not 1 <= k <= max_k:
-        raise _invalid([{"where": "k", "message": f"{k} is out of range", "allowed": allowed_k(max_k)}])
-
-
-def allowed_k(max_k: int) -> str:
-    """Return what k may be."""
-    return f"an integer from 1 to {max_k}"
-
-
-def _invalid(details: list[dict[str, str]]) -> BadRequest:
-    message = "; ".join(f"{d['where']}: {d['message']}" for d in details[:5])
-    if len(details) > 5:
-        message += f"; and {len(details) - 5} more"
-    return BadRequest(message, details[0]["allowed"], details=details)
-
-
-def _detail(error: Any, max_k: int) -> dict[str, str]:
-    location = tuple(error["loc"])
-    where = _path(location)
-    if error["type"] == "extra_forbidden":
-        model = HistoryEntry if location[0] == "history" else RetrieveRequest
-        return {"where": where, **_unknown_key(str(location[-1]), tuple(model.model_fields))}
-    name = next((str(part) for part in reversed(location) if isinstance(part, str) and part in _KEYS), "")
-    if name in ("exclude_items", "allow_items") and len(location) > 1:
-        name = "item_id"
-    allowed = allowed_k(max_k) if name == "k" else ALLOWED[name]
-    if error["type"] == "missing":
-        return {"where": where, "message": "is missing", "allowed": allowed}
-    if error["type"] == "value_error":
-        problem = str(error["ctx"]["error"])
-        return {"where": where, "message": f"{_shown(error['input'])} {problem}", "allowed": allowed}
-    return {"where": where, "message": f"{_shown(error['input'])} is not allowed", "allowed": allowed}
-
-
-_KEYS = {*RetrieveRequest.model_fields, *HistoryEntry.model_fields}
-
-
-def _unknown_key(name: str, known: tuple[str, ...]) -> dict[str, str]:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return {"message": f"there is no such key{hint}", "allowed": f"the keys {', '.join(known)}"}
-
-
-def _path(location: tuple[Any, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text[:_MAX_SHOWN] or "body"
-
-
-def _shown(value: Any) -> str:
-    """Return a value as JSON, shortened."""
-    text = orjson.dumps(value, default=str).decode()
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

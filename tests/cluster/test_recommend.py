@@ -1,21 +1,17 @@
 """Offline recommendation on a local Ray: what the retriever answers for every user, in parts that resume."""
 
-import copy
-import json
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.recommendations import recommend_config, run_until_killed
 from tests.shop import NUM_USERS, build_store
 from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster import recommend as module
-from twotower.cluster.recommend import SCHEMA, recommend
-from twotower.config import parse_config
+from twotower.cluster.recommend import recommend
+from twotower.cluster.recommend_parts import SCHEMA
 from twotower.errors import ArtefactError
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
@@ -30,14 +26,7 @@ def store(tmp_path_factory):
 
 
 def variant(config, root, **sections):
-    values = copy.deepcopy(config.to_json())
-    values["storage"]["root"] = str(root)
-    # Several parts for two actors.
-    values["cluster"] |= {"num_encoders": 2, "encode_batch_size": 8}
-    values["recommend"]["k"] = K
-    for name, changes in sections.items():
-        values[name] |= changes
-    return parse_config(values)
+    return recommend_config(config, root, K, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +89,7 @@ def test_manifest_counts_rows(recommended, config):
     manifest = read_manifest(recommended, "recommendations")
     assert manifest["num_users"] == NUM_USERS
     assert manifest["num_rows"] == NUM_USERS * K
+    assert manifest["num_empty"] == 0
     assert manifest["generation"] == "g1"
     assert sorted(p.name for p in recommended.iterdir()) == ["config.json", "manifest.json", "parts"]
     assert pq.read_table(recommended / "parts").num_rows > 0
@@ -171,36 +161,9 @@ def test_damaged_generation_is_refused_before_anything_is_written(store, config,
     assert not mine.recommendations.exists()
 
 
-KILLED = """
-import json, os, sys
-from twotower.cluster import recommend as module
-from twotower.config import parse_config
-
-real = module.RecommendUsers.__call__
-values = json.load(open(sys.argv[1]))
-done = []
-
-def work_through(worker, settings, parts, config, gpu):
-    # The actor's own class in this process: two parts, then the job dies without a word.
-    actor = worker(**settings, device="cpu", threads=1)
-    import pyarrow as pa
-    for part in parts[:2]:
-        yield from actor(pa.table({k: [v] for k, v in part.items()})).to_pylist()
-    os.kill(os.getpid(), 9)
-
-module.work_through = work_through
-import contextlib
-module.session = lambda config: contextlib.nullcontext()
-module.recommend(parse_config(values), sys.argv[2])
-"""
-
-
 def test_killed_run_leaves_nothing_visible_and_the_next_one_finishes(recommended, config, store, tmp_path):
     mine = variant(config, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(mine.to_json()))
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(store[2])]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    run_until_killed(mine, store[2], tmp_path)
     visible = [p for p in mine.recommendations.iterdir() if not p.name.startswith(".")]
     assert visible == []
     left = mine.recommendations / f".{recommended.name}.partial"

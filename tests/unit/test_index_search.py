@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import faiss
 import numpy as np
@@ -275,3 +276,29 @@ def test_tuning_does_not_count_what_exact_search_made_up_for(rng: np.random.Gene
     # One list holds a few vectors, never 40: the answer is complete all the same.
     assert [len(h.item_rows) for h in searcher.search(queries, 40, effort=Effort(nprobe=1))] == [40] * 20
     assert least_effort(searcher, queries, exact, 40, 0.9).nprobe > 8
+
+
+def test_a_long_list_of_one_query_costs_the_others_nothing(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that fetch alike are searched together: none fetches above twice what it needs."""
+    vectors = unit_vectors(rng, 3000)
+    searcher = searcher_of(vectors, np.zeros(3000), 1, "Flat")
+    (unit,) = searcher.units
+    queries = unit_vectors(rng, 700)
+    lengths = rng.permutation([0] * 300 + [3] * 300 + [40] * 99 + [2500])
+    excluded = [rng.choice(3000, n, replace=False) for n in lengths]
+    k = 5
+    fetched = np.zeros(len(queries), np.int64)
+    real = unit.search
+
+    def search(some: np.ndarray, fetch: int, *rest: Any, **more: Any) -> Any:
+        for q in some:
+            fetched[np.flatnonzero((queries == q).all(axis=1))] += fetch
+        return real(some, fetch, *rest, **more)
+
+    monkeypatch.setattr(unit, "search", search)
+    for q, hits in enumerate(searcher.search(queries, k, excluded)):
+        assert hits.item_rows.tolist() == brute_force(vectors, queries[q], k, excluded[q].tolist())
+    assert (fetched >= k + lengths).all()
+    assert (fetched <= 2 * (k + lengths)).all()

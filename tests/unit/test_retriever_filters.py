@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
-from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.retriever import Retriever, allowed_items
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
@@ -172,3 +173,49 @@ def test_an_attribute_whose_column_is_not_there(shop: tuple[Config, Dataset, Pat
     config = parse_config(values | {"storage": {"root": str(tmp_path)}})
     with pytest.raises(ConfigError, match="index.attributes.colour: the item table has no column 'colour'"):
         plain_generation(config, shop[1], Checkpoint.open(shop[2] / "model"), "g2")
+
+
+def test_what_holds_for_all_queries_adds_to_what_each_says(
+    shop: tuple[Config, Dataset, Path], retriever: Retriever
+) -> None:
+    generation = Generation.open(shop[2])
+    listed = [str(1000 + i) for i in range(0, NUM_ITEMS, 2)]
+    among = allowed_items(generation, FILTERS[0][0], listed, ["1002", "1004", "unknown"])
+    satisfying = set(ids(retriever, k=99, user_id="1", exclude_seen=False, filter=FILTERS[0][0]))
+    may = satisfying & set(listed) - {"1002", "1004"}
+    assert 0 < len(may) < len(satisfying)
+    queries = [
+        Query(k=99, user_id="1"),
+        Query(k=99),
+        Query(k=99, user_id="2", filter=FILTERS[3][0], exclude_seen=False),
+        Query(k=99, user_id="3", allow_items=["1000", "1001", "1006", *listed[5:]], exclude_items=["1010"]),
+    ]
+    for query, found in zip(queries, retriever.find(queries, among), strict=True):
+        expected = [item["item_id"] for item in retriever.retrieve(query).items if item["item_id"] in may]
+        assert generation.item_ids.ids(found.hits.item_rows) == expected
+    assert allowed_items(generation) is None
+    assert allowed_items(generation, filter={}) is None
+
+
+def test_queries_with_equal_restrictions_share_a_search(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    real = retriever._searcher.search
+
+    def search(vectors: Any, *rest: Any, **more: Any) -> Any:
+        sizes.append(len(vectors))
+        return real(vectors, *rest, **more)
+
+    monkeypatch.setattr(retriever._searcher, "search", search)
+    restrictions: list[dict[str, Any]] = [
+        {},
+        {"filter": FILTERS[0][0]},
+        # Equal lists, each an object of its own.
+        {"allow_items": ["1001", "1002"]},
+        {"filter": FILTERS[0][0], "allow_items": ["1001", "1002"]},
+    ]
+    retriever.retrieve_batch(
+        [Query(k=3, user_id=str(i), **copy.deepcopy(r)) for i in range(5) for r in restrictions]
+    )
+    assert sizes == [5] * len(restrictions)

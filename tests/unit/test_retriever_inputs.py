@@ -29,7 +29,7 @@ USERS = ["u0", "u1", "u2"]
 ITEMS = ["i0", "i1", "i2", "i3", "i4", "x5"]
 # By user: (item row, time, weight), oldest first.
 STORED = {0: [(1, 10, 1.0), (5, 20, 0.5), (3, 30, 2.0), (0, 40, 1.0)], 1: [(2, 15, 1.0)], 2: []}
-SEEN = {0: [0, 1, 3, 5, 4], 1: [2], 2: []}
+SEEN = {0: [0, 1, 3, 4, 5], 1: [2], 2: []}
 
 
 def make_schema(history: bool = True, **features: Any) -> FeatureSchema:

@@ -71,7 +71,11 @@ def compact(config: Config, store: Store, generation_id: str) -> Path:
                 partial,
                 KIND,
                 {
-                    **{k: v for k, v in base.manifest.items() if k not in ("kind", "schema_version")},
+                    **{
+                        k: v
+                        for k, v in base.manifest.items()
+                        if k not in ("kind", "schema_version", "replaces")
+                    },
                     "id": name,
                     "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
                     "num_items": catalogue.num_items,

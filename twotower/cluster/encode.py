@@ -7,7 +7,6 @@ wrote whole are not encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import work_through
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
+from twotower.data.sources.tables import parquet_rows
 from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
@@ -74,7 +74,8 @@ class EncodeItems:
         """Write the part that the first row describes, and return how many items it has."""
         part = {name: work[name][0].as_py() for name in work.column_names}
         rows, ids, vectors = [], [], []
-        for table in made_ahead(self._tables(part["path"], part["start"], part["stop"]), depth=1):
+        read = parquet_rows(part["path"], part["start"], part["stop"], self._batch_size, self._columns)
+        for table in made_ahead(read, depth=1):
             rows.append(table[ITEM_ROW].to_numpy())
             ids.append(table["item_id"].to_pylist())
             vectors.append(encode_table(self._checkpoint, table, self._device))
@@ -89,20 +90,6 @@ class EncodeItems:
             part["name"],
         )
         return pa.table({"items": [written.num_rows]})
-
-    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
-        """Yield rows of a file, a batch at a time."""
-        file = pq.ParquetFile(path)
-        counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-        ends = np.cumsum(counts)
-        begins = ends - counts
-        groups = np.flatnonzero((begins < stop) & (ends > start)).tolist()
-        at = int(begins[groups[0]])
-        for batch in file.iter_batches(self._batch_size, row_groups=groups, columns=self._columns):
-            first, last = max(start - at, 0), min(stop - at, len(batch))
-            at += len(batch)
-            if first < last:
-                yield pa.Table.from_batches([batch.slice(first, last - first)])
 
 
 def encode_catalogue(

@@ -21,6 +21,8 @@ from twotower.config import Config
 from twotower.errors import TwotowerError
 
 _ERROR = "error"
+FEWEST = 64
+"""Users of a part that are not worth sharing out, where a part may be that large."""
 
 
 def work_through(
@@ -112,9 +114,14 @@ def without_bars() -> Iterator[None]:
 
 def ranges(count: int, config: Config) -> list[dict[str, int]]:
     """Return ``start`` and ``stop`` of the parts of ``count`` users: a few for each actor, none too large."""
-    fair = -(-count // (4 * config.cluster.num_encoders))
-    step = max(1, min(config.cluster.encode_batch_size, max(fair, 64)))
+    step = part_size(count, config)
     return [{"start": start, "stop": min(start + step, count)} for start in range(0, count, step)]
+
+
+def part_size(count: int, config: Config) -> int:
+    """Return the most users of a part of ``count`` users: a few parts for each actor, none too large."""
+    fair = -(-count // (4 * config.cluster.num_encoders))
+    return max(1, min(config.cluster.encode_batch_size, max(fair, FEWEST)))
 
 
 def pin_threads(threads: int) -> None:

@@ -1,173 +1,212 @@
-"""The top k of every user, offline, on Ray: actors with a retriever each write Parquet parts.
+"""The top k of every user, or of every query of some files, offline, on Ray: actors write Parquet parts.
 
-Users are read from the generation and lists are written by the actors, so nothing large passes through the
-driver. A part is written whole or not at all and has a name that follows from its users: a run that was
-killed goes on with the parts that are missing.
+Users are read from the generation and queries from their files by the actors, which write the lists too, so
+nothing large passes through the driver. A part is written whole or not at all and has a name that follows
+from its users or queries: a run that was killed goes on with the parts that are missing.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-
 from twotower.artefacts import building, fingerprint, has_manifest, read_manifest, write_json, write_manifest
 from twotower.cluster.native_log import without_native_log
-from twotower.cluster.pool import pin_threads, ranges, work_through
+from twotower.cluster.pool import FEWEST, part_size, ranges, work_through
+from twotower.cluster.recommend_parts import (
+    MAX_SHOWN,
+    QUERIES_SCHEMA,
+    CheckQueries,
+    Recommend,
+    check_part,
+    num_asked,
+    part_name,
+)
 from twotower.cluster.session import session
 from twotower.config import Config
-from twotower.data.vocabulary import FORGOTTEN, Vocabulary
-from twotower.errors import ArtefactError
+from twotower.data.item_files import read_item_ids
+from twotower.data.query_files import QueryFile, find_query_files, scan
+from twotower.errors import ConfigError, DataError, NotAllowedError
+from twotower.index.allowed import Allowed
 from twotower.progress import bar, say
 from twotower.retrieval.generation import Generation
-from twotower.retrieval.query import Query
-from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.query_rows import check_columns
+from twotower.retrieval.retriever import allowed_items
 
 KIND = "recommendations"
-_USERS = b"num_users"
-_VERSION = 1
+_VERSION = 2
 """Changes whenever the same inputs give other parts."""
 
 PARTS = "parts"
 """Folder of the Parquet files, which hold nothing else: any reader takes the folder as one table."""
 
-_AT_ONCE = 256
-"""Users of one batch of the retriever."""
 
-SCHEMA = pa.schema(
-    [("user_id", pa.string()), ("rank", pa.int32()), ("item_id", pa.string()), ("score", pa.float32())]
-)
-"""Columns of the parts; ranks count from 1."""
-
-
-def recommend(config: Config, generation_dir: Path) -> Path:
-    """Write the top k of every user of a generation, and return the directory.
+def recommend(
+    config: Config,
+    generation_dir: Path,
+    queries: str | None = None,
+    allow_items: str | None = None,
+    exclude_items: str | None = None,
+) -> Path:
+    """Write the top k of every user of a generation or of files of queries, and return the directory.
 
     Args:
-        config: the configuration; ``recommend.k`` and ``recommend.exclude_seen``.
+        config: the configuration; its section ``recommend``.
         generation_dir: a finished generation.
+        queries: Parquet, CSV or JSON lines: a file, a folder or a glob, which all nodes reach. Each row has
+            keys of POST /v1/retrieve but ``fields``, and may have a ``query_id``.
+        allow_items: CSV or Parquet files of the ids of items that alone may be recommended.
+        exclude_items: the same of items that may not.
 
     Returns:
-        ``config.recommendations / ID`` with ``parts/part-*.parquet`` (columns of ``SCHEMA``, users in row
-        order, best item first). The same inputs are recommended once.
+        ``config.recommendations / ID`` with ``parts/part-*.parquet`` (columns of ``SCHEMA`` or
+        ``QUERIES_SCHEMA``, in the order of users or queries, best item first). The same inputs are
+        recommended once.
 
     Raises:
-        ArtefactError: the generation is damaged, or the parts do not hold every user once.
+        ArtefactError: the generation is damaged, or the parts do not hold every user or query once.
+        ConfigError: a setting does not fit the generation.
+        DataError: a file can not be read, or a query can not be answered; nothing is written then.
     """
     generation_dir = Path(generation_dir).absolute()
     manifest = read_manifest(generation_dir, "generation")
     section = config.recommend.model_dump(mode="json")
-    inputs = {"generation": manifest["id"], "recommend": section, "version": _VERSION}
+    files = None if queries is None else _scanned(queries, config)
+    allowed = None if allow_items is None else read_item_ids(config.data, allow_items, "--allow-items")
+    excluded = None if exclude_items is None else read_item_ids(config.data, exclude_items, "--exclude-items")
+    inputs = {
+        "generation": manifest["id"],
+        "recommend": section,
+        "queries": None if files is None else [[file.kind, file.sha256] for file in files],
+        "allow_items": None if allowed is None else fingerprint(sorted(set(allowed))),
+        "exclude_items": None if excluded is None else fingerprint(sorted(set(excluded))),
+        "version": _VERSION,
+    }
     directory = config.recommendations / f"{manifest['id']}-{fingerprint(inputs)[:8]}"
     if has_manifest(directory):
         say(f"recommendations {directory.name} are there already")
         return directory
-    Generation.open(generation_dir, verify=True)
-    num_users = len(Vocabulary.open(generation_dir / "user_ids.arrow"))
-    parts = {_name(**part): part for part in ranges(num_users, config)}
-    with building(directory, keep_partial=True) as partial:
-        folder = partial / PARTS
-        folder.mkdir(exist_ok=True)
-        # Files of another way to share out the users, and of writes that did not end.
-        for stray in [path for path in folder.iterdir() if path.name not in parts]:
-            stray.unlink()
-        missing = [part for name, part in parts.items() if not (folder / name).is_file()]
-        settings = {"generation": str(generation_dir), "out": str(folder.absolute()), **section}
-        with without_native_log(), bar(num_users, "recommend", unit="users") as progress:
-            progress.update(num_users - sum(part["stop"] - part["start"] for part in missing))
-            if missing:
-                with session(config):
-                    for fact in work_through(RecommendUsers, settings, missing, config, gpu=False):
-                        progress.update(fact["users"])
-        num_rows = sum(_checked(folder / name, **part, k=config.recommend.k) for name, part in parts.items())
-        write_json(partial / "config.json", config.to_json())
-        counts = {"num_users": num_users, "num_rows": num_rows, "num_parts": len(parts)}
-        write_manifest(partial, KIND, {"id": directory.name, **inputs, **counts})
-    say(f"{num_rows:,} recommendations for {num_users:,} users")
+    generation = Generation.open(generation_dir, verify=True)
+    settings = {
+        "generation": str(generation_dir),
+        "k": config.recommend.k,
+        "exclude_seen": config.recommend.exclude_seen,
+    }
+    more = {
+        "fields": _checked_fields(generation, config.recommend.fields),
+        "among": _among(generation, config.recommend.filter, allowed, excluded),
+    }
+    if files is None:
+        unit, work = "users", ranges(len(generation.user_ids), config)
+    else:
+        unit, work = "queries", _ranges(files, config)
+    parts = {part_name(part["start"], part["stop"]): part for part in work}
+    total = sum(num_asked(part) for part in work)
+    left = directory.with_name(f".{directory.name}.partial") / PARTS
+    with without_native_log(), session(config):
+        # A part that is there was written after all queries had been found good.
+        if files is not None and not any((left / name).is_file() for name in parts):
+            _check_queries(settings, work, total, config)
+        with building(directory, keep_partial=True) as partial:
+            folder = partial / PARTS
+            folder.mkdir(exist_ok=True)
+            # Files of another way to share out the work, and of writes that did not end.
+            for stray in [path for path in folder.iterdir() if path.name not in parts]:
+                stray.unlink()
+            missing = [part for name, part in parts.items() if not (folder / name).is_file()]
+            with bar(total, "recommend", unit=unit) as progress:
+                progress.update(total - sum(num_asked(part) for part in missing))
+                out = {"out": str(folder.absolute())}
+                for fact in work_through(Recommend, settings | more | out, missing, config, gpu=False):
+                    progress.update(fact["asked"])
+            found = [
+                check_part(folder / name, num_asked(part), config.recommend.k) for name, part in parts.items()
+            ]
+            num_rows, num_empty = sum(rows for rows, _ in found), sum(empty for _, empty in found)
+            write_json(partial / "config.json", config.to_json())
+            counts = {
+                f"num_{unit}": total,
+                "num_rows": num_rows,
+                "num_empty": num_empty,
+                "num_parts": len(parts),
+            }
+            write_manifest(partial, KIND, {"id": directory.name, **inputs, **counts})
+    say(f"{num_rows:,} recommendations for {total:,} {unit}, of which {num_empty:,} got none")
     return directory
 
 
-class RecommendUsers:
-    """Recommends to ranges of users; an actor of the pool."""
-
-    def __init__(
-        self, generation: str, out: str, k: int, exclude_seen: bool, device: str, threads: int
-    ) -> None:
-        """Open the generation, which the driver has verified.
-
-        Args:
-            generation: directory.
-            out: folder of the parts.
-            k: items for each user.
-            exclude_seen: leave out what the user has already had.
-            device: taken as given; retrievers run on the CPU.
-            threads: CPU threads.
-        """
-        pin_threads(threads)
-        path = Path(generation)
-        self._retriever = Retriever.open(path, threads=threads, verify=False)
-        self._user_ids = Vocabulary.open(path / "user_ids.arrow")
-        self._out = Path(out)
-        self._k = k
-        self._exclude_seen = exclude_seen
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the part of the range in the first row and return its counts."""
-        start, stop = batch["start"][0].as_py(), batch["stop"][0].as_py()
-        tables = [
-            self._lists(np.arange(first, min(first + _AT_ONCE, stop)))
-            for first in range(start, stop, _AT_ONCE)
-        ]
-        table = pa.concat_tables(tables)
-        write_part(self._out / _name(start, stop), table, stop - start)
-        return pa.table({"users": [stop - start], "rows": [len(table)]})
-
-    def _lists(self, user_rows: NDArray[np.int64]) -> pa.Table:
-        # Rows of users who were forgotten have no id.
-        ids = [user_id for user_id in self._user_ids.ids(user_rows) if user_id != FORGOTTEN]
-        queries = [Query(user_id=user_id, k=self._k, exclude_seen=self._exclude_seen) for user_id in ids]
-        answers = self._retriever.retrieve_batch(queries)
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-        for user_id, answer in zip(ids, answers, strict=True):
-            columns["user_id"] += [user_id] * len(answer.items)
-            columns["rank"] += range(1, len(answer.items) + 1)
-            columns["item_id"] += [item["item_id"] for item in answer.items]
-            columns["score"] += [item["score"] for item in answer.items]
-        return pa.table(columns, schema=SCHEMA)
+def _scanned(path: str, config: Config) -> list[QueryFile]:
+    stride = min(FEWEST, config.cluster.encode_batch_size)
+    files = [scan(file, stride) for file in find_query_files(path, "--queries")]
+    for file in files:
+        check_columns(file)
+    if not any(file.num_queries for file in files):
+        raise DataError(f"--queries: {path} holds no query")
+    return files
 
 
-def write_part(path: Path, table: pa.Table, num_users: int) -> None:
-    """Write a part so that a reader sees a whole file or none; its footer says how many users it is of."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    table = table.replace_schema_metadata({_USERS: str(num_users).encode()})
-    with open(temporary, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _ranges(files: Sequence[QueryFile], config: Config) -> list[dict[str, Any]]:
+    size = part_size(sum(file.num_queries for file in files), config)
+    work: list[dict[str, Any]] = []
+    first = 0
+    for file in files:
+        work += file.ranges(first, size // file.stride * file.stride)
+        first += file.num_queries
+    return work
 
 
-def _name(start: int, stop: int) -> str:
-    return f"part-{start:010d}-{stop:010d}.parquet"
-
-
-def _checked(path: Path, start: int, stop: int, k: int) -> int:
-    """The rows of a part that is there and of the right users."""
-    try:
-        footer = pq.read_metadata(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtefactError(
-            f"{path} can not be read ({error}); delete {path.parent} and recommend again"
-        ) from None
-    users = int((footer.metadata or {}).get(_USERS, b"-1"))
-    if users != stop - start or footer.num_rows > users * k:
-        raise ArtefactError(
-            f"{path} holds {footer.num_rows} rows of {users} users; it must hold at most {k} for each of "
-            f"{stop - start}. Delete {path.parent} and recommend again"
+def _check_queries(settings: dict[str, Any], work: list[dict[str, Any]], total: int, config: Config) -> None:
+    """Check every query before the first is answered, which takes a small share of the time."""
+    with bar(total, "check", unit="queries") as progress:
+        facts = []
+        for fact in work_through(CheckQueries, settings, work, config, gpu=False):
+            progress.update(fact["asked"])
+            facts.append(fact)
+    bad = sum(fact["bad"] for fact in facts)
+    if bad:
+        ordered = sorted(facts, key=lambda fact: int(fact["start"]))
+        shown = [text for fact in ordered for text in fact["shown"]][:MAX_SHOWN]
+        more = f"\n  and {bad - len(shown):,} more" if bad > len(shown) else ""
+        raise DataError(
+            f"{bad:,} of {total:,} queries can not be answered, and nothing was written:\n  "
+            + "\n  ".join(shown)
+            + more
         )
-    return int(footer.num_rows)
+
+
+def _checked_fields(generation: Generation, fields: list[str]) -> list[str]:
+    taken = QUERIES_SCHEMA.names
+    known = [name for name in generation.items.fields if name not in taken]
+    for name in fields:
+        if name not in known or fields.count(name) > 1:
+            raise ConfigError(
+                f"recommend.fields: {name!r} is no column of items that can be added, or is there twice; "
+                f"allowed: {', '.join(known) or 'none: items have ids only'}"
+            )
+    return fields
+
+
+def _among(
+    generation: Generation, filter: dict[str, Any], allowed: list[str] | None, excluded: list[str] | None
+) -> Allowed | None:
+    """Return the items that the whole run may recommend, None for all, and say how many they are."""
+    for setting, ids in (("--allow-items", allowed), ("--exclude-items", excluded)):
+        if ids is not None:
+            unknown = int((generation.item_ids.rows(ids, missing="negative") < 0).sum())
+            if unknown:
+                say(f"{setting}: {unknown:,} of {len(ids):,} ids are not known, and are passed over")
+    try:
+        among = allowed_items(generation, filter, allowed, excluded or ())
+    except NotAllowedError as error:
+        raise ConfigError(f"recommend.{error}") from None
+    if among is None:
+        return None
+    count = int(among.contains(generation.answerable_rows()).sum())
+    if not count:
+        raise ConfigError(
+            "recommend.filter, --allow-items and --exclude-items leave none of the "
+            f"{generation.num_items:,} items; allow at least one"
+        )
+    say(f"{count:,} of {generation.num_items:,} items may be recommended")
+    return among

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -110,12 +110,16 @@ class EvaluationConfig(Section):
 
 
 class RecommendConfig(Section):
-    """Offline top k for every user."""
+    """Offline top k for every user, or for a file of queries."""
 
     k: PositiveInt = 100
-    """Items for each user."""
+    """Items for each user or query, and the most that a query may ask for."""
     exclude_seen: bool = True
-    """Leave out what the user has already had."""
+    """Leave out what the user has already had; a query may say otherwise."""
+    filter: dict[str, Any] = {}
+    """Predicates by attribute that every item must satisfy, as in POST /v1/retrieve."""
+    fields: list[str] = []
+    """Columns of the item table to write beside each item."""
 
 
 class ServeConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from twotower.config import DataConfig, FilesSource, TableConfig
-from twotower.data.chunks import BadRows
+from twotower.data.chunks import BadRows, SideTable
 from twotower.data.prepare import refuse_duplicates, with_title
 from twotower.data.sources import tables
 from twotower.data.sources.files import read_side
@@ -25,7 +25,27 @@ def read_items(config: DataConfig, path: str) -> pa.Table:
     Raises:
         DataError: nothing is there, a column is missing, or an id is there twice.
     """
-    files = tables.find_files(path, "--items")
+    side = _read(config, path, "--items")
+    refuse_duplicates(side, "item_id")
+    return with_title(side.data)
+
+
+def read_item_ids(config: DataConfig, path: str, setting: str) -> list[str]:
+    """Return the ids in CSV or Parquet files of items, in their order.
+
+    Args:
+        config: the data section.
+        path: a file, a folder of them, or a glob; only the column of the id is needed.
+        setting: what the path was given by, for messages.
+
+    Raises:
+        DataError: nothing is there, or the column is missing.
+    """
+    return list(_read(config, path, setting).data.column("item_id").to_pylist())
+
+
+def _read(config: DataConfig, path: str, setting: str) -> SideTable:
+    files = tables.find_files(path, setting)
     columns = _columns(config, path)
     for file in files:
         there = tables.require_columns(file, {"the item's id": columns.id})
@@ -34,21 +54,7 @@ def read_items(config: DataConfig, path: str) -> pa.Table:
     bad = BadRows(config.on_bad_rows)
     side = read_side("item", columns, files, bad)
     bad.settle()
-    refuse_duplicates(side, "item_id")
-    return with_title(side.data)
-
-
-def read_item_ids(config: DataConfig, path: str) -> list[str]:
-    """Return the ids in CSV or Parquet files of items, in their order.
-
-    Args:
-        config: the data section.
-        path: a file, a folder of them, or a glob; only the column of the id is needed.
-
-    Raises:
-        DataError: nothing is there, the column is missing, or an id is there twice.
-    """
-    return list(read_items(config, path).column("item_id").to_pylist())
+    return side
 
 
 def read_user_ids(config: DataConfig, path: str) -> list[str]:

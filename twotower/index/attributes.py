@@ -85,6 +85,14 @@ class Attributes:
             self._answers.put(key, found, found.count * 8 + self.num_rows // 8)
         return found
 
+    def check(self, predicates: Mapping[str, Any]) -> None:
+        """Check predicates without evaluating them.
+
+        Raises:
+            NotAllowedError: as ``allowed`` does.
+        """
+        self._terms(predicates)
+
     def _terms(self, predicates: Mapping[str, Any]) -> list[Term]:
         if not isinstance(predicates, Mapping):
             raise NotAllowedError(

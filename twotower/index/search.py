@@ -158,13 +158,10 @@ class Searcher:
             hits_of_one = self._find_one(queries, k, exclude, effort, allowed, by_selector)
             if hits_of_one is not None:
                 return [hits_of_one]
-        if exclude is None or len(queries) <= _QUERY_BLOCK:
+        if exclude is None or len(queries) == 1:
             return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
-        # Each block fetches as much more as its longest list: like lengths go together.
-        order = np.argsort([np.size(e) for e in exclude], kind="stable")
         hits: list[Hits] = [no_hits()] * len(queries)
-        for start in range(0, len(order), _QUERY_BLOCK):
-            block = order[start : start + _QUERY_BLOCK]
+        for block in _alike(k + np.array([np.size(e) for e in exclude])):
             lists = [exclude[q] for q in block.tolist()]
             found = self._search_block(queries[block], k, lists, effort, complete, allowed, by_selector)
             for q, h in zip(block.tolist(), found, strict=True):
@@ -356,6 +353,21 @@ class Searcher:
             for start in range(0, len(rows), _DECODE_BLOCK):
                 block = rows[start : start + _DECODE_BLOCK]
                 yield block, unit.vectors(block)
+
+
+def _alike(fetches: IntArray) -> Iterator[IntArray]:
+    """Yield the places of queries in blocks, since all of a block fetch as many items as its greatest does.
+
+    Args:
+        fetches: [Q] int64, how many each has to fetch; a block has none above twice its least.
+    """
+    order = np.argsort(fetches, kind="stable")
+    ordered = fetches[order]
+    start = 0
+    while start < len(order):
+        end = int(np.searchsorted(ordered, 2 * ordered[start], side="right"))
+        yield order[start : min(end, start + _QUERY_BLOCK)]
+        start = min(end, start + _QUERY_BLOCK)
 
 
 def exact_top_k(queries: FloatArray, k: int, blocks: Iterable[tuple[IntArray, FloatArray]]) -> list[Hits]:

@@ -269,9 +269,11 @@ class Generation:
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
-            array: npt.NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+            mapped = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ArtefactError(f"{self.path / name} can not be read ({error}); {_AGAIN}") from None
+        # A plain view of the same pages: every slice of a memmap object costs several times as much.
+        array: npt.NDArray[Any] = np.asarray(mapped)
         return array
 
     def _check_fingerprints(self) -> None:

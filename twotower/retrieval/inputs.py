@@ -48,7 +48,7 @@ class UserTable:
     seen_offsets: npt.NDArray[np.int64]
     """[U + 1] int64: user u has had ``seen_item_rows[seen_offsets[u]:seen_offsets[u + 1]]``."""
     seen_item_rows: npt.NDArray[np.integer[Any]]
-    """Item rows, of every kind of interaction."""
+    """Item rows, of every kind of interaction, ascending for each user."""
     columns: Columns
     """Static columns by feature name, [U, ...]."""
 
@@ -94,6 +94,14 @@ class Inputs:
         """Names of the user columns that a query may give values for."""
         return sorted({_column(f) for f in self._static})
 
+    def check(self, query: Query) -> None:
+        """Check what ``resolve`` would.
+
+        Raises:
+            NotAllowedError: a feature of the query is not known or not readable.
+        """
+        self._given_columns(query.features)
+
     def resolve(self, query: Query, now: int) -> Input:
         """Return one query in rows.
 
@@ -104,14 +112,29 @@ class Inputs:
         Raises:
             NotAllowedError: a feature of the query is not known or not readable.
         """
+        return self.resolve_all([query], now)[0]
+
+    def resolve_all(self, queries: Sequence[Query], now: int) -> list[Input]:
+        """Return each query in rows, as ``resolve`` does, looking up users and stored histories at once."""
+        user_rows = np.full(len(queries), -1, np.int64)
+        named = [i for i, query in enumerate(queries) if query.user_id is not None]
+        if named:
+            ids = [query.user_id for query in queries if query.user_id is not None]
+            user_rows[named] = self.users.ids.rows(ids, missing="negative")
+        moments = np.array([now if query.at is None else query.at for query in queries], np.int64)
+        rows, weights = self.users.histories.before(user_rows, moments, self.schema.max_history)
+        return [
+            self._resolved(query, int(user_rows[i]), int(moments[i]), rows[i], weights[i])
+            for i, query in enumerate(queries)
+        ]
+
+    def _resolved(
+        self, query: Query, row: int, at: int, stored_rows: IntArray, stored_weights: FloatArray
+    ) -> Input:
         given = self._given_columns(query.features)
-        user = self.users.ids.row(query.user_id) if query.user_id is not None else None
-        row = -1 if user is None else user
-        at = now if query.at is None else query.at
         listed = self._listed_rows(query)
         if query.history is None:
-            rows, weights = self.users.histories.before([row], [at], self.schema.max_history)
-            rows, weights = rows[0], weights[0]
+            rows, weights = stored_rows, stored_weights
         else:
             rows, weights = self._given_history(query.history, listed, at)
         stored = self._missing if row < 0 else {n: c[row : row + 1] for n, c in self.users.columns.items()}
@@ -161,17 +184,16 @@ class Inputs:
         return rows, weights
 
     def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:
-        parts = []
-        if query.exclude_seen:
-            parts.append(listed)
-            if user_row >= 0:
-                begin, end = self.users.seen_offsets[user_row], self.users.seen_offsets[user_row + 1]
-                parts.append(np.asarray(self.users.seen_item_rows[begin:end], dtype=np.int64))
+        seen = np.zeros(0, np.int64)
+        if query.exclude_seen and user_row >= 0:
+            begin, end = self.users.seen_offsets[user_row], self.users.seen_offsets[user_row + 1]
+            seen = np.asarray(self.users.seen_item_rows[begin:end], dtype=np.int64)
+        more = [listed] if query.exclude_seen and len(listed) else []
         if query.exclude_items:
-            parts.append(self.item_ids.rows(query.exclude_items, missing="negative"))
-        if not parts:
-            return np.zeros(0, np.int64)
-        rows = np.unique(np.concatenate(parts))
+            more.append(self.item_ids.rows(query.exclude_items, missing="negative"))
+        if not more:
+            return seen
+        rows = np.unique(np.concatenate([seen, *more]))
         return rows[rows >= 0]
 
     def _given_columns(self, values: dict[str, Any]) -> Columns:

@@ -39,15 +39,18 @@ class ItemTables:
         """Names of the columns."""
         return list(self.schema.names)
 
-    def table(self, item_rows: npt.ArrayLike) -> pa.Table:
-        """Return all columns of items, in the order given.
+    def table(self, item_rows: npt.ArrayLike, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return columns of items, in the order given; all columns when none are named.
 
         Raises:
-            RequestError: an item row is in no shard.
+            RequestError: a column is not there, or an item row is in no shard.
         """
+        names = self.fields if columns is None else list(columns)
+        self._require(names)
         pieces, order = self._pieces(item_rows)
-        found = [table.take(pa.array(at)) for table, at in pieces]
-        return pa.concat_tables([self.schema.empty_table(), *found]).take(pa.array(order))
+        found = [table.select(names).take(pa.array(at)) for table, at in pieces]
+        empty = self.schema.empty_table().select(names)
+        return pa.concat_tables([empty, *found]).take(pa.array(order))
 
     def take(self, item_rows: npt.ArrayLike, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Return the values of columns, for each item row in the order given.
@@ -55,11 +58,7 @@ class ItemTables:
         Raises:
             RequestError: a column is not there, or an item row is in no shard.
         """
-        unknown = [c for c in columns if c not in self.fields]
-        if unknown:
-            raise RequestError(
-                f"items have no field {', '.join(map(repr, unknown))}; there are {', '.join(self.fields)}"
-            )
+        self._require(columns)
         pieces, order = self._pieces(item_rows)
         values: dict[str, list[Any]] = {}
         for name in columns:
@@ -67,6 +66,13 @@ class ItemTables:
             found = [v for table, at in pieces for v in table.column(name).take(pa.array(at)).to_pylist()]
             values[name] = [found[p] for p in order.tolist()]
         return values
+
+    def _require(self, columns: Sequence[str]) -> None:
+        unknown = [c for c in columns if c not in self.fields]
+        if unknown:
+            raise RequestError(
+                f"items have no field {', '.join(map(repr, unknown))}; there are {', '.join(self.fields)}"
+            )
 
     def _pieces(
         self, item_rows: npt.ArrayLike

@@ -10,13 +10,17 @@ Shapes: B queries, D embedding_dim, K results, N catalogue items.
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from twotower.errors import NotAllowedError
@@ -25,11 +29,20 @@ from twotower.index.search import Hits
 from twotower.model.features import QueryFeatures
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
-from twotower.retrieval.query import Answer, HistoryItem, Query, UnknownItemError
+from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy, UnknownItemError
 
 _BLOCK_ROWS = 1 << 22
 
-__all__ = ["Answer", "HistoryItem", "Query", "Retriever"]
+__all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever", "allowed_items", "make_inputs"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for one query, in rows."""
+
+    hits: Hits
+    strategy: Strategy
+    """What they were made from."""
 
 
 class Retriever:
@@ -53,14 +66,7 @@ class Retriever:
         self._popularity_scores = popularity_scores(
             self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
         )
-        users = UserTable(
-            generation.user_ids,
-            generation.histories,
-            generation.seen_offsets,
-            generation.seen_item_rows,
-            generation.user_columns,
-        )
-        self._inputs = Inputs(checkpoint.schema, users, generation.item_ids)
+        self._inputs = make_inputs(generation)
         self._features = QueryFeatures(checkpoint.schema, generation.profiles)
         self.prepare_thread()
 
@@ -148,14 +154,51 @@ class Retriever:
             RequestError: a query asks for something that is not allowed.
         """
         start = time.perf_counter()
+        found, encoded = self._found(queries, None)
+        searched = time.perf_counter()
+        items = [self._described(one.hits, query.fields) for one, query in zip(found, queries, strict=True)]
+        timing = _timing(start, encoded, searched)
+        return [
+            Answer(self.generation_id, its, one.strategy, timing)
+            for its, one in zip(items, found, strict=True)
+        ]
+
+    def find(self, queries: Sequence[Query], among: Allowed | None = None) -> list[Found]:
+        """Return for each query what ``retrieve_batch`` answers, as item rows; fields are not looked up.
+
+        Args:
+            queries: any number.
+            among: item rows that alone may be answered to any of them, as ``allowed_items`` gives them.
+
+        Raises:
+            RequestError: a query asks for something that is not allowed.
+        """
+        return self._found(queries, among)[0]
+
+    def item_table(self, item_rows: npt.ArrayLike, fields: Sequence[str]) -> pa.Table:
+        """Return ``item_id`` and columns of items, in the order given.
+
+        Raises:
+            RequestError: a column is not there, or an item row is in no shard.
+        """
+        ids = self._item_ids.array.take(pa.array(np.asarray(item_rows, dtype=np.int64)))
+        table = pa.table({"item_id": ids})
+        if fields:
+            found = self._items.table(item_rows, fields)
+            for name in fields:
+                table = table.append_column(found.schema.field(name), found.column(name))
+        return table
+
+    def _found(self, queries: Sequence[Query], among: Allowed | None) -> tuple[list[Found], float]:
+        """Return what was found for each query, and the time when they were encoded."""
         now = time.time_ns() // 1000
         for query in queries:
             self._check(query.k, query.fields)
-        inputs = [self._inputs.resolve(query, now) for query in queries]
+        inputs = self._inputs.resolve_all(queries, now)
         ranked = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
         vectors = self._encode([inputs[i] for i in ranked])
         encoded = time.perf_counter()
-        allowed = self._allowed_sets(queries)
+        allowed = self._allowed_sets(queries, among)
         hits = [
             self._popular(each.excluded, query.k, only) if each.strategy == "popular" else None
             for each, query, only in zip(inputs, queries, allowed, strict=True)
@@ -169,17 +212,9 @@ class Retriever:
             answers = self._searcher.search(vectors[places], k, excluded, allowed=only)
             for place, found in zip(places, answers, strict=True):
                 hits[ranked[place]] = found
-        searched = time.perf_counter()
-        items = [
-            self._described(found, query.fields)
-            for found, query in zip(hits, queries, strict=True)
-            if found is not None
-        ]
-        timing = _timing(start, encoded, searched)
         return [
-            Answer(self.generation_id, found, each.strategy, timing)
-            for found, each in zip(items, inputs, strict=True)
-        ]
+            Found(found, each.strategy) for found, each in zip(hits, inputs, strict=True) if found is not None
+        ], encoded
 
     def similar(
         self, item_id: str, k: int, fields: Sequence[str] = (), filter: Mapping[str, Any] | None = None
@@ -207,7 +242,7 @@ class Retriever:
             raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
         vector = self._searcher.vectors([row])
         encoded = time.perf_counter()
-        only = self._allowed(filter, None)
+        only = allowed_items(self._generation, filter)
         hits = self._searcher.search(vector, k, [np.array([row])], allowed=only)[0]
         searched = time.perf_counter()
         items = self._described(hits, fields)
@@ -230,27 +265,22 @@ class Retriever:
         batch = self._features(*self._inputs.batch(inputs))
         return np.asarray(self._model.encode_queries(batch).numpy(), dtype=np.float32)
 
-    def _allowed_sets(self, queries: Sequence[Query]) -> list[Allowed | None]:
-        """Return for each query the items it may be answered with; equal filters give the same set."""
-        sets: dict[tuple[str, int], Allowed | None] = {}
-        # A list may be as long as the catalogue: it is known by being the same object.
-        keys = [(repr(query.filter), id(query.allow_items)) for query in queries]
-        for key, query in zip(keys, queries, strict=True):
+    def _allowed_sets(self, queries: Sequence[Query], among: Allowed | None) -> list[Allowed | None]:
+        """Return for each query the items it may be answered with; equal restrictions give the same set."""
+        # A list may be as long as the catalogue and be that of many queries: each is read once.
+        lists = {id(q.allow_items): tuple(q.allow_items) for q in queries if q.allow_items is not None}
+        sets: dict[tuple[str, tuple[str, ...] | None], Allowed | None] = {}
+        own: list[Allowed | None] = []
+        for query in queries:
+            if query.filter is None and query.allow_items is None:
+                own.append(among)
+                continue
+            key = (repr(query.filter), lists.get(id(query.allow_items)))
             if key not in sets:
-                sets[key] = self._allowed(query.filter, query.allow_items)
-        return [sets[key] for key in keys]
-
-    def _allowed(self, filter: Mapping[str, Any] | None, allow_items: Sequence[str] | None) -> Allowed | None:
-        """Return the items that satisfy a filter and are in a list; None where neither restricts them."""
-        satisfying = listed = None
-        if filter is not None and filter != {}:
-            satisfying = self._generation.attributes.allowed(filter)
-        if allow_items is not None:
-            rows = self._item_ids.rows(allow_items, missing="negative")
-            listed = Allowed.of_rows(rows, len(self._item_ids))
-        if satisfying is None:
-            return listed
-        return satisfying if listed is None else satisfying & listed
+                only = allowed_items(self._generation, query.filter, query.allow_items)
+                sets[key] = among if only is None else only if among is None else only & among
+            own.append(sets[key])
+        return own
 
     def _ranking(self) -> npt.NDArray[np.int64]:
         """Return the item rows that can be answered, the most popular first, those of updates last."""
@@ -284,6 +314,46 @@ class Retriever:
             {"item_id": ids[m], "score": scores[m], **{name: values[name][m] for name in fields}}
             for m in range(len(ids))
         ]
+
+
+def make_inputs(generation: Generation) -> Inputs:
+    """Return what resolves queries against the tables of a generation."""
+    users = UserTable(
+        generation.user_ids,
+        generation.histories,
+        generation.seen_offsets,
+        generation.seen_item_rows,
+        generation.user_columns,
+    )
+    return Inputs(generation.schema, users, generation.item_ids)
+
+
+def allowed_items(
+    generation: Generation,
+    filter: Mapping[str, Any] | None = None,
+    allow_items: Sequence[str] | None = None,
+    exclude_items: Sequence[str] = (),
+) -> Allowed | None:
+    """Return the items that may be answered, None where nothing restricts them.
+
+    Args:
+        generation: of the items.
+        filter: predicates, all of which an item must satisfy.
+        allow_items: ids that alone are allowed; unknown ones are passed over.
+        exclude_items: ids that are not; unknown ones are passed over.
+
+    Raises:
+        NotAllowedError: the filter is not allowed.
+    """
+    sets = []
+    ids = generation.item_ids
+    if filter is not None and filter != {}:
+        sets.append(generation.attributes.allowed(filter))
+    if allow_items is not None:
+        sets.append(Allowed.of_rows(ids.rows(allow_items, missing="negative"), len(ids)))
+    if exclude_items:
+        sets.append(~Allowed.of_rows(ids.rows(exclude_items, missing="negative"), len(ids)))
+    return functools.reduce(operator.and_, sets) if sets else None
 
 
 def popularity_scores(

@@ -7,7 +7,7 @@ import glob
 import gzip
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,12 +22,19 @@ from twotower.errors import DataError
 
 _DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 _PARQUET = (".parquet", ".pq")
+SUFFIXES = (*_DELIMITERS, *_PARQUET)
+"""Of tables."""
 _BLOCK_BYTES = 8 << 20
 Opener = Callable[[], BinaryIO]
 
 
-def find_files(path: str, setting: str) -> list[Path]:
-    """Return the CSV and Parquet files that a path names, sorted by name: a file, a folder, or a glob.
+def find_files(path: str, setting: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Return the files that a path names, sorted by name: a file, a folder, or a glob.
+
+    Args:
+        path: the path.
+        setting: what it was given by, for messages.
+        suffixes: of the files wanted: CSV and Parquet.
 
     Raises:
         DataError: there are none, or a named file is of another type.
@@ -35,13 +42,13 @@ def find_files(path: str, setting: str) -> list[Path]:
     expanded = os.path.expanduser(path)
     root = Path(expanded)
     if root.is_file():
-        _kind(root, setting)
+        _require(root, setting, suffixes)
         return [root]
     if root.is_dir():
         inside = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
-        found = sorted(p for p in inside if _suffix(p) is not None)
+        found = sorted(p for p in inside if _suffix(p, suffixes) is not None)
         if not found:
-            raise DataError(f"{setting}: folder {root} holds no CSV or Parquet file")
+            raise DataError(f"{setting}: folder {root} holds no file of {', '.join(suffixes)}")
         return found
     found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
     if not found:
@@ -50,7 +57,7 @@ def find_files(path: str, setting: str) -> list[Path]:
             "folder or a glob"
         )
     for file in found:
-        _kind(file, setting)
+        _require(file, setting, suffixes)
     return found
 
 
@@ -76,7 +83,7 @@ def columns_of(path: Path) -> list[str]:
             return list(pq.read_schema(path).names)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is not a readable Parquet file: {error}") from None
-    return csv_header(opener(path), str(path), _DELIMITERS[_kind(path, "file")])
+    return csv_header(opener(path), str(path), _DELIMITERS[_require(path, "file", SUFFIXES)])
 
 
 def require_columns(path: Path, wanted: dict[str, str]) -> list[str]:
@@ -102,7 +109,9 @@ def read_batches(path: Path, columns: list[str], bad: BadRows) -> Iterator[tuple
     if is_parquet(path):
         yield from _parquet_batches(path, columns)
     else:
-        yield from csv_batches(opener(path), str(path), columns, bad, _DELIMITERS[_kind(path, "file")])
+        yield from csv_batches(
+            opener(path), str(path), columns, bad, _DELIMITERS[_require(path, "file", SUFFIXES)]
+        )
 
 
 def read_table(path: Path, bad: BadRows) -> tuple[pa.Table, IntArray]:
@@ -241,6 +250,33 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[tuple[pa.Record
         raise DataError(f"{path} is not a readable Parquet file: {error}") from None
 
 
+def parquet_rows(
+    path: Path | str, start: int, stop: int, batch_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yield rows [start, stop) of a Parquet file in bounded batches; only their row groups are read.
+
+    Args:
+        path: of the file.
+        start: first row.
+        stop: the row behind the last.
+        batch_rows: most rows of a batch.
+        columns: that are read; all when not given.
+    """
+    with pq.ParquetFile(path) as file:
+        counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        ends = np.cumsum(counts)
+        begins = ends - counts
+        groups = np.flatnonzero((begins < stop) & (ends > start)).tolist()
+        at = int(begins[groups[0]]) if groups else stop
+        for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns):
+            first, last = max(start - at, 0), min(stop - at, len(batch))
+            at += len(batch)
+            if first < last:
+                yield pa.Table.from_batches([batch.slice(first, last - first)])
+            if at >= stop:
+                break
+
+
 def non_empty(array: pa.Array) -> pa.Array:
     """Return text with blank values as nulls; other types are returned as they are."""
     if not pa.types.is_string(array.type):
@@ -255,17 +291,15 @@ def _utf8(value: bytes | None) -> str | None:
         return None
 
 
-def _suffix(path: Path) -> str | None:
+def _suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
     name = path.name.lower()
-    return next((s for s in (*_DELIMITERS, *_PARQUET) if name.endswith(s)), None)
+    return next((s for s in suffixes if name.endswith(s)), None)
 
 
-def _kind(path: Path, setting: str) -> str:
-    suffix = _suffix(path)
+def _require(path: Path, setting: str, suffixes: Sequence[str]) -> str:
+    suffix = _suffix(path, suffixes)
     if suffix is None:
-        raise DataError(
-            f"{setting}: {path} is neither CSV nor Parquet; use .csv, .csv.gz, .tsv, .tsv.gz or .parquet"
-        )
+        raise DataError(f"{setting}: {path} is of no kind that can be read; use {', '.join(suffixes)}")
     return suffix
 
 

@@ -1,0 +1,53 @@
+"""Offline recommendation for tests: small parts, and a run that dies after two of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from twotower.config import Config, parse_config
+
+
+def recommend_config(config: Config, root: Path | str, k: int, **sections: dict[str, Any]) -> Config:
+    """Return a configuration that writes several parts with two actors."""
+    values = copy.deepcopy(config.to_json())
+    values["storage"]["root"] = str(root)
+    values["cluster"] |= {"num_encoders": 2, "encode_batch_size": 8}
+    values["recommend"]["k"] = k
+    for name, changes in sections.items():
+        values[name] |= changes
+    return parse_config(values)
+
+
+_KILLED = """
+import contextlib, json, os, sys
+import pyarrow as pa
+from twotower.cluster import recommend as module
+from twotower.cluster.recommend_parts import Recommend
+from twotower.config import parse_config
+
+def work_through(worker, settings, parts, config, gpu):
+    # The actor's own class in this process: two parts, then the job dies without a word.
+    actor = worker(**settings, device="cpu", threads=1)
+    for number, part in enumerate(parts):
+        if worker is Recommend and number == 2:
+            os.kill(os.getpid(), 9)
+        yield from actor(pa.table({k: [v] for k, v in part.items()})).to_pylist()
+
+module.work_through = work_through
+module.session = lambda config: contextlib.nullcontext()
+module.recommend(parse_config(json.load(open(sys.argv[1]))), sys.argv[2], *sys.argv[3:])
+"""
+
+
+def run_until_killed(config: Config, generation: Path, folder: Path, *more: str) -> None:
+    """Recommend in a process of its own, which SIGKILL ends when two parts are written."""
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
+    command = [sys.executable, "-c", _KILLED, str(folder / "config.json"), str(generation), *more]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
