@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.generations import edit_manifest
 from twotower.artefacts import MANIFEST
-from twotower.retrieval.generation import file_facts
+from twotower.retrieval.files import file_facts
 from twotower.retrieval.objects import Objects
 from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.store import Store

@@ -22,7 +22,8 @@ from twotower.cluster import compact
 from twotower.config import Config, parse_config
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import WEIGHTS
-from twotower.retrieval.generation import Generation, file_facts
+from twotower.retrieval.files import file_facts
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store

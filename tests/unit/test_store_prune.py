@@ -13,7 +13,8 @@ import pytest
 
 from twotower.artefacts import building, locked, write_manifest
 from twotower.errors import ArtefactError, ConfigError
-from twotower.retrieval.generation import KIND, Generation
+from twotower.retrieval.files import KIND
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import freed_bytes, unwanted
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever

@@ -19,7 +19,8 @@ from twotower.artefacts import MANIFEST, write_json
 from twotower.config import Config, load_config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ConfigError, RefusedError
-from twotower.retrieval.generation import Generation, file_facts
+from twotower.retrieval.files import file_facts
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.objects import Objects
 from twotower.retrieval.publications import Publication
 from twotower.retrieval.query import Query

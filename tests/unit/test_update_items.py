@@ -25,7 +25,8 @@ from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError, D
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.towers import TwoTower
 from twotower.retrieval.delta import equal_rows
-from twotower.retrieval.generation import Generation, write_shard_facts
+from twotower.retrieval.files import write_shard_facts
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.retriever import Query, Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items

@@ -22,7 +22,8 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import ITEM_ROW
 from twotower.progress import say
 from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.generation import KIND, TOMBSTONES, Generation, built_shards, list_files
+from twotower.retrieval.files import KIND, list_files
+from twotower.retrieval.generation import TOMBSTONES, Generation, built_shards
 from twotower.retrieval.store import Store
 
 _VERSION = 1

@@ -16,20 +16,16 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json, write_manifest
+from twotower.artefacts import MANIFEST, read_manifest, write_json, write_manifest
 from twotower.config import AttributeConfig, Config
-from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.data.sampling import popularity
@@ -43,17 +39,21 @@ from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import Columns, encode_columns, profile_values
+from twotower.retrieval.files import (
+    AGAIN,
+    ATTRIBUTES,
+    ITEMS,
+    KIND,
+    list_files,
+    read_shard_facts,
+    verify_files,
+)
 from twotower.retrieval.items import ItemTables, mapped_table
 from twotower.schema import FeatureSchema
 
-KIND = "generation"
 BASE, DELTA = "base", "delta"
 """Roles of shards: built from the whole catalogue, or holding what updates changed since."""
 TOMBSTONES = "tombstones.npy"
-FACTS = "shard.json"
-"""The last file of a shard that is written."""
-ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
-"""Tables of a shard: what people read about its items, and what queries filter by."""
 _NO_ROWS = np.zeros(0, np.int64)
 METRIC = "inner_product"
 _HISTORY = ("offsets", "item_rows", "times", "weights")
@@ -244,7 +244,7 @@ class Generation:
         if checkpoint.fingerprint != expected:
             raise ArtefactMismatchError(
                 f"the towers in {self.path} are of {checkpoint.fingerprint}, its shards of {expected}; "
-                f"vectors of different trainings do not fit. {_AGAIN}"
+                f"vectors of different trainings do not fit. {AGAIN}"
             )
 
     def _dead(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
@@ -271,7 +271,7 @@ class Generation:
         try:
             mapped = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ArtefactError(f"{self.path / name} can not be read ({error}); {_AGAIN}") from None
+            raise ArtefactError(f"{self.path / name} can not be read ({error}); {AGAIN}") from None
         # A plain view of the same pages: every slice of a memmap object costs several times as much.
         array: npt.NDArray[Any] = np.asarray(mapped)
         return array
@@ -289,11 +289,8 @@ class Generation:
             if fingerprint != expected:
                 raise ArtefactMismatchError(
                     f"generation {self.path} is of checkpoint {expected}, but {self.path}/{what} says "
-                    f"{fingerprint}: a query tower and an index of different trainings do not fit. {_AGAIN}"
+                    f"{fingerprint}: a query tower and an index of different trainings do not fit. {AGAIN}"
                 )
-
-
-_AGAIN = "Delete the generation and build it again."
 
 
 def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
@@ -391,115 +388,3 @@ def built_shards(directory: Path) -> list[dict[str, Any]]:
     """Return ``shards`` of the manifest of a generation that was just built, whose shards are all base."""
     facts = {path.name: read_shard_facts(path) for path in sorted((directory / "shards").iterdir())}
     return [{"name": name, "role": BASE, **each} for name, each in facts.items()]
-
-
-def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:
-    """Write what a shard is, and which checkpoint its vectors came from."""
-    facts = {"rows": rows, "factory": factory, "checkpoint_fingerprint": checkpoint_fingerprint}
-    write_json(directory / FACTS, facts)
-
-
-def read_shard_facts(directory: Path) -> dict[str, Any]:
-    """Return what ``write_shard_facts`` wrote."""
-    path = directory / FACTS
-    try:
-        facts = json.loads(path.read_bytes())
-        return {
-            "rows": int(facts["rows"]),
-            "factory": str(facts["factory"]),
-            "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} can not be read ({error}). {_AGAIN}") from None
-
-
-def list_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return bytes and SHA-256 of each file below a directory, its manifest left out, by relative path."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != MANIFEST:
-            files[name] = file_facts(path)
-    return files
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Return the bytes and SHA-256 of a file, as a manifest lists them."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None) -> None:
-    """Refuse a directory whose files are not those of the list.
-
-    Args:
-        directory: of a generation.
-        files: bytes and SHA-256 by relative path.
-        verified: directory of a generation that was checked before. What is the same file there, by inode,
-            and has the same facts in its manifest, is not read again.
-
-    Raises:
-        ArtefactError: naming the first file that is missing or differs.
-    """
-    known = {} if verified is None else read_manifest(verified, KIND)["files"]
-    for name, facts in files.items():
-        check_file_name(name, str(directory))
-        path = directory / name
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise ArtefactError(f"{path} can not be read ({error.strerror}). {_AGAIN}") from None
-        if size != facts["bytes"]:
-            raise ArtefactError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {_AGAIN}")
-        if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
-            continue
-        found = sha256_file(path)
-        if found != facts["sha256"]:
-            raise ArtefactError(
-                f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
-                f"{str(facts['sha256'])[:16]}... {_AGAIN}"
-            )
-
-
-def check_file_name(name: str, place: str) -> None:
-    """Refuse a name of a manifest that leads out of its generation.
-
-    Args:
-        name: relative path.
-        place: path or URL of the generation, for the error.
-
-    Raises:
-        ArtefactError: it does.
-    """
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-        raise ArtefactError(f"the manifest of {place} lists {name!r}, which is outside of it. {_AGAIN}")
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
-
-
-def write_items(directory: Path, items: pa.Table, attributes: Mapping[str, AttributeConfig]) -> None:
-    """Write the items of a shard and, where any are declared, their attributes.
-
-    Args:
-        directory: of the shard.
-        items: in the order of its item rows, with the columns of the attributes.
-        attributes: that queries can filter by.
-
-    Raises:
-        ConfigError: an attribute is not in the table.
-    """
-    _write_table(directory / ITEMS, items)
-    if attributes:
-        _write_table(directory / ATTRIBUTES, attribute_table(items, attributes))
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow file of one batch, so that it can be memory-mapped whole."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        if len(table):
-            writer.write_table(table.combine_chunks(), max_chunksize=len(table))

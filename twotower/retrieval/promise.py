@@ -27,7 +27,8 @@ from twotower.index.tuning import curve, least_effort, search_times
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
 from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.generation import Generation, read_shard_facts
+from twotower.retrieval.files import read_shard_facts
+from twotower.retrieval.generation import Generation
 
 _FILTER_QUERIES = 128
 """Queries that each strategy of searching among some of the items is measured with, at most."""

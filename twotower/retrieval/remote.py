@@ -34,7 +34,7 @@ from twotower.artefacts import (
 )
 from twotower.errors import ArtefactError, RefusedError
 from twotower.progress import say
-from twotower.retrieval.generation import KIND, check_file_name
+from twotower.retrieval.files import KIND, check_file_name
 from twotower.retrieval.objects import Content, Objects
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import Publication

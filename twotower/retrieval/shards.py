@@ -26,7 +26,7 @@ from twotower.index.build import (
 from twotower.index.gpu import Gpu, gpus
 from twotower.index.parts import Part, load_shard, save_array
 from twotower.index.spec import empty_index, ivf_of
-from twotower.retrieval.generation import FACTS, read_shard_facts, write_items, write_shard_facts
+from twotower.retrieval.files import FACTS, read_shard_facts, write_items, write_shard_facts
 
 _READ_ROWS = 65_536
 _TRAIN_POINTS = 65_536

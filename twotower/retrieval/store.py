@@ -16,7 +16,8 @@ from typing import Any, Final
 from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
 from twotower.config import Config
 from twotower.errors import ArtefactError, ConfigError, RefusedError
-from twotower.retrieval.generation import KIND, Generation
+from twotower.retrieval.files import KIND
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
 from twotower.retrieval.superseded import SUPERSEDED, added, holds

@@ -1,0 +1,135 @@
+"""The files of a generation: what its manifest says of them, and those of a shard that are no index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json
+from twotower.config import AttributeConfig
+from twotower.data.attributes import attribute_table
+from twotower.errors import ArtefactError
+
+KIND = "generation"
+FACTS = "shard.json"
+"""The last file of a shard that is written."""
+ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
+"""Tables of a shard: what people read about its items, and what queries filter by."""
+AGAIN = "Delete the generation and build it again."
+
+
+def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:
+    """Write what a shard is, and which checkpoint its vectors came from."""
+    facts = {"rows": rows, "factory": factory, "checkpoint_fingerprint": checkpoint_fingerprint}
+    write_json(directory / FACTS, facts)
+
+
+def read_shard_facts(directory: Path) -> dict[str, Any]:
+    """Return what ``write_shard_facts`` wrote."""
+    path = directory / FACTS
+    try:
+        facts = json.loads(path.read_bytes())
+        return {
+            "rows": int(facts["rows"]),
+            "factory": str(facts["factory"]),
+            "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} can not be read ({error}). {AGAIN}") from None
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return bytes and SHA-256 of each file below a directory, its manifest left out, by relative path."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST:
+            files[name] = file_facts(path)
+    return files
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return the bytes and SHA-256 of a file, as a manifest lists them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None) -> None:
+    """Refuse a directory whose files are not those of the list.
+
+    Args:
+        directory: of a generation.
+        files: bytes and SHA-256 by relative path.
+        verified: directory of a generation that was checked before. What is the same file there, by inode,
+            and has the same facts in its manifest, is not read again.
+
+    Raises:
+        ArtefactError: naming the first file that is missing or differs.
+    """
+    known = {} if verified is None else read_manifest(verified, KIND)["files"]
+    for name, facts in files.items():
+        check_file_name(name, str(directory))
+        path = directory / name
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise ArtefactError(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
+        if size != facts["bytes"]:
+            raise ArtefactError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {AGAIN}")
+        if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
+            continue
+        found = sha256_file(path)
+        if found != facts["sha256"]:
+            raise ArtefactError(
+                f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
+                f"{str(facts['sha256'])[:16]}... {AGAIN}"
+            )
+
+
+def check_file_name(name: str, place: str) -> None:
+    """Refuse a name of a manifest that leads out of its generation.
+
+    Args:
+        name: relative path.
+        place: path or URL of the generation, for the error.
+
+    Raises:
+        ArtefactError: it does.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
+        raise ArtefactError(f"the manifest of {place} lists {name!r}, which is outside of it. {AGAIN}")
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
+
+
+def write_items(directory: Path, items: pa.Table, attributes: Mapping[str, AttributeConfig]) -> None:
+    """Write the items of a shard and, where any are declared, their attributes.
+
+    Args:
+        directory: of the shard.
+        items: in the order of its item rows, with the columns of the attributes.
+        attributes: that queries can filter by.
+
+    Raises:
+        ConfigError: an attribute is not in the table.
+    """
+    _write_table(directory / ITEMS, items)
+    if attributes:
+        _write_table(directory / ATTRIBUTES, attribute_table(items, attributes))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow file of one batch, so that it can be memory-mapped whole."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        if len(table):
+            writer.write_table(table.combine_chunks(), max_chunksize=len(table))
