@@ -170,3 +170,45 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     assert kept.get("a") == 1
     kept.put("c", 3, 4)
     assert [kept.get(key) for key in ("a", "b", "c", "too large", None)] == [1, None, 3, None, None]
+
+
+def test_sets_are_drawn_as_queries_ask_for_them() -> None:
+    count = 5_000
+    rng = np.random.default_rng(3)
+    # Rows have gaps, and some values are missing.
+    rows = np.flatnonzero(rng.random(2 * count) < 0.5)
+    count = len(rows)
+    tags = [rng.choice(list("abcdefgh"), rng.integers(0, 3), replace=False).tolist() for _ in range(count)]
+    columns = {
+        "brand": pa.array([f"b{n}" for n in rng.integers(0, 60, count)]),
+        "tags": pa.array(tags, pa.list_(pa.string())),
+        "year": pa.array(rng.integers(1900, 2030, count)),
+        "price": pa.array([None if x < 0.1 else float(x) for x in rng.random(count)]),
+        "stock": pa.array(rng.random(count) < 0.5),
+    }
+    whole = Attributes([(pa.table(columns), rows, NONE)], 2 * count + 100)
+    alone = {n: Attributes([(pa.table({n: c}), rows, NONE)], 2 * count + 100) for n, c in columns.items()}
+    for share in (0.5, 0.1, 0.01):
+        for _ in range(20):
+            found = whole.drawn(share, rng)
+            assert found is not None
+            assert share / 2 <= found.count / count <= 2 * share
+            assert np.isin(found.rows(), rows).all()
+    # Values lie together: what is drawn is all of some values, or a range of them.
+    brands = np.array(columns["brand"].to_pylist())
+    drawn = alone["brand"].drawn(0.1, rng)
+    assert drawn is not None
+    inside = np.isin(rows, drawn.rows())
+    assert 2 < len(set(brands[inside])) < 20
+    assert set(brands[inside]).isdisjoint(brands[~inside])
+    years = np.array(columns["year"].to_pylist())
+    drawn = alone["year"].drawn(0.1, rng)
+    assert drawn is not None
+    inside = np.isin(rows, drawn.rows())
+    outside = years[~inside]
+    assert not ((outside >= years[inside].min()) & (outside <= years[inside].max())).any()
+    # Two values have no tenth.
+    assert alone["stock"].drawn(0.1, rng) is None
+    assert alone["stock"].drawn(0.5, rng) is not None
+    assert len({repr(alone["price"].drawn(0.1, rng).rows()[:3]) for _ in range(5)}) > 1  # type: ignore[union-attr]
+    assert Attributes([], 10).drawn(0.5, rng) is None

@@ -187,12 +187,12 @@ def plan() -> FilterPlan:
         (1.0, Choice("over_fetch", Effort(9))),
         (0.5, Choice("over_fetch", Effort(9))),
         (0.11, Choice("selector", Effort(16))),
-        (0.02, Choice("selector", Effort(64))),
+        (0.02, Choice("selector", Effort(43))),
         (0.0012, Choice("gather", Effort())),
         (0.00002, Choice("gather", Effort())),
     ],
 )
-def test_the_plan_takes_the_fastest_at_the_safe_effort(share: float, expected: Choice) -> None:
+def test_the_plan_takes_the_fastest_at_the_effort_in_between(share: float, expected: Choice) -> None:
     count = round(share * 10_000_000)
     chosen = plan().choose(count, 10_000_000, 100)
     assert chosen is not None

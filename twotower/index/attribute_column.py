@@ -173,6 +173,25 @@ class AttributeColumn:
             terms.append(Term(self, _joined([(low, high)])))
         return terms
 
+    def drawn(self, share: float, rng: np.random.Generator) -> Allowed:
+        """Return a set as a query might ask for: a range at any place, or values in any combination.
+
+        Args:
+            share: of the R item rows, which it comes as near to as values allow.
+            rng: of the draw.
+        """
+        wanted, num_values = share * self.num_rows, len(self._values)
+        if RANGE_OPERATORS[0] in OPERATORS[self.kind]:
+            first = rng.random() * max(len(self._rows) - wanted, 0)
+            low, high = (int(np.searchsorted(self._offsets, x)) for x in (first, first + wanted))
+            return self.found([(low, min(max(high, low), num_values))])
+        codes = rng.permutation(num_values)
+        sizes = np.diff(self._offsets)[codes]
+        # Values that are too frequent for a small share are passed over.
+        codes = codes[sizes <= max(wanted * 1.5, sizes.min(initial=1))]
+        enough = np.searchsorted(np.cumsum(np.diff(self._offsets)[codes]), wanted) + 1
+        return self.found(_joined([(code, code + 1) for code in codes[:enough].tolist()]))
+
     def size(self, span: tuple[int, int]) -> int:
         """Return the number of item rows of a stretch of codes, repeats counted."""
         return int(self._offsets[span[1]] - self._offsets[span[0]])

@@ -93,6 +93,21 @@ class Attributes:
         """
         self._terms(predicates)
 
+    def drawn(self, share: float, rng: np.random.Generator) -> Allowed | None:
+        """Return a set as a query on one of the attributes might ask for; None where no attribute has one.
+
+        Args:
+            share: of the items; at least half of that and at most twice as many are in the set.
+            rng: of the draw of the attribute and its values.
+        """
+        wanted = share * self._alive.count
+        columns = list(self._columns.values())
+        for place in rng.permutation(len(columns)):
+            found: Allowed = columns[int(place)].drawn(wanted / max(self.num_rows, 1), rng)
+            if wanted / 2 <= found.count <= wanted * 2:
+                return found
+        return None
+
     def _terms(self, predicates: Mapping[str, Any]) -> list[Term]:
         if not isinstance(predicates, Mapping):
             raise NotAllowedError(

@@ -1,6 +1,7 @@
 """The measurement behind a filter plan: what each strategy takes at each share of the items.
 
-Half of the sets of allowed items are drawn at random, the others lean to a direction among the vectors, as an
+The sets of allowed items are those of predicates over the attributes that there are. At shares that no
+attribute has, half of them are drawn at random, and the others lean to a direction among the vectors, as an
 attribute does that has to do with what the towers learned.
 
 Symbols: Q queries, D embedding_dim, K results, N items.
@@ -24,7 +25,9 @@ from twotower.index.spec import Effort
 
 Blocks = Callable[[], Iterable[tuple[IntArray, FloatArray]]]
 
-_SETS = 4
+Draw = Callable[[float, np.random.Generator], Allowed | None]
+
+_SETS = 8
 """Sets of allowed items at each share."""
 _LEAN = 1.0
 """Weight of the direction that every other set leans to, over that of chance."""
@@ -45,7 +48,13 @@ class _Case:
 
 
 def measure_filters(
-    searcher: Searcher, queries: FloatArray, blocks: Blocks, k: int, target: float, seed: int
+    searcher: Searcher,
+    queries: FloatArray,
+    blocks: Blocks,
+    k: int,
+    target: float,
+    seed: int,
+    draw: Draw | None = None,
 ) -> FilterPlan:
     """Return what each strategy takes at each share of the items, at the least effort that reaches a target.
 
@@ -56,13 +65,14 @@ def measure_filters(
         k: K.
         target: share of the exact top k among the allowed items that is to be found.
         seed: of the draw of sets.
+        draw: gives a set of about a share of the items, None where it has none; ``Attributes.drawn``.
     """
     points = []
     for share in SHARES:
         count = share * searcher.num_items
         if count < 1:
             break
-        cases = _cases(searcher, queries, blocks, k, share, seed)
+        cases = _cases(searcher, queries, blocks, k, share, seed, draw)
         timings: dict[Strategy, Timing] = {}
         for strategy in ("gather", "selector", "over_fetch"):
             if strategy == "gather" and count > _GATHERED:
@@ -72,8 +82,10 @@ def measure_filters(
             timing = _timing(searcher, cases, k, target, strategy)
             if timing is not None:
                 timings[strategy] = timing
+        if draw is not None:
+            share = float(np.mean([case.allowed.count for case in cases])) / searcher.num_items
         points.append(Point(share, timings))
-    return FilterPlan(points)
+    return FilterPlan(sorted(points, key=lambda point: -point.share))
 
 
 def _timing(
@@ -116,13 +128,33 @@ def _run(
 
 
 def _cases(
-    searcher: Searcher, queries: FloatArray, blocks: Blocks, k: int, share: float, seed: int
+    searcher: Searcher,
+    queries: FloatArray,
+    blocks: Blocks,
+    k: int,
+    share: float,
+    seed: int,
+    draw: Draw | None,
 ) -> list[_Case]:
     """Draw sets of a share of the items, and search them exactly."""
-    num_rows = searcher.num_rows
     rng = np.random.default_rng([seed, int(1 / share)])
+    found = [None if draw is None else draw(share, rng) for _ in range(_SETS)]
+    missing = found.count(None)
+    made = iter(_made_sets(searcher.num_rows, blocks, share, missing, rng) if missing else ())
+    cases = []
+    for each, some in zip(found, np.array_split(queries, _SETS), strict=True):
+        allowed = next(made) if each is None else each
+        exact = exact_top_k(some, 2 * k, _among(blocks(), allowed.mask()))
+        cases.append(_Case(allowed, some, exact))
+    return cases
+
+
+def _made_sets(
+    num_rows: int, blocks: Blocks, share: float, count: int, rng: np.random.Generator
+) -> list[Allowed]:
+    """Return sets of a share of the items, every other one by chance alone."""
     directions, thresholds = _leaning(blocks, share, rng)
-    masks = [np.zeros(num_rows, np.bool_) for _ in range(_SETS)]
+    masks = [np.zeros(num_rows, np.bool_) for _ in range(count)]
     for number, mask in enumerate(masks):
         for item_rows, vectors in blocks():
             chance = rng.standard_normal(len(item_rows)).astype(np.float32)
@@ -130,11 +162,7 @@ def _cases(
                 mask[item_rows] = chance + vectors @ directions[number] > thresholds[number]
             else:
                 mask[item_rows] = rng.random(len(item_rows)) < share
-    cases = []
-    for mask, some in zip(masks, np.array_split(queries, _SETS), strict=True):
-        exact = exact_top_k(some, 2 * k, _among(blocks(), mask))
-        cases.append(_Case(Allowed.of_mask(mask), some, exact))
-    return cases
+    return [Allowed.of_mask(mask) for mask in masks]
 
 
 def _leaning(blocks: Blocks, share: float, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:

@@ -69,7 +69,7 @@ class FilterPlan:
     def choose(self, count: int, num_items: int, k: int) -> Choice | None:
         """Return the strategy that is the fastest for a number of allowed items; None without points.
 
-        Times lie between those measured on both sides; efforts are the safe ones, of the smaller share.
+        Times and efforts lie between those measured on both sides.
 
         Args:
             count: allowed items.
@@ -88,6 +88,7 @@ class FilterPlan:
             first, second = above.timings.get(strategy), below.timings.get(strategy)
             if second is None:
                 continue
+            effort = second.effort
             if share < below.share:
                 # Fewer items than were measured: gathering gets cheaper, the others find too few.
                 ms = second.ms * share / below.share if strategy == "gather" else math.inf
@@ -96,9 +97,10 @@ class FilterPlan:
                 ms = second.ms * share / below.share if strategy == "gather" else second.ms
             else:
                 place = math.log(share / below.share) / math.log(above.share / below.share)
-                ms = math.exp((1 - place) * math.log(second.ms) + place * math.log(first.ms))
+                ms = _between(second.ms, first.ms, place)
+                effort = _effort_between(second.effort, first.effort, place)
             if ms < least:
-                best, least = Choice(strategy, second.effort), ms
+                best, least = Choice(strategy, effort), ms
         if best is None or count <= k:
             return Choice("gather", Effort())
         return best
@@ -119,6 +121,19 @@ class FilterPlan:
                 for point in value["points"]
             ]
         )
+
+
+def _between(low: float, high: float, place: float) -> float:
+    """Return what lies at a place in [0, 1] from low to high, by the logarithm."""
+    return low if low == high else math.exp((1 - place) * math.log(low) + place * math.log(high))
+
+
+def _effort_between(low: Effort, high: Effort, place: float) -> Effort:
+    return Effort(
+        nprobe=math.ceil(_between(low.nprobe, high.nprobe, place)),
+        ef_search=math.ceil(_between(low.ef_search, high.ef_search, place)),
+        k_factor=_between(low.k_factor, high.k_factor, place),
+    )
 
 
 def unmeasured(count: int, num_items: int, effort: Effort) -> Choice:

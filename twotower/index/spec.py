@@ -196,10 +196,10 @@ def efforts(index: Any) -> list[Effort]:
 
 
 def _ladder(first: int, last: int) -> list[int]:
-    """Return whole numbers about a quarter apart, both ends among them."""
+    """Return whole numbers about a tenth apart, both ends among them."""
     steps = [first]
     while steps[-1] < last:
-        steps.append(min(max(steps[-1] + 1, int(steps[-1] * 1.25)), last))
+        steps.append(min(max(steps[-1] + 1, int(steps[-1] * 1.1)), last))
     return steps
 
 

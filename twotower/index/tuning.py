@@ -23,6 +23,10 @@ _TIMED = 256
 _COMPARED = 32
 """Queries that compare the times of efforts which find enough."""
 _POINTS = 7
+_APART = 5
+"""Steps between two points of a curve: about two thirds more effort."""
+_DOUBLE = 7
+"""Steps after which an effort is about twice as great."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +102,12 @@ def curve(
     """
     ladder = next((ladder for ladder in _ladders(searcher) if chosen in ladder), [chosen])
     place = ladder.index(chosen)
-    # Every other step shows more of the curve, where there are enough of them.
-    places = range(place % 2, len(ladder), 2)
-    if len(places) < _POINTS:
-        places = range(len(ladder))
+    # Some steps apart they show more of the curve, where there are enough of them.
+    places = next(
+        found
+        for apart in (_APART, 2, 1)
+        if len(found := range(place % apart, len(ladder), apart)) >= _POINTS or apart == 1
+    )
     around = sorted(sorted(places, key=lambda p: abs(p - place))[:_POINTS])
     points = []
     for effort in (ladder[p] for p in around):
@@ -128,8 +134,8 @@ def _ladders(searcher: Searcher) -> list[list[Effort]]:
     plain = list(dict.fromkeys(replace(step, k_factor=factors[-1]) for step in steps))
     if len(factors) == 1 or len(plain) == 1:
         return [steps]
-    # Every third is about twice the one before; the last is always among them.
-    return [[replace(step, k_factor=factor) for step in plain] for factor in factors[::-1][::3][::-1]]
+    # Each is about twice the one before; the last is always among them.
+    return [[replace(step, k_factor=factor) for step in plain] for factor in factors[::-1][::_DOUBLE][::-1]]
 
 
 def _recalls(

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from twotower.config import Config
+from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.choice import choose, finds_more
 from twotower.index.filter_measure import measure_filters
 from twotower.index.gpu import gpus
+from twotower.index.hits import IntArray
 from twotower.index.parts import Part, blocks
 from twotower.index.recall import index_recall_at_k
 from twotower.index.search import Searcher, Shard, exact_top_k
@@ -27,8 +30,9 @@ from twotower.index.tuning import curve, least_effort, search_times
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
 from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.files import read_shard_facts
+from twotower.retrieval.files import ATTRIBUTES, read_shard_facts
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.items import mapped_table
 
 _FILTER_QUERIES = 128
 """Queries that each strategy of searching among some of the items is measured with, at most."""
@@ -94,7 +98,10 @@ def measure(
     filters = None
     asked = queries[tuning][:_FILTER_QUERIES]
     if index.attributes and len(asked) >= _LEAST_FILTER_QUERIES:
-        plan = measure_filters(searcher, asked, lambda: blocks(parts), k, target, config.seed)
+        attributes = Attributes(_attribute_tables(directory), searcher.num_rows)
+        plan = measure_filters(
+            searcher, asked, lambda: blocks(parts), k, target, config.seed, attributes.drawn
+        )
         filters = plan.to_json()
     return {
         "factory": choice.factory,
@@ -149,6 +156,15 @@ def curve_table(facts: Mapping[str, Any]) -> list[str]:
         mark = "  <- chosen" if point["effort"] == facts["effort"] else ""
         lines.append(f"{effort:<28} {point['index_recall']:.4f} {point['search_ms']:8.3f}{mark}")
     return lines
+
+
+def _attribute_tables(directory: Path) -> list[tuple[pa.Table, IntArray, IntArray]]:
+    """Return the attributes and item rows of the shards in a folder, of which none is dead."""
+    tables = []
+    for path in sorted(directory.iterdir()):
+        item_rows = np.load(path / "item_rows.npy")
+        tables.append((mapped_table(path / ATTRIBUTES, len(item_rows)), item_rows, item_rows[:0]))
+    return tables
 
 
 def _open(directory: Path, factory: str, dim: int) -> tuple[list[Shard], int]:
