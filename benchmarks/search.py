@@ -251,10 +251,10 @@ def _filtered(searcher: Searcher, data: Data, queries_per_share: int) -> tuple[f
         runs: dict[str, list[tuple[float, float]]] = {}
         ways: list[tuple[str, Any, Effort | None]] = [("plan", None, None)]
         ways += [(name, name, effort) for name, effort in settings.items() if effort is not None]
-        for number, case in enumerate(cases):
-            # Each in turn comes first, and finds what the predicate reads out of the caches.
-            shift = number % len(ways)
-            for name, strategy, effort in ways[shift:] + ways[:shift]:
+        for case in cases:
+            # In a new order each time: the first finds what the query reads out of the caches.
+            for place in rng.permutation(len(ways)):
+                name, strategy, effort = ways[place]
                 # Gathering half of the items takes seconds: a few queries say so.
                 if name == "gather" and share > 0.05 and len(runs.get("gather", [])) > 3:
                     continue
