@@ -277,11 +277,16 @@ def _joined(group: list[tuple[Any, IntArray, IntArray]]) -> tuple[Any, IntArray,
     whole: Any = faiss.clone_index(first)
     lists: Any = faiss.ArrayInvertedLists(first.nlist, first.code_size)
     # The lists of a file are mapped read-only, so FAISS's own merging, which empties its source, is no help.
-    for index, _, _ in group:
-        source = innermost(index).invlists
-        for number in range(first.nlist):
-            if size := source.list_size(number):
-                lists.add_entries(number, size, source.get_ids(number), source.get_codes(number))
+    sources = [innermost(index).invlists for index, _, _ in group]
+    for number in range(first.nlist):
+        sizes = [source.list_size(number) for source in sources]
+        # At once: lists that grow piece by piece lie so scattered that a search takes a tenth longer.
+        lists.resize(number, sum(sizes))
+        begin = 0
+        for source, size in zip(sources, sizes, strict=True):
+            if size:
+                lists.update_entries(number, begin, size, source.get_ids(number), source.get_codes(number))
+                begin += size
     lists.this.disown()
     whole.replace_invlists(lists, True)
     whole.ntotal = sum(len(rows) for _, rows, _ in group)
