@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,24 @@ class DyingEncoder(EncodeItems):
         return facts
 
 
+def moved(work: pa.Table, by: int) -> pa.Table:
+    """Work that begins some items later, under the same name."""
+    start = max(work["start"][0].as_py() + by, 0)
+    return work.set_column(work.column_names.index("start"), "start", pa.array([start]))
+
+
 class RepeatingEncoder(EncodeItems):
     """Begins each part but the first one item too early."""
 
-    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
-        return super()._tables(path, max(start - 1, 0), stop)
+    def __call__(self, work: pa.Table) -> pa.Table:
+        return super().__call__(moved(work, -1))
 
 
 class LosingEncoder(EncodeItems):
     """Leaves the first item of each part out."""
 
-    def _tables(self, path: str, start: int, stop: int) -> Iterator[pa.Table]:
-        return super()._tables(path, start + 1, stop)
+    def __call__(self, work: pa.Table) -> pa.Table:
+        return super().__call__(moved(work, 1))
 
 
 @pytest.mark.parametrize(("num_shards", "encoder"), [(3, EncodeItems), (1, DyingEncoder)])
