@@ -23,8 +23,8 @@ _TIMED = 256
 _COMPARED = 32
 """Queries that compare the times of efforts which find enough."""
 _POINTS = 7
-_APART = 5
-"""Steps between two points of a curve: about two thirds more effort."""
+_APART = 1.4
+"""An effort over that of the point before it on a curve, at least."""
 _DOUBLE = 7
 """Steps after which an effort is about twice as great."""
 
@@ -101,20 +101,30 @@ def curve(
         chosen: by ``least_effort`` on the same shards.
     """
     ladder = next((ladder for ladder in _ladders(searcher) if chosen in ladder), [chosen])
-    place = ladder.index(chosen)
-    # Some steps apart they show more of the curve, where there are enough of them.
-    places = next(
-        found
-        for apart in (_APART, 2, 1)
-        if len(found := range(place % apart, len(ladder), apart)) >= _POINTS or apart == 1
-    )
-    around = sorted(sorted(places, key=lambda p: abs(p - place))[:_POINTS])
+    around = _spaced(ladder, ladder.index(chosen))
     points = []
-    for effort in (ladder[p] for p in around):
+    for effort in around:
         recall = index_recall_at_k(searcher.search(queries, k, effort=effort), exact, k)
         times = search_times(searcher, queries[:_TIMED], k, effort)
         points.append(Point(effort, recall, float(np.median(times))))
     return points
+
+
+def _spaced(ladder: Sequence[Effort], place: int) -> list[Effort]:
+    """Return up to seven efforts around a place that are some way apart, or any where there are too few."""
+    sizes = [effort.nprobe * effort.ef_search * effort.k_factor for effort in ladder]
+    below, above = [place], [place]
+    for p in range(place - 1, -1, -1):
+        if sizes[p] * _APART <= sizes[below[-1]]:
+            below.append(p)
+    for p in range(place + 1, len(ladder)):
+        if sizes[p] >= sizes[above[-1]] * _APART:
+            above.append(p)
+    places = below[:0:-1] + above
+    if len(places) < _POINTS:
+        places = list(range(len(ladder)))
+    first = min(max(places.index(place) - _POINTS // 2, 0), max(len(places) - _POINTS, 0))
+    return [ladder[p] for p in places[first : first + _POINTS]]
 
 
 def search_times(searcher: Searcher, queries: FloatArray, k: int, effort: Effort) -> FloatArray:
