@@ -141,7 +141,8 @@ def test_a_generation_built_on_ray_is_that_of_one_process(
 ) -> None:
     path = build_generation(config, small_dataset, checkpoint.path)
     shown = capfd.readouterr()
-    assert shown.out == ""
+    # The raylet may print there what it thinks of workers of earlier tests.
+    assert [line for line in shown.out.splitlines() if "(raylet)" not in line] == []
     assert len(shown.err.splitlines()) < 20
     for noise in ("Traceback", "core_worker", "WARNING", "Dataset"):
         assert noise not in shown.err
