@@ -1,51 +1,20 @@
-"""The HTTP routes over a retriever, without Ray: the same application runs on Ray Serve and on plain uvicorn.
-
-Work is done in a few fixed threads, so that FAISS and torch do not hold up the event loop and keep one
-OpenMP pool each.
-"""
+"""The HTTP routes over a service, without Ray: one application for Ray Serve and for plain uvicorn."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import logging
-import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import twotower
-from serve.schemas import (
-    BadRequest,
-    ErrorAnswer,
-    RetrieveAnswer,
-    error_body,
-    parse_retrieve,
-    parse_similar,
-)
-from twotower.errors import NotAllowedError
-from twotower.retrieval.query import Answer, Query, UnknownItemError
-from twotower.retrieval.request import InvalidQueryError, RetrieveRequest
-from twotower.retrieval.retriever import Retriever
+from serve.errors import add_error_handlers, json_response
+from serve.middleware import RequestIds
+from serve.schemas import BadRequest, ErrorAnswer, RetrieveAnswer, parse_retrieve, parse_similar
+from serve.service import Service
+from twotower.retrieval.request import RetrieveRequest
 
 MAX_BODY_BYTES = 1 << 20
-_REQUEST_ID = b"x-request-id"
-_MAX_REQUEST_ID_LENGTH = 200
-_ROUTES = ", ".join(
-    [
-        "POST /v1/retrieve",
-        "GET /v1/items/{item_id}/similar",
-        "GET /v1/generation",
-        "GET /healthz",
-        "GET /readyz",
-        "GET /docs",
-    ]
-)
 _EXAMPLE = {"user_id": "42", "k": 10}
 _EXAMPLE_HISTORY = {
     "history": ["1", {"item_id": "50", "time": "2026-01-31T10:00:00Z", "weight": 0.75}],
@@ -58,60 +27,6 @@ _EXAMPLE_FILTER = {
     "k": 10,
     "filter": {"genres": {"any_of": ["Comedy", "Drama"]}, "year": {"gte": 1990, "lt": 2000}},
 }
-
-logger = logging.getLogger("ray.serve")
-
-
-class Service:
-    """A retriever and the threads that work for it."""
-
-    def __init__(
-        self, retriever: Retriever, max_k: int, workers: int, settings: dict[str, dict[str, str]]
-    ) -> None:
-        """Start the threads and answer one query, after which the service is ready.
-
-        Args:
-            retriever: answers.
-            max_k: largest k of a request.
-            workers: requests worked on at the same time.
-            settings: what ``/readyz`` says about Ray's settings: those active and those missing.
-        """
-        self.retriever = retriever
-        self.max_k = max_k
-        self.settings = settings
-        self._pool = ThreadPoolExecutor(workers, "retrieve", initializer=retriever.prepare_thread)
-        retriever.warm_up()
-        self.ready = True
-
-    async def run(self, work: Callable[..., bytes], *arguments: Any) -> bytes:
-        """Return what ``work`` returns, run in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, functools.partial(work, *arguments)
-        )
-
-    def retrieve(self, query: Query) -> bytes:
-        """Return the answer to a query as JSON."""
-        return to_json(self.retriever.retrieve(query))
-
-    def similar(self, item_id: str, k: int, fields: list[str], predicates: dict[str, Any] | None) -> bytes:
-        """Return the items most similar to an item, of those that satisfy predicates, as JSON."""
-        return to_json(self.retriever.similar(item_id, k, fields, predicates))
-
-
-def to_json(answer: Answer) -> bytes:
-    """Return an answer as the bytes of its JSON."""
-    return orjson.dumps(
-        {
-            "generation": answer.generation,
-            "items": answer.items,
-            "strategy": answer.strategy,
-            "partial": False,
-            "missing_groups": [],
-            "timing_ms": answer.timing_ms,
-        },
-        # An item column may hold what JSON has no word for, such as a decimal.
-        default=str,
-    )
 
 
 def make_api(service: Service, request_ids: bool = True) -> FastAPI:
@@ -158,7 +73,7 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
     )
     async def retrieve(request: Request) -> Response:
         query = parse_retrieve(await _body(request), service.max_k)
-        return _json(await service.run(service.retrieve, query))
+        return json_response(await service.retrieve(query))
 
     parameters = [
         {
@@ -193,17 +108,17 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
     )
     async def similar(item_id: str, request: Request) -> Response:
         k, fields, predicates = parse_similar(request.query_params.multi_items(), service.max_k)
-        return _json(await service.run(service.similar, item_id, k, fields, predicates))
+        return json_response(await service.similar(item_id, k, fields, predicates))
 
     @api.get(
         "/v1/generation", summary="What answers: the generation's manifest in short", response_model=None
     )
     async def generation() -> Response:
-        return _json(orjson.dumps(service.retriever.describe()))
+        return json_response(orjson.dumps(service.describe()))
 
     @api.get("/healthz", summary="The process is alive", response_model=None)
     async def healthz() -> Response:
-        return _json(b'{"status":"ok"}')
+        return json_response(b'{"status":"ok"}')
 
     @api.get(
         "/readyz",
@@ -219,16 +134,12 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
             "generation": service.retriever.generation_id,
             "settings": service.settings,
         }
-        return _json(orjson.dumps(content))
+        return json_response(orjson.dumps(content))
 
-    _add_error_handlers(api)
+    add_error_handlers(api)
     if request_ids:
         api.add_middleware(RequestIds)
     return api
-
-
-def _json(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(content, status, headers, "application/json")
 
 
 async def _body(request: Request) -> bytes:
@@ -243,54 +154,3 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise too_large
     return bytes(body)
-
-
-def _add_error_handlers(api: FastAPI) -> None:
-    @api.exception_handler(BadRequest)
-    async def bad_request(request: Request, error: BadRequest) -> Response:
-        return _json(orjson.dumps(error.content), error.status)
-
-    @api.exception_handler(NotAllowedError)
-    async def not_allowed(request: Request, error: NotAllowedError) -> Response:
-        unknown = isinstance(error, UnknownItemError)
-        details = error.details if isinstance(error, InvalidQueryError) else None
-        code = "unknown_item" if unknown else "invalid_request"
-        content = error_body(code, error.message, error.allowed, details)
-        return _json(orjson.dumps(content), 404 if unknown else 422)
-
-    @api.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return _json(
-            orjson.dumps(error_body(code, message, _ROUTES)), error.status_code, dict(error.headers or {})
-        )
-
-    @api.exception_handler(Exception)
-    async def internal(request: Request, error: Exception) -> Response:
-        logger.error("a request failed", exc_info=error)
-        message = "the service failed to answer; the reason is in its log"
-        return _json(orjson.dumps(error_body("internal_error", message, "try again")), 500)
-
-
-class RequestIds:
-    """Middleware that answers with the request's X-Request-ID, or with a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        """Wrap an application."""
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
-        request_id = given[:_MAX_REQUEST_ID_LENGTH] or uuid.uuid4().hex.encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (_REQUEST_ID, request_id)]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)

@@ -8,7 +8,8 @@ import os
 from fastapi import FastAPI
 from ray import serve
 
-from serve.api import Service, make_api
+from serve.api import make_api
+from serve.service import Service
 from twotower.environment import read_settings
 from twotower.errors import ArtefactError
 from twotower.retrieval.retriever import Retriever
@@ -52,7 +53,7 @@ class Retrieval:
                 f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
             )
         retriever = Retriever.open(found.fetch(generation_id), threads=threads)
-        self._service = Service(retriever, max_k, workers, serve_settings())
+        self._service = Service(retriever, max_k, workers, serve_settings(), threads)
         if missing := self._service.settings["missing"]:
             logger.warning(
                 "settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing))

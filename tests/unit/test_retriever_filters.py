@@ -16,9 +16,10 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.model.checkpoint import Checkpoint
+from twotower.retrieval.front import allowed_items
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
-from twotower.retrieval.retriever import Retriever, allowed_items
+from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 

@@ -30,9 +30,9 @@ from twotower.data.query_files import QueryFile, find_query_files, scan
 from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.index.allowed import Allowed
 from twotower.progress import bar, say
+from twotower.retrieval.front import allowed_items
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query_rows import check_columns
-from twotower.retrieval.retriever import allowed_items
 
 KIND = "recommendations"
 _VERSION = 2

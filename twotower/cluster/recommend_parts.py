@@ -19,10 +19,11 @@ from twotower.cluster.pool import pin_threads
 from twotower.data.vocabulary import FORGOTTEN
 from twotower.errors import ArtefactError, DataError, NotAllowedError
 from twotower.index.allowed import Allowed
+from twotower.retrieval.front import make_inputs
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.query_rows import read_queries
-from twotower.retrieval.retriever import Retriever, make_inputs
+from twotower.retrieval.retriever import Retriever
 
 _ASKED, _EMPTY = b"num_asked", b"num_empty"
 _AT_ONCE = 256

@@ -65,3 +65,5 @@ class Answer:
     """What the answer was made from."""
     timing_ms: dict[str, float]
     """Milliseconds by stage: encode, search, total."""
+    missing_groups: tuple[str, ...] = ()
+    """Shard groups that did not answer, in the sharded topology; the items are the best of the others."""

@@ -1,0 +1,62 @@
+"""One shape for every error: which exception becomes which status and body."""
+
+from __future__ import annotations
+
+import logging
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from serve.schemas import BadRequest, error_body
+from twotower.errors import NotAllowedError
+from twotower.retrieval.query import UnknownItemError
+from twotower.retrieval.request import InvalidQueryError
+
+_ROUTES = ", ".join(
+    [
+        "POST /v1/retrieve",
+        "GET /v1/items/{item_id}/similar",
+        "GET /v1/generation",
+        "GET /healthz",
+        "GET /readyz",
+        "GET /docs",
+    ]
+)
+
+logger = logging.getLogger("ray.serve")
+
+
+def json_response(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response whose body is JSON."""
+    return Response(content, status, headers, "application/json")
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    """Answer every error of an application in the one shape."""
+
+    @api.exception_handler(BadRequest)
+    async def bad_request(request: Request, error: BadRequest) -> Response:
+        return json_response(orjson.dumps(error.content), error.status)
+
+    @api.exception_handler(NotAllowedError)
+    async def not_allowed(request: Request, error: NotAllowedError) -> Response:
+        unknown = isinstance(error, UnknownItemError)
+        details = error.details if isinstance(error, InvalidQueryError) else None
+        code = "unknown_item" if unknown else "invalid_request"
+        content = error_body(code, error.message, error.allowed, details)
+        return json_response(orjson.dumps(content), 404 if unknown else 422)
+
+    @api.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        return json_response(
+            orjson.dumps(error_body(code, message, _ROUTES)), error.status_code, dict(error.headers or {})
+        )
+
+    @api.exception_handler(Exception)
+    async def internal(request: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        message = "the service failed to answer; the reason is in its log"
+        return json_response(orjson.dumps(error_body("internal_error", message, "try again")), 500)

@@ -1,0 +1,98 @@
+"""What the routes call: the retriever that answers now, and the threads that work for it.
+
+Work is done in a few fixed threads, so that FAISS and torch do not hold up the event loop and keep one
+OpenMP pool each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import orjson
+import torch
+
+from twotower.retrieval.query import Answer, Query
+from twotower.retrieval.retriever import Retriever
+
+T = TypeVar("T")
+
+
+class Service:
+    """Answers as JSON from the retriever that is there now."""
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        max_k: int,
+        workers: int,
+        settings: dict[str, dict[str, str]],
+        threads: int = 1,
+    ) -> None:
+        """Start the threads and answer one query, after which the service is ready.
+
+        Args:
+            retriever: answers.
+            max_k: largest k of a request.
+            workers: requests worked on at the same time.
+            settings: what ``/readyz`` says about Ray's settings: those active and those missing.
+            threads: CPU threads of the query tower.
+        """
+        self.retriever = retriever
+        """Answers; may be replaced at any time, so that a request reads it once."""
+        self.max_k = max_k
+        self.settings = settings
+        self._pool = ThreadPoolExecutor(
+            workers, "retrieve", initializer=functools.partial(torch.set_num_threads, threads)
+        )
+        retriever.warm_up()
+        self.ready = True
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``work`` returns, run in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, functools.partial(work, *arguments)
+        )
+
+    async def retrieve(self, query: Query) -> bytes:
+        """Return the answer to a query as JSON.
+
+        Raises:
+            RequestError: the query asks for something that is not allowed.
+        """
+        retriever = self.retriever
+        return await self.run(lambda: to_json(retriever.retrieve(query)))
+
+    async def similar(
+        self, item_id: str, k: int, fields: Sequence[str], predicates: dict[str, Any] | None
+    ) -> bytes:
+        """Return the items most similar to an item, of those that satisfy predicates, as JSON.
+
+        Raises:
+            RequestError: there is no such item, or something that is not allowed is asked for.
+        """
+        retriever = self.retriever
+        return await self.run(lambda: to_json(retriever.similar(item_id, k, fields, predicates)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of the generation that answers now, as plain JSON values."""
+        return self.retriever.describe()
+
+
+def to_json(answer: Answer) -> bytes:
+    """Return an answer as the bytes of its JSON."""
+    return orjson.dumps(
+        {
+            "generation": answer.generation,
+            "items": answer.items,
+            "strategy": answer.strategy,
+            "partial": bool(answer.missing_groups),
+            "missing_groups": answer.missing_groups,
+            "timing_ms": answer.timing_ms,
+        },
+        # An item column may hold what JSON has no word for, such as a decimal.
+        default=str,
+    )

@@ -1,0 +1,312 @@
+"""Everything of an answer but the search of the shards: queries to vectors, and item rows to items.
+
+A front holds one generation and never changes, so that threads can share it. A query becomes rows
+(``Inputs``), rows become features and an embedding (the query tower); what a search finds becomes ids,
+scores and columns. Who has neither a history nor features is answered here, from the popularity ranking.
+
+Shapes: B queries, R of them that are searched, D embedding_dim, K results, N catalogue items.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from twotower.errors import NotAllowedError
+from twotower.index.allowed import Allowed
+from twotower.index.hits import Hits
+from twotower.model.features import QueryFeatures
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.inputs import Input, Inputs, UserTable
+from twotower.retrieval.query import Query, UnknownItemError
+
+_BLOCK_ROWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Queries, and what a search of the shards needs to know of them."""
+
+    queries: Sequence[Query]
+    """B queries."""
+    inputs: list[Input]
+    """Each query in rows."""
+    searched: list[int]
+    """Places of the R queries that are searched; the others are answered from popularity."""
+    vectors: npt.NDArray[np.float32]
+    """[R, D] query embeddings, in the order of ``searched``."""
+
+
+class Front:
+    """The query tower, the user table and the item tables of one generation."""
+
+    def __init__(self, generation: Generation, threads: int = 1) -> None:
+        """Load what answers need beside the shards.
+
+        Args:
+            generation: an opened generation.
+            threads: CPU threads of the query tower.
+        """
+        self._generation = generation
+        self._threads = threads
+        checkpoint = generation.checkpoint()
+        self._model = checkpoint.model
+        self._item_ids = generation.item_ids
+        self._items = generation.items
+        self._answerable = generation.answerable_rows()
+        self._popularity = popularity_ranking(generation, self._answerable)
+        self._popularity_scores = popularity_scores(
+            self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
+        )
+        self._inputs = make_inputs(generation)
+        self._features = QueryFeatures(checkpoint.schema, generation.profiles)
+        self.prepare_thread()
+
+    @property
+    def generation(self) -> Generation:
+        """What is answered from."""
+        return self._generation
+
+    @property
+    def generation_id(self) -> str:
+        """Id of the generation."""
+        return self._generation.id
+
+    def prepare_thread(self) -> None:
+        """Set the number of torch threads; call it once in each thread that retrieves."""
+        torch.set_num_threads(self._threads)
+
+    @property
+    def item_fields(self) -> list[str]:
+        """Item columns that a query may ask for; item_id and score are in every answer."""
+        return [name for name in self._items.fields if name not in ("item_id", "score")]
+
+    @property
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """Type and operators of each attribute that a query may filter by."""
+        return self._generation.attributes.describe()
+
+    @property
+    def user_columns(self) -> list[str]:
+        """User columns that a query may give values for."""
+        return self._inputs.user_columns
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of the generation that a client may want, as plain JSON values without paths."""
+        manifest = self._generation.manifest
+        names = (
+            "id",
+            "created",
+            "checkpoint_fingerprint",
+            "dataset_fingerprint",
+            "vocabulary_hash",
+            "embedding_dim",
+            "metric",
+            "num_items",
+            "as_of",
+            "index",
+        )
+        facts = {name: manifest[name] for name in names}
+        return {
+            **facts,
+            "num_users": len(self._generation.user_ids),
+            "item_fields": self.item_fields,
+            "user_columns": self.user_columns,
+            "attributes": self.attributes,
+        }
+
+    def encode(self, queries: Sequence[Query]) -> Encoded:
+        """Return queries with their embeddings, after checking them.
+
+        Raises:
+            RequestError: a query asks for something that is not allowed.
+        """
+        now = time.time_ns() // 1000
+        for query in queries:
+            self.check(query.k, query.fields)
+        inputs = self._inputs.resolve_all(queries, now)
+        searched = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
+        return Encoded(queries, inputs, searched, self._vectors([inputs[i] for i in searched]))
+
+    def row_of(self, item_id: str) -> int:
+        """Return the row of an item that can be answered.
+
+        Raises:
+            UnknownItemError: there is none.
+        """
+        row = self._item_ids.row(item_id)
+        if row is None or not self._answers(row):
+            reason = "is not known"
+            if row is not None:
+                reason = "is not in the catalogue: it only occurs in interactions, or was deleted"
+            shown = item_id if len(item_id) <= 60 else item_id[:60] + "..."
+            raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
+        return row
+
+    def _answers(self, row: int) -> bool:
+        at = int(np.searchsorted(self._answerable, row))
+        return at < len(self._answerable) and int(self._answerable[at]) == row
+
+    def item_table(self, item_rows: npt.ArrayLike, fields: Sequence[str]) -> pa.Table:
+        """Return ``item_id`` and columns of items, in the order given.
+
+        Raises:
+            RequestError: a column is not there, or an item row is in no shard.
+        """
+        ids = self._item_ids.array.take(pa.array(np.asarray(item_rows, dtype=np.int64)))
+        table = pa.table({"item_id": ids})
+        if fields:
+            found = self._items.table(item_rows, fields)
+            for name in fields:
+                table = table.append_column(found.schema.field(name), found.column(name))
+        return table
+
+    def describe_hits(self, hits: Hits, fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Return item_id, score and fields of each hit, in order."""
+        ids = self._item_ids.ids(hits.item_rows)
+        scores = hits.scores.tolist()
+        if not fields:
+            return [{"item_id": i, "score": s} for i, s in zip(ids, scores, strict=True)]
+        values = self._items.take(hits.item_rows, fields)
+        return [
+            {"item_id": ids[m], "score": scores[m], **{name: values[name][m] for name in fields}}
+            for m in range(len(ids))
+        ]
+
+    def check(self, k: int, fields: Sequence[str]) -> None:
+        """Check k and the fields of a query.
+
+        Raises:
+            NotAllowedError: k is not positive, or items have no such field.
+        """
+        if k < 1:
+            raise NotAllowedError(f"k is {k}", "an integer of 1 or more")
+        for name in fields:
+            if name not in self.item_fields:
+                raise NotAllowedError(
+                    f"fields: items have no column {name!r}",
+                    ", ".join(self.item_fields) or "none: items have ids only",
+                )
+
+    def _vectors(self, inputs: Sequence[Input]) -> npt.NDArray[np.float32]:
+        """Return the query embeddings [B, D]."""
+        if not inputs:
+            return np.zeros((0, self._generation.manifest["embedding_dim"]), np.float32)
+        batch = self._features(*self._inputs.batch(inputs))
+        return np.asarray(self._model.encode_queries(batch).numpy(), dtype=np.float32)
+
+    def most_popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
+        """Return the most popular items that are allowed and not excluded.
+
+        Args:
+            excluded: [e] int64 item rows.
+            k: K.
+            allowed: item rows that alone may be answered; all when not given.
+        """
+        # Of the first k + e at most e are excluded; a filter may look further down the ranking.
+        start, size = 0, k + len(excluded)
+        kept = np.zeros(0, np.int64)
+        while start < len(self._popularity) and len(kept) < k:
+            block = self._popularity[start : start + size]
+            inside = ~np.isin(block, excluded)
+            if allowed is not None:
+                inside &= allowed.contains(block)
+            kept = np.concatenate([kept, start + np.flatnonzero(inside)])
+            start, size = start + size, size * 4
+        kept = kept[:k]
+        return Hits(self._popularity[kept], self._popularity_scores[kept])
+
+
+def make_inputs(generation: Generation) -> Inputs:
+    """Return what resolves queries against the tables of a generation."""
+    users = UserTable(
+        generation.user_ids,
+        generation.histories,
+        generation.seen_offsets,
+        generation.seen_item_rows,
+        generation.user_columns,
+    )
+    return Inputs(generation.schema, users, generation.item_ids)
+
+
+def allowed_items(
+    generation: Generation,
+    filter: Mapping[str, Any] | None = None,
+    allow_items: Sequence[str] | None = None,
+    exclude_items: Sequence[str] = (),
+) -> Allowed | None:
+    """Return the items that may be answered, None where nothing restricts them.
+
+    Args:
+        generation: of the items.
+        filter: predicates, all of which an item must satisfy.
+        allow_items: ids that alone are allowed; unknown ones are passed over.
+        exclude_items: ids that are not; unknown ones are passed over.
+
+    Raises:
+        NotAllowedError: the filter is not allowed.
+    """
+    sets = []
+    ids = generation.item_ids
+    if filter is not None and filter != {}:
+        sets.append(generation.attributes.allowed(filter))
+    if allow_items is not None:
+        sets.append(Allowed.of_rows(ids.rows(allow_items, missing="negative"), len(ids)))
+    if exclude_items:
+        sets.append(~Allowed.of_rows(ids.rows(exclude_items, missing="negative"), len(ids)))
+    return functools.reduce(operator.and_, sets) if sets else None
+
+
+def popularity_scores(
+    ranking: npt.NDArray[np.int64], seen_item_rows: npt.NDArray[np.int32], num_users: int, num_items: int
+) -> npt.NDArray[np.float32]:
+    """Return the score of each place of the popularity ranking: the share of users who have had the item.
+
+    The ranking counts positive interactions, having had an item counts of every kind. Where the two
+    disagree, a score is lowered to that of the place before, so that scores fall along the ranking.
+
+    Args:
+        ranking: [n] int64 item rows, the most popular first.
+        seen_item_rows: [m] int32, each user's seen items one after the other; may be memory-mapped.
+        num_users: number of users.
+        num_items: items of the vocabulary.
+    """
+    counts = np.zeros(num_items, np.int64)
+    for start in range(0, len(seen_item_rows), _BLOCK_ROWS):
+        counts += np.bincount(seen_item_rows[start : start + _BLOCK_ROWS], minlength=num_items)
+    shares = counts[ranking] / max(num_users, 1)
+    return np.minimum.accumulate(shares).astype(np.float32)
+
+
+def timing(start: float, encoded: float, searched: float) -> dict[str, float]:
+    """Return the milliseconds of each stage, given when it began and what each ended at, until now."""
+    end = time.perf_counter()
+    return {
+        "encode": (encoded - start) * 1e3,
+        "search": (searched - encoded) * 1e3,
+        "total": (end - start) * 1e3,
+    }
+
+
+def popularity_ranking(generation: Generation, answerable: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the item rows that can be answered, the most popular first, those of updates last.
+
+    Args:
+        generation: of the ranking.
+        answerable: its ``answerable_rows``.
+    """
+    built = np.array(generation.popularity, dtype=np.int64)
+    ranked = np.zeros(len(generation.item_ids), np.bool_)
+    ranked[built] = True
+    alive = np.zeros(len(ranked), np.bool_)
+    alive[answerable] = True
+    return np.concatenate([built[alive[built]], np.flatnonzero(alive & ~ranked)])
