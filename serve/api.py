@@ -131,7 +131,7 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
             raise BadRequest("the index is being loaded", "try again in a second", 503, "not_ready")
         content = {
             "status": "ready",
-            "generation": service.retriever.generation_id,
+            "generation": service.front.generation_id,
             "settings": service.settings,
         }
         return json_response(orjson.dumps(content))

@@ -1,16 +1,15 @@
-"""Ray Serve deployments. Fused topology: one deployment holds the query tower and all shards."""
+"""Ray Serve deployment of the fused topology: one holds the query tower and all shards."""
 
 from __future__ import annotations
 
 import logging
-import os
 
 from fastapi import FastAPI
 from ray import serve
 
 from serve.api import make_api
-from serve.service import Service
-from twotower.environment import read_settings
+from serve.service import FusedService
+from serve.settings import serve_settings, warn_of_missing
 from twotower.errors import ArtefactError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import store_at
@@ -53,26 +52,11 @@ class Retrieval:
                 f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
             )
         retriever = Retriever.open(found.fetch(generation_id), threads=threads)
-        self._service = Service(retriever, max_k, workers, serve_settings(), threads)
-        if missing := self._service.settings["missing"]:
-            logger.warning(
-                "settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing))
-            )
+        retriever.warm_up()
+        settings = serve_settings()
+        self._service = FusedService(retriever, max_k, workers, settings, threads)
+        warn_of_missing(settings, logger)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
         return make_api(self._service, request_ids=False)
-
-
-def serve_settings() -> dict[str, dict[str, str]]:
-    """Return the Serve settings of deploy/ray.env that this process runs with, and those it does not.
-
-    Returns:
-        "active": value by variable; "missing": wanted value by variable that is not set.
-    """
-    wanted = {name: value for name, value in read_settings().items() if name.startswith("RAY_SERVE_")}
-    active = {name: os.environ[name] for name in wanted if os.environ.get(name)}
-    return {
-        "active": active,
-        "missing": {name: value for name, value in wanted.items() if name not in active},
-    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -15,40 +16,40 @@ from typing import Any, TypeVar
 import orjson
 import torch
 
+from twotower.retrieval.front import Front
 from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.retriever import Retriever
 
 T = TypeVar("T")
 
 
-class Service:
-    """Answers as JSON from the retriever that is there now."""
+class Service(ABC):
+    """Answers as JSON from the generation that is there now."""
 
     def __init__(
         self,
-        retriever: Retriever,
+        front: Front,
         max_k: int,
         workers: int,
         settings: dict[str, dict[str, str]],
         threads: int = 1,
     ) -> None:
-        """Start the threads and answer one query, after which the service is ready.
+        """Start the threads.
 
         Args:
-            retriever: answers.
+            front: of what answers; has answered a query already, so that the first real one finds all loaded.
             max_k: largest k of a request.
             workers: requests worked on at the same time.
             settings: what ``/readyz`` says about Ray's settings: those active and those missing.
             threads: CPU threads of the query tower.
         """
-        self.retriever = retriever
-        """Answers; may be replaced at any time, so that a request reads it once."""
+        self.front = front
+        """Of what answers; may be replaced at any time, so that a request reads it once."""
         self.max_k = max_k
         self.settings = settings
         self._pool = ThreadPoolExecutor(
             workers, "retrieve", initializer=functools.partial(torch.set_num_threads, threads)
         )
-        retriever.warm_up()
         self.ready = True
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -57,15 +58,15 @@ class Service:
             self._pool, functools.partial(work, *arguments)
         )
 
+    @abstractmethod
     async def retrieve(self, query: Query) -> bytes:
         """Return the answer to a query as JSON.
 
         Raises:
             RequestError: the query asks for something that is not allowed.
         """
-        retriever = self.retriever
-        return await self.run(lambda: to_json(retriever.retrieve(query)))
 
+    @abstractmethod
     async def similar(
         self, item_id: str, k: int, fields: Sequence[str], predicates: dict[str, Any] | None
     ) -> bytes:
@@ -74,12 +75,28 @@ class Service:
         Raises:
             RequestError: there is no such item, or something that is not allowed is asked for.
         """
-        retriever = self.retriever
-        return await self.run(lambda: to_json(retriever.similar(item_id, k, fields, predicates)))
 
     def describe(self) -> dict[str, Any]:
         """Return the facts of the generation that answers now, as plain JSON values."""
-        return self.retriever.describe()
+        return self.front.describe()
+
+
+class FusedService(Service):
+    """Answers from a retriever in this process: the query tower and all shards."""
+
+    front: Retriever
+
+    async def retrieve(self, query: Query) -> bytes:
+        """Return the answer to a query as JSON, as in ``Service``."""
+        retriever = self.front
+        return await self.run(lambda: to_json(retriever.retrieve(query)))
+
+    async def similar(
+        self, item_id: str, k: int, fields: Sequence[str], predicates: dict[str, Any] | None
+    ) -> bytes:
+        """Return the items most similar to an item as JSON, as in ``Service``."""
+        retriever = self.front
+        return await self.run(lambda: to_json(retriever.similar(item_id, k, fields, predicates)))
 
 
 def to_json(answer: Answer) -> bytes:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -180,18 +181,23 @@ class Generation:
     @functools.cached_property
     def attributes(self) -> Attributes:
         """What queries can filter by, of the items that can be answered; built when first asked for."""
+        return self.attributes_of(self.shard_names)
+
+    def attributes_of(self, names: Collection[str]) -> Attributes:
+        """Return what queries can filter by, of the items of some shards."""
         tables = []
         if self.declared_attributes:
-            for shard in self._shards:
+            for shard in self._named_shards(names):
                 path, item_rows = self._shard_path(shard) / ATTRIBUTES, self._item_rows(shard)
                 tables.append((mapped_table(path, len(item_rows)), item_rows, self._dead(shard)))
         return Attributes(tables, len(self.item_ids))
 
-    def searcher(self, threads: int = 1) -> Searcher:
-        """Return a searcher over all shards, at the effort that the index recall was measured with.
+    def searcher(self, threads: int = 1, names: Collection[str] | None = None) -> Searcher:
+        """Return a searcher over shards, at the effort that the index recall was measured with.
 
         Args:
             threads: FAISS threads of a search.
+            names: of the shards; all when not given.
         """
         dim = self.manifest["embedding_dim"]
         shards = [
@@ -200,7 +206,7 @@ class Generation:
                 self._item_rows(s),
                 self._dead(s),
             )
-            for s in self._shards
+            for s in self._named_shards(self.shard_names if names is None else names)
         ]
         filters = self.manifest["index"].get("filters")
         return Searcher(shards, self.effort, threads, FilterPlan.from_json(filters) if filters else None)
@@ -249,6 +255,37 @@ class Generation:
 
     def _dead(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
         return self.dead_rows if shard["role"] == BASE else _NO_ROWS
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Names of its shards."""
+        return [str(s["name"]) for s in self._shards]
+
+    def shard_groups(self, num_groups: int) -> list[list[str]]:
+        """Return the names of the shards of each group, so that groups hold about as many items.
+
+        Every process that asks gets the same groups. The delta of updates goes to the smallest.
+
+        Raises:
+            ArtefactError: there are fewer base shards than groups.
+        """
+        base = [s for s in self._shards if s["role"] == BASE]
+        if len(base) < num_groups:
+            raise ArtefactError(
+                f"generation {self.id} has {len(base)} shards, too few for {num_groups} groups; build it "
+                f"with index.num_shards={num_groups} or more, or serve it with fewer groups"
+            )
+        groups: list[list[str]] = [[] for _ in range(num_groups)]
+        rows = [0] * num_groups
+        for shard in sorted(self._shards, key=lambda s: (s["role"] != BASE, -s["rows"], s["name"])):
+            # The number of shards decides between groups of as many items: none stays without a shard.
+            smallest = min(range(num_groups), key=lambda g: (rows[g], len(groups[g])))
+            groups[smallest].append(str(shard["name"]))
+            rows[smallest] += int(shard["rows"])
+        return groups
+
+    def _named_shards(self, names: Collection[str]) -> list[dict[str, Any]]:
+        return [s for s in self._shards if s["name"] in names]
 
     @property
     def _shards(self) -> list[dict[str, Any]]:

@@ -1,0 +1,224 @@
+"""Calls between gateway and shard groups: bytes there, bytes back, over one TCP connection for each pair.
+
+Ray Serve starts the replicas, restarts them and tells the gateway where they listen; what is asked and
+answered goes past its handles, which take several times as long as the message itself. A connection begins
+with a secret that only Serve hands out. Then each frame is its length and the number of its call (uint32
+each, little endian) and the message. A connection that breaks fails all its calls at once, so that a killed
+replica is noticed within the time of one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import itertools
+import logging
+import secrets
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import cast
+
+Handler = Callable[[bytes], Awaitable[bytes]]
+
+MAX_MESSAGE_BYTES = 64 << 20
+_HEAD = struct.Struct("<II")
+_SECRET_BYTES = 32
+_FAILED = 0xFFFF_FFFF
+"""Instead of a length: the call failed."""
+_CONNECT_TIMEOUT_S = 2.0
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and what it wants to hear first."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+async def serve_frames(handler: Handler, host: str) -> tuple[asyncio.Server, Address]:
+    """Listen on a free port, and answer every message with what a handler returns.
+
+    Args:
+        handler: gets a message and returns the answer; what it raises is logged, and fails the call.
+        host: address to listen on.
+    """
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: _ServerSide(handler, secret), host, 0)
+    return server, Address(host, server.sockets[0].getsockname()[1], secret)
+
+
+class Connection:
+    """The calling end of one connection; belongs to one event loop."""
+
+    def __init__(self, protocol: _ClientSide) -> None:
+        """Take what ``connect`` made."""
+        self._protocol = protocol
+        self._numbers = itertools.count()
+
+    @classmethod
+    async def connect(cls, address: Address) -> Connection:
+        """Connect to a server.
+
+        Raises:
+            OSError: nothing listens there, or not within some seconds.
+        """
+        loop = asyncio.get_running_loop()
+        making = loop.create_connection(lambda: _ClientSide(address.secret), address.host, address.port)
+        _, protocol = await asyncio.wait_for(making, _CONNECT_TIMEOUT_S)
+        return cls(protocol)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+        return self._protocol.closed
+
+    async def call(self, message: bytes) -> bytes:
+        """Return the answer to a message.
+
+        Raises:
+            ConnectionError: the connection ended first, or the handler failed.
+        """
+        number = next(self._numbers) & 0xFFFF_FFFF
+        waiting = self._protocol.waiting
+        future = asyncio.get_running_loop().create_future()
+        waiting[number] = future
+        try:
+            self._protocol.send(number, message)
+            answer: bytes = await future
+            return answer
+        finally:
+            waiting.pop(number, None)
+
+    def close(self) -> None:
+        """End the connection; calls that wait fail."""
+        self._protocol.close()
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts what arrives into frames."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        at = 0
+        while len(self._buffer) - at >= _HEAD.size:
+            length, number = _HEAD.unpack_from(self._buffer, at)
+            failed = length == _FAILED
+            length = 0 if failed else length
+            if length > MAX_MESSAGE_BYTES:
+                logger.error(
+                    "a frame of %d bytes was refused; at most %d are taken", length, MAX_MESSAGE_BYTES
+                )
+                self.close()
+                return
+            end = at + _HEAD.size + length
+            if len(self._buffer) < end:
+                break
+            self.received(number, None if failed else bytes(self._buffer[at + _HEAD.size : end]))
+            at = end
+        del self._buffer[:at]
+
+    def received(self, number: int, message: bytes | None) -> None:
+        """Take a message; None means that the call failed."""
+        raise NotImplementedError
+
+    def send(self, number: int, message: bytes | None) -> None:
+        """Send a message; None means that the call failed."""
+        if self.closed or self._transport is None:
+            raise ConnectionResetError("the connection has ended")
+        length = _FAILED if message is None else len(message)
+        self._transport.write(_HEAD.pack(length, number) + (message or b""))
+
+    def close(self) -> None:
+        self.closed = True
+        if self._transport is not None:
+            self._transport.close()
+
+
+class _ClientSide(_Frames):
+    def __init__(self, secret: bytes) -> None:
+        super().__init__()
+        self._secret = secret
+        self.waiting: dict[int, asyncio.Future[bytes]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._transport is not None
+        self._transport.write(self._secret)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        for future in self.waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionResetError("the connection has ended"))
+
+    def received(self, number: int, message: bytes | None) -> None:
+        future = self.waiting.get(number)
+        # A call that was given up has no future any more.
+        if future is None or future.done():
+            return
+        if message is None:
+            future.set_exception(ConnectionError("the replica failed to answer; the reason is in its log"))
+        else:
+            future.set_result(message)
+
+
+class _ServerSide(_Frames):
+    def __init__(self, handler: Handler, secret: bytes) -> None:
+        super().__init__()
+        self._handler = handler
+        self._secret = secret
+        self._greeted = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        for task in self._tasks:
+            task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._greeted:
+            self._buffer += data
+            if len(self._buffer) < _SECRET_BYTES:
+                return
+            if not hmac.compare_digest(bytes(self._buffer[:_SECRET_BYTES]), self._secret):
+                self.close()
+                return
+            self._greeted = True
+            data = bytes(self._buffer[_SECRET_BYTES:])
+            self._buffer.clear()
+        super().data_received(data)
+
+    def received(self, number: int, message: bytes | None) -> None:
+        task = asyncio.ensure_future(self._answer(number, message or b""))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, number: int, message: bytes) -> None:
+        answer: bytes | None
+        try:
+            answer = await self._handler(message)
+        except Exception:
+            logger.exception("a call of a shard group failed")
+            answer = None
+        if not self.closed:
+            self.send(number, answer)

@@ -1,0 +1,189 @@
+"""Answers from shard groups elsewhere: encodes here, asks every group, merges and describes here.
+
+A group that does not answer in time is left out, and the answer says so. Every call names the generation
+that encoded the queries, and a group answers from that generation or not at all.
+
+Shapes: B queries, R of them that are searched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.hedging import GroupUnavailableError, Replicas
+from serve.service import Service, to_json
+from twotower.index.hits import Hits
+from twotower.retrieval.front import Encoded, Front, allowed_items, timing
+from twotower.retrieval.groups import (
+    GroupQuery,
+    merge_groups,
+    pack_search,
+    pack_vector_request,
+    unpack_hits,
+    unpack_vector,
+)
+from twotower.retrieval.query import Answer, Query
+
+
+class NoGroupError(Exception):
+    """No shard group answered, so that there is nothing to answer with."""
+
+
+class GatewayService(Service):
+    """Answers as JSON from a front here and shard groups elsewhere."""
+
+    def __init__(
+        self,
+        front: Front,
+        groups: Sequence[Replicas],
+        max_k: int,
+        workers: int,
+        settings: dict[str, dict[str, str]],
+        threads: int = 1,
+        deadline_s: float = 0.2,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            front: of the generation that the groups hold.
+            groups: the shard groups, all of them.
+            max_k: largest k of a request.
+            workers: requests encoded or described at the same time.
+            settings: what ``/readyz`` says about Ray's settings.
+            threads: CPU threads of the query tower.
+            deadline_s: seconds after which a group is left out.
+        """
+        super().__init__(front, max_k, workers, settings, threads)
+        self.groups = groups
+        self._deadline_s = deadline_s
+
+    async def retrieve(self, query: Query) -> bytes:
+        """Return the answer to a query as JSON.
+
+        Raises:
+            RequestError: the query asks for something that is not allowed.
+            NoGroupError: no group answered.
+        """
+        return to_json((await self.answers(self.front, [query]))[0])
+
+    async def answers(self, front: Front, queries: Sequence[Query]) -> list[Answer]:
+        """Return the best allowed items for each query; timings are those of the whole batch.
+
+        Args:
+            front: of a generation that the groups hold.
+            queries: B queries.
+
+        Raises:
+            RequestError: a query asks for something that is not allowed.
+            NoGroupError: no group answered.
+        """
+        start = time.perf_counter()
+        encoded, hits, message = await self.run(_encoded, front, queries)
+        done = time.perf_counter()
+        missing: list[str] = []
+        found: list[list[Hits]] = []
+        if encoded.searched:
+            found, missing = await self._ask(message, front.generation_id)
+        searched = time.perf_counter()
+        return await self.run(
+            _described, front, encoded, hits, found, tuple(missing), (start, done, searched)
+        )
+
+    async def similar(
+        self, item_id: str, k: int, fields: Sequence[str], predicates: dict[str, Any] | None
+    ) -> bytes:
+        """Return the items most similar to an item, of those that satisfy predicates, as JSON.
+
+        Raises:
+            RequestError: there is no such item, or something that is not allowed is asked for.
+            NoGroupError: the group that holds the item did not answer.
+        """
+        start = time.perf_counter()
+        front = self.front
+        front.check(k, fields)
+        if predicates:
+            await self.run(front.generation.attributes.check, predicates)
+        row = front.row_of(item_id)
+        answers = await asyncio.gather(
+            *(g.call(pack_vector_request(front.generation_id, row), self._deadline_s) for g in self.groups),
+            return_exceptions=True,
+        )
+        messages = [a for a in answers if isinstance(a, bytes)]
+        vector = next((v for v in map(unpack_vector, messages) if v is not None), None)
+        if vector is None:
+            raise NoGroupError
+        encoded = time.perf_counter()
+        query = GroupQuery(k, np.array([row], np.int64), predicates)
+        message = pack_search(front.generation_id, vector[None, :], [query])
+        found, missing = await self._ask(message, front.generation_id)
+        searched = time.perf_counter()
+        hits = merge_groups([group[0] for group in found], k)
+        items = await self.run(front.describe_hits, hits, fields)
+        took = timing(start, encoded, searched)
+        return to_json(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+
+    async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
+        """Return what each group that answered found, and the names of the others."""
+        answers = await asyncio.gather(
+            *(group.call(message, self._deadline_s) for group in self.groups), return_exceptions=True
+        )
+        found, missing = [], []
+        for group, answer in zip(self.groups, answers, strict=True):
+            if isinstance(answer, bytes):
+                found.append(unpack_hits(answer, generation_id))
+            elif isinstance(answer, GroupUnavailableError):
+                missing.append(group.name)
+            else:
+                raise answer
+        if not found:
+            raise NoGroupError
+        return found, missing
+
+
+def _encoded(front: Front, queries: Sequence[Query]) -> tuple[Encoded, dict[int, Hits], bytes]:
+    """Return encoded queries, what those answered from popularity get, and the message for the groups."""
+    generation = front.generation
+    for query in queries:
+        if query.filter:
+            generation.attributes.check(query.filter)
+    encoded = front.encode(queries)
+    hits = {}
+    for place, (query, each) in enumerate(zip(queries, encoded.inputs, strict=True)):
+        if each.strategy == "popular":
+            only = allowed_items(generation, query.filter, query.allow_items)
+            hits[place] = front.most_popular(each.excluded, query.k, only)
+    asked = [_group_query(front, queries[i], encoded.inputs[i].excluded) for i in encoded.searched]
+    return encoded, hits, pack_search(front.generation_id, encoded.vectors, asked)
+
+
+def _group_query(front: Front, query: Query, excluded: npt.NDArray[np.int64]) -> GroupQuery:
+    rows = None
+    if query.allow_items is not None:
+        rows = front.generation.item_ids.rows(query.allow_items, missing="negative")
+    return GroupQuery(query.k, excluded, dict(query.filter) if query.filter else None, rows)
+
+
+def _described(
+    front: Front,
+    encoded: Encoded,
+    hits: dict[int, Hits],
+    found: list[list[Hits]],
+    missing: tuple[str, ...],
+    times: tuple[float, float, float],
+) -> list[Answer]:
+    """Return the answers, given what was found for the searched queries by each group."""
+    for at, place in enumerate(encoded.searched):
+        hits[place] = merge_groups([group[at] for group in found], encoded.queries[place].k)
+    items = [front.describe_hits(hits[i], query.fields) for i, query in enumerate(encoded.queries)]
+    took = timing(*times)
+    searched = set(encoded.searched)
+    return [
+        Answer(front.generation_id, its, each.strategy, took, missing if i in searched else ())
+        for i, (its, each) in enumerate(zip(items, encoded.inputs, strict=True))
+    ]

@@ -1,0 +1,170 @@
+"""Calls to the replicas of a shard group, so that a slow or a dead one costs little.
+
+A call goes to one replica. If it fails, another is asked at once; if it takes longer than nineteen in twenty
+calls do, another is asked too and the first answer counts (a hedged request, Dean and Barroso, "The tail at
+scale", 2013). A replica that failed is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+Call = Callable[[bytes], Awaitable[bytes]]
+"""Asks one replica; empty bytes mean that it does not hold the generation that it was asked for."""
+
+_WINDOW = 500
+"""Calls whose times decide when to hedge."""
+_QUANTILE = 0.95
+_BURST = 10.0
+"""Hedges that may come at once after a quiet time."""
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
+
+
+class GroupUnavailableError(Exception):
+    """No replica of a shard group answered in time."""
+
+
+@dataclass
+class Counts:
+    """What was done so far."""
+
+    calls: int = 0
+    """Calls of the group."""
+    hedges: int = 0
+    """Second calls because the first took long."""
+    retries: int = 0
+    """Second calls because the first failed, or was to a replica without the generation."""
+    failures: int = 0
+    """Calls that no replica answered in time."""
+
+
+class Replicas:
+    """The replicas of one shard group; belongs to one event loop."""
+
+    def __init__(self, name: str, calls: Sequence[Call], hedge_share: float = 0.06) -> None:
+        """Take the ways to call each replica.
+
+        Args:
+            name: of the group.
+            calls: of each replica.
+            hedge_share: hedges in all calls, at most; 0 never hedges.
+        """
+        self.name = name
+        self.counts = Counts()
+        self._replicas = [_Replica(call) for call in calls]
+        self._share = hedge_share
+        self._credit = 1.0
+        self._times: deque[float] = deque(maxlen=_WINDOW)
+        self._delay_s = float("inf")
+        self._turn = 0
+
+    async def call(self, message: bytes, timeout_s: float) -> bytes:
+        """Return the first answer of a replica.
+
+        Args:
+            message: for the replica.
+            timeout_s: seconds after which none is waited for.
+
+        Raises:
+            GroupUnavailableError: none answered in time.
+        """
+        now = asyncio.get_running_loop().time
+        began = now()
+        end = began + timeout_s
+        self.counts.calls += 1
+        self._credit = min(self._credit + self._share, _BURST)
+        waiting = self._order(began)
+        running: dict[asyncio.Future[bytes], _Replica] = {}
+        hedge_at = began + self._delay_s
+
+        def ask_next() -> None:
+            replica = waiting.pop(0)
+            running[replica.start(message)] = replica
+
+        try:
+            while waiting or running:
+                if not running:
+                    ask_next()
+                may_hedge = bool(waiting) and len(running) == 1 and self._credit >= 1
+                until = min(end, hedge_at) if may_hedge else end
+                done, _ = await asyncio.wait(
+                    running, timeout=max(until - now(), 0), return_when=asyncio.FIRST_COMPLETED
+                )
+                for future in done:
+                    replica = running.pop(future)
+                    answer = replica.finish(future, now())
+                    if answer:
+                        self._note(now() - began)
+                        return answer
+                    self.counts.retries += bool(waiting and not running)
+                if done:
+                    continue
+                if now() >= end:
+                    break
+                if may_hedge:
+                    self._credit -= 1
+                    self.counts.hedges += 1
+                    ask_next()
+            for replica in running.values():
+                replica.failed(now())
+        finally:
+            for future, replica in running.items():
+                replica.drop(future)
+        self.counts.failures += 1
+        raise GroupUnavailableError(self.name)
+
+    def _order(self, now: float) -> list[_Replica]:
+        """Return the replicas to ask, in order: those with the fewest calls first, in turn where equal.
+
+        Those that failed lately come last; where all did, none is asked.
+        """
+        self._turn = (self._turn + 1) % len(self._replicas)
+        turned = self._replicas[self._turn :] + self._replicas[: self._turn]
+        able = sorted((r for r in turned if r.paused_until <= now), key=lambda r: r.num_running)
+        return able + [r for r in turned if r.paused_until > now] if able else []
+
+    def _note(self, took_s: float) -> None:
+        self._times.append(took_s)
+        if len(self._times) >= 50 and self.counts.calls % 25 == 0:
+            self._delay_s = sorted(self._times)[int(len(self._times) * _QUANTILE)]
+
+
+class _Replica:
+    """One replica, and how it has done lately."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._failures = 0
+        self.num_running = 0
+        self.paused_until = 0.0
+
+    def start(self, message: bytes) -> asyncio.Future[bytes]:
+        self.num_running += 1
+        return asyncio.ensure_future(self._call(message))
+
+    def finish(self, future: asyncio.Future[bytes], now: float) -> bytes:
+        """Return the answer of a call that has ended, empty bytes where it failed."""
+        self.num_running -= 1
+        if future.cancelled() or future.exception() is not None:
+            self.failed(now)
+            return b""
+        self._failures = 0
+        self.paused_until = 0.0
+        return future.result()
+
+    def drop(self, future: asyncio.Future[bytes]) -> None:
+        """End a call that nobody waits for any more."""
+        self.num_running -= 1
+        if not future.done():
+            future.cancel()
+        elif not future.cancelled():
+            # Asked for, so that asyncio does not report it as one that nobody looked at.
+            future.exception()
+
+    def failed(self, now: float) -> None:
+        """Leave the replica alone for a while, longer each time."""
+        self._failures += 1
+        self.paused_until = now + min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LAST_PAUSE_S)

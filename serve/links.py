@@ -1,0 +1,131 @@
+"""What the gateway knows of the replicas of its shard groups: where each listens and what it holds.
+
+It asks each of them every second, through a handle of Serve. So a replica that was started again is found at
+its new address, and loads what is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from serve.frames import Address, Connection
+from serve.hedging import Replicas
+from twotower.errors import ArtefactError
+
+_ASK_TIMEOUT_S = 5.0
+_PERIOD_S = 1.0
+_STARTING_PERIOD_S = 0.1
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a replica of a group says of itself."""
+
+    address: Address
+    """Where it answers."""
+    held: list[str]
+    """Ids of the generations in memory."""
+    refused: dict[str, str]
+    """Why a generation that is needed can not be held, by its id."""
+
+
+Ask = Callable[[str, list[str]], Awaitable[Holding]]
+"""Tells a replica which generations a gateway needs."""
+
+
+class GroupLinks:
+    """Connections to every replica of every group; belongs to one event loop."""
+
+    def __init__(self, groups: Sequence[Sequence[Ask]]) -> None:
+        """Take the ways to ask each replica of each group.
+
+        Args:
+            groups: of each group its replicas.
+        """
+        self._name = uuid.uuid4().hex
+        self._needed: frozenset[str] = frozenset()
+        self._links = [[_Link(ask) for ask in replicas] for replicas in groups]
+        self.groups = [
+            Replicas(f"group-{g}", [link.call for link in links]) for g, links in enumerate(self._links)
+        ]
+        """The groups, to be called."""
+
+    async def hold(self, generation_ids: Collection[str], timeout_s: float) -> None:
+        """Have every replica of every group hold generations, and free all others.
+
+        Returns once all hold them, or when the time is up.
+
+        Args:
+            generation_ids: of the generations.
+            timeout_s: seconds.
+
+        Raises:
+            ArtefactError: a replica can not hold one, with the reason.
+        """
+        self._needed = frozenset(generation_ids)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while not await self._refresh() and loop.time() < deadline:
+            await asyncio.sleep(_STARTING_PERIOD_S)
+
+    async def watch(self) -> None:
+        """Ask all replicas again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(_PERIOD_S)
+            try:
+                await self._refresh()
+            except ArtefactError:
+                logger.exception("a shard group can not hold what is served")
+
+    async def _refresh(self) -> bool:
+        """Ask every replica once; return whether each holds all that is needed."""
+        links = [link for links in self._links for link in links]
+        holdings = await asyncio.gather(*(link.refresh(self._name, sorted(self._needed)) for link in links))
+        for holding in holdings:
+            refused = self._needed & holding.refused.keys() if holding else frozenset()
+            if holding and refused:
+                raise ArtefactError("; ".join(holding.refused[i] for i in sorted(refused)))
+        return all(holding is not None and self._needed <= set(holding.held) for holding in holdings)
+
+
+class _Link:
+    """One replica: how to ask it, and the connection to where it listens now."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._address: Address | None = None
+        self._connection: Connection | None = None
+
+    async def refresh(self, name: str, generation_ids: list[str]) -> Holding | None:
+        """Return what the replica says of itself, None where it does not answer; connect to it anew."""
+        try:
+            holding = await asyncio.wait_for(self._ask(name, generation_ids), _ASK_TIMEOUT_S)
+            lost = self._connection is None or self._connection.closed
+            if lost or holding.address != self._address:
+                self.close()
+                self._connection = await Connection.connect(holding.address)
+                self._address = holding.address
+        except Exception:
+            # It is being started, or started again: it is asked again in a second.
+            return None
+        return holding
+
+    async def call(self, message: bytes) -> bytes:
+        """Return the answer to a message.
+
+        Raises:
+            ConnectionError: there is no connection, or it ended.
+        """
+        if self._connection is None:
+            raise ConnectionResetError("the replica is not there")
+        return await self._connection.call(message)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()

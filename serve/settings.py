@@ -1,0 +1,30 @@
+"""Which of the Serve settings of ``deploy/ray.env`` this process runs with."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from twotower.environment import read_settings
+
+
+def serve_settings() -> dict[str, dict[str, str]]:
+    """Return the Serve settings of deploy/ray.env that this process runs with, and those it does not.
+
+    Returns:
+        "active": value by variable; "missing": wanted value by variable that is not set.
+    """
+    wanted = {name: value for name, value in read_settings().items() if name.startswith("RAY_SERVE_")}
+    active = {name: os.environ[name] for name in wanted if os.environ.get(name)}
+    return {
+        "active": active,
+        "missing": {name: value for name, value in wanted.items() if name not in active},
+    }
+
+
+def warn_of_missing(settings: dict[str, dict[str, str]], logger: logging.Logger) -> None:
+    """Log the settings that were missing when Ray was started."""
+    if missing := settings["missing"]:
+        logger.warning(
+            "settings of deploy/ray.env missing when Ray was started: %s", ", ".join(sorted(missing))
+        )

@@ -1,0 +1,111 @@
+"""Holds one group's shards of every generation that somebody needs, loading and freeing them as asked.
+
+Gateways say again and again which generations they need. What one of them needs is loaded in a background
+thread; what none has asked for in a while is freed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from twotower.errors import TwotowerError
+from twotower.retrieval.files import verify_files
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.groups import ShardGroup
+from twotower.retrieval.store import Store
+
+LEASE_S = 60.0
+"""How long what a gateway needs is kept after it last said so (seconds)."""
+
+
+class GroupHolder:
+    """One group's part of some generations; may be shared by threads."""
+
+    def __init__(
+        self,
+        store: Store,
+        group: int,
+        num_groups: int,
+        threads: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Hold nothing yet.
+
+        Args:
+            store: of the generations.
+            group: 0 to num_groups - 1.
+            num_groups: groups of each generation.
+            threads: FAISS threads of a search.
+            clock: seconds.
+        """
+        self.held: dict[str, ShardGroup] = {}
+        """The group in each generation in memory, by the generation's id; replaced as a whole."""
+        self.refused: dict[str, str] = {}
+        """Why a generation that is needed can not be held, by its id."""
+        self._store = store
+        self._group = group
+        self._num_groups = num_groups
+        self._threads = threads
+        self._clock = clock
+        self._leases: dict[str, tuple[frozenset[str], float]] = {}
+        self._lock = threading.Lock()
+        self._loader: threading.Thread | None = None
+
+    def load(self, generation_id: str) -> None:
+        """Hold a generation, in this thread.
+
+        Raises:
+            ArtefactError: a file of the group is missing or damaged, or there are too few shards.
+        """
+        generation = Generation.open(self._store.fetch(generation_id), verify=False)
+        names = generation.shard_groups(self._num_groups)[self._group]
+        prefixes = tuple(f"shards/{name}/" for name in names)
+        files = {n: f for n, f in generation.manifest["files"].items() if n.startswith(prefixes)}
+        verify_files(generation.path, files)
+        part = ShardGroup(generation, names, self._threads)
+        with self._lock:
+            self.held = {**self.held, generation_id: part}
+
+    def need(self, gateway: str, generation_ids: Collection[str]) -> None:
+        """Note what a gateway needs: the rest is freed, and what is not there is loaded in the background.
+
+        Args:
+            gateway: its name; what it needed before no longer counts.
+            generation_ids: of the generations.
+        """
+        with self._lock:
+            now = self._clock()
+            self._leases[gateway] = (frozenset(generation_ids), now + LEASE_S)
+            self._leases = {g: lease for g, lease in self._leases.items() if lease[1] > now}
+            needed = self._needed()
+            self.held = {i: part for i, part in self.held.items() if i in needed}
+            self.refused = {i: reason for i, reason in self.refused.items() if i in needed}
+            if self._loader is None and self._next() is not None:
+                self._loader = threading.Thread(target=self._load_all, name="holder", daemon=True)
+                self._loader.start()
+
+    def _needed(self) -> set[str]:
+        return {i for ids, _ in self._leases.values() for i in ids}
+
+    def _next(self) -> str | None:
+        missing = self._needed() - self.held.keys() - self.refused.keys()
+        return min(missing, default=None)
+
+    def _load_all(self) -> None:
+        while True:
+            with self._lock:
+                generation_id = self._next()
+                if generation_id is None:
+                    self._loader = None
+                    return
+            try:
+                self.load(generation_id)
+            except (TwotowerError, OSError, RuntimeError) as error:
+                with self._lock:
+                    self.refused = {**self.refused, generation_id: str(error)}
+            except BaseException:
+                with self._lock:
+                    self._loader = None
+                raise
