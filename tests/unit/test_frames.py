@@ -1,0 +1,171 @@
+"""Calls over a connection: each gets its own answer, a broken connection fails all, strangers get nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import uvloop
+
+from serve.frames import MAX_MESSAGE_BYTES, Address, Connection, serve_frames
+
+
+async def echo(message: bytes) -> bytes:
+    return message
+
+
+RUNNERS = [asyncio.run, uvloop.run]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_each_call_gets_its_own_answer(run) -> None:
+    async def backwards(message: bytes) -> bytes:
+        await asyncio.sleep(random.random() / 100)
+        return message[::-1]
+
+    async def main() -> None:
+        server, address = await serve_frames(backwards, "127.0.0.1")
+        async with server:
+            connection = await Connection.connect(address)
+            messages = [os.urandom(random.randrange(2000)) for _ in range(200)]
+            messages += [b"", os.urandom(3_000_000), b"\0" * 8]
+            answers = await asyncio.gather(*map(connection.call, messages))
+            assert answers == [m[::-1] for m in messages]
+            connection.close()
+
+    run(main())
+
+
+def test_a_handler_that_fails_fails_only_its_call() -> None:
+    async def picky(message: bytes) -> bytes:
+        if message == b"bad":
+            raise ValueError("bad")
+        return message
+
+    async def main() -> None:
+        server, address = await serve_frames(picky, "127.0.0.1")
+        async with server:
+            connection = await Connection.connect(address)
+            answers = await asyncio.gather(
+                *map(connection.call, [b"a", b"bad", b"b"]), return_exceptions=True
+            )
+            assert (answers[0], answers[2]) == (b"a", b"b")
+            assert isinstance(answers[1], ConnectionError)
+            assert await connection.call(b"c") == b"c"
+            connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_given_up_does_not_disturb_the_others() -> None:
+    release: list[asyncio.Event] = []
+
+    async def slow(message: bytes) -> bytes:
+        if message == b"slow":
+            await release[0].wait()
+        return message
+
+    async def main() -> None:
+        release.append(asyncio.Event())
+        server, address = await serve_frames(slow, "127.0.0.1")
+        async with server:
+            connection = await Connection.connect(address)
+            task = asyncio.ensure_future(connection.call(b"slow"))
+            assert await connection.call(b"a") == b"a"
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            release[0].set()
+            assert await connection.call(b"b") == b"b"
+            connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_stranger_gets_nothing() -> None:
+    heard: list[bytes] = []
+
+    async def handler(message: bytes) -> bytes:
+        heard.append(message)
+        return message
+
+    async def main() -> None:
+        server, address = await serve_frames(handler, "127.0.0.1")
+        async with server:
+            wrong = dataclasses.replace(address, secret=b"\0" * 32)
+            connection = await Connection.connect(wrong)
+            with pytest.raises(ConnectionError):
+                await connection.call(b"x")
+            assert connection.closed
+            right = await Connection.connect(address)
+            assert await right.call(b"y") == b"y"
+            # A message that claims to be longer than any is.
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(address.secret + struct.pack("<II", MAX_MESSAGE_BYTES + 1, 0))
+            assert await reader.read() == b""
+            writer.close()
+            right.close()
+        assert heard == [b"y"]
+
+    asyncio.run(main())
+
+
+def test_nothing_listens() -> None:
+    async def main() -> None:
+        server, address = await serve_frames(echo, "127.0.0.1")
+        server.close()
+        await server.wait_closed()
+        with pytest.raises(OSError, match="onnect"):
+            await Connection.connect(address)
+
+    asyncio.run(main())
+
+
+SERVER = """
+    import asyncio, sys
+    from serve.frames import serve_frames
+
+    async def never(message):
+        await asyncio.Event().wait()
+
+    async def main():
+        server, address = await serve_frames(never, "127.0.0.1")
+        print(address.port, address.secret.hex(), flush=True)
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+"""
+
+
+def test_a_killed_server_fails_the_calls_that_wait() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SERVER)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port, secret = process.stdout.readline().split()
+            address = Address("127.0.0.1", int(port), bytes.fromhex(secret))
+
+            async def main() -> None:
+                connection = await Connection.connect(address)
+                calls = [asyncio.ensure_future(connection.call(b"x")) for _ in range(3)]
+                await asyncio.sleep(0.1)
+                assert not any(c.done() for c in calls)
+                process.send_signal(signal.SIGKILL)
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                assert all(isinstance(a, ConnectionError) for a in answers)
+                assert connection.closed
+                with pytest.raises(ConnectionError):
+                    await connection.call(b"y")
+
+            asyncio.run(main())
+        finally:
+            process.kill()
