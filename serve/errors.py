@@ -8,6 +8,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from serve.gateway import NoGroupError
 from serve.schemas import BadRequest, error_body
 from twotower.errors import NotAllowedError
 from twotower.retrieval.query import UnknownItemError
@@ -46,6 +47,12 @@ def add_error_handlers(api: FastAPI) -> None:
         code = "unknown_item" if unknown else "invalid_request"
         content = error_body(code, error.message, error.allowed, details)
         return json_response(orjson.dumps(content), 404 if unknown else 422)
+
+    @api.exception_handler(NoGroupError)
+    async def no_group(request: Request, error: NoGroupError) -> Response:
+        message = "no part of the index answered in time"
+        content = error_body("index_unavailable", message, "try again in a second")
+        return json_response(orjson.dumps(content), 503, {"Retry-After": "1"})
 
     @api.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:

@@ -74,6 +74,10 @@ def running(
                 pointer=pointer,
                 threads=serve.threads,
                 max_k=serve.max_k,
+                topology=serve.topology,
+                groups=serve.groups,
+                replicas_per_group=serve.replicas_per_group,
+                group_deadline_ms=serve.group_deadline_ms,
                 num_replicas=serve.num_replicas,
                 cpus_per_replica=serve.cpus_per_replica,
             )

@@ -129,8 +129,16 @@ class ServeConfig(Section):
     """Address to listen on."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
+    topology: Literal["fused", "sharded"] = "fused"
+    """fused: every replica holds all shards; sharded: gateways ask groups of shards elsewhere."""
+    groups: PositiveInt = 2
+    """Sharded: groups that the shards of a generation are divided among."""
+    replicas_per_group: PositiveInt = 1
+    """Sharded: replicas of each group; with two, a slow or dead one costs little."""
+    group_deadline_ms: Annotated[float, Field(gt=0)] = 200.0
+    """Sharded: milliseconds after which a group is left out of an answer, which then says so."""
     num_replicas: PositiveInt = 1
-    """Replicas of the fused deployment."""
+    """Replicas of the fused deployment, or of the gateway."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 0.25
     """Logical CPUs that Ray reserves for a replica."""
     threads: PositiveInt = 1

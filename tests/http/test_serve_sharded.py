@@ -1,0 +1,154 @@
+"""The sharded topology over HTTP: the answers of the library, and what is left when replicas are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from tests.http.conftest import Client, Shop
+from tests.http.test_serve_answers import QUERIES
+from tests.http.test_serve_stop import Command, command_line
+from twotower.cluster.processes import Process, descendants, free_port
+from twotower.retrieval.retriever import Query, Retriever
+
+RECOVERY_S = 60
+GROUPS, REPLICAS = 2, 2
+
+
+@pytest.fixture(scope="module")
+def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Command]]:
+    """``jobs.serve`` with two groups of two replicas."""
+    folder = tmp_path_factory.mktemp("sharded")
+    values = shop.config.to_json()
+    values["serve"] |= {"topology": "sharded", "groups": GROUPS, "replicas_per_group": REPLICAS}
+    values["serve"]["port"] = port = free_port()
+    path = folder / "shop.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = Command(folder, "--config", str(path))
+    try:
+        command.wait_until_ready()
+        yield Client(f"http://127.0.0.1:{port}"), command
+        os.kill(command.process.pid, signal.SIGTERM)
+        command.output()
+        assert command.left() == []
+    finally:
+        command.clean_up()
+
+
+def replicas(command: Command, group: int) -> list[Process]:
+    """Return the living processes of a group."""
+    found = [p for p in descendants(command.process.pid) if f":Group-{group}-" in command_line(p.pid)]
+    return [p for p in found if p.alive]
+
+
+def test_the_answers_are_those_of_the_library(service: tuple[Client, Command], library: Retriever) -> None:
+    client, command = service
+    assert [len(replicas(command, g)) for g in range(GROUPS)] == [REPLICAS] * GROUPS
+    for body, query in QUERIES:
+        answer = client.retrieve(**body).json
+        expected = library.retrieve(query)
+        assert [i["item_id"] for i in answer["items"]] == [i["item_id"] for i in expected.items]
+        assert [i["score"] for i in answer["items"]] == pytest.approx(
+            [i["score"] for i in expected.items], abs=1e-6
+        )
+        assert (answer["strategy"], answer["generation"]) == (expected.strategy, "g1")
+        assert (answer["partial"], answer["missing_groups"]) == (False, [])
+    found = client.get("/v1/items/1003/similar?k=5").json["items"]
+    assert [i["item_id"] for i in found] == [i["item_id"] for i in library.similar("1003", 5).items]
+    assert client.retrieve(k=5, filter={"colour": {"any_of": [1]}}).status == 422
+
+
+class Asking:
+    """Threads that ask for known users until told to stop, and keep every answer."""
+
+    def __init__(self, client: Client) -> None:
+        self.answers: list[tuple[str, int, dict]] = []
+        self._client = client
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(3)]
+
+    def __enter__(self) -> Asking:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    def _ask(self, number: int) -> None:
+        while not self._stop.is_set():
+            number += 3
+            user = str(number % 36)
+            reply = self._client.retrieve(user_id=user, k=12)
+            self.answers.append((user, reply.status, reply.json))
+
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more answers have come."""
+        count = len(self.answers) + more
+        deadline = time.monotonic() + RECOVERY_S
+        while len(self.answers) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def check(asking: Asking, library: Retriever) -> int:
+    """Check every answer; returns how many were partial."""
+    everything = {u: library.retrieve(Query(k=500, user_id=u)).items for u in map(str, range(36))}
+    partial = 0
+    for user, status, answer in asking.answers:
+        assert status == 200, answer
+        ids = [i["item_id"] for i in answer["items"]]
+        expected = [i["item_id"] for i in everything[user]]
+        assert answer["partial"] == bool(answer["missing_groups"])
+        if answer["partial"]:
+            partial += 1
+            # The best of the groups that are there, in order.
+            assert set(ids) < set(expected)
+            assert [i for i in expected if i in set(ids)] == ids
+        else:
+            assert ids == expected[:12]
+    return partial
+
+
+def test_a_killed_replica_is_not_noticed(service: tuple[Client, Command], library: Retriever) -> None:
+    client, command = service
+    before = replicas(command, 0)
+    with Asking(client) as asking:
+        asking.wait_for(50)
+        os.kill(before[0].pid, signal.SIGKILL)
+        asking.wait_for(150)
+    assert check(asking, library) == 0
+    deadline = time.monotonic() + RECOVERY_S
+    while len(replicas(command, 0)) < REPLICAS:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_killed_group_is_missing_until_it_is_back(
+    service: tuple[Client, Command], library: Retriever
+) -> None:
+    client, command = service
+    with Asking(client) as asking:
+        asking.wait_for(50)
+        for process in replicas(command, 1):
+            os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + RECOVERY_S
+        complete = 0
+        while complete < 60:
+            assert time.monotonic() < deadline, asking.answers[-1]
+            time.sleep(0.05)
+            complete = 0 if any(a["partial"] for _, _, a in asking.answers[-60:]) else 60
+            # Not before the kill has been felt.
+            if not any(a["partial"] for _, _, a in asking.answers):
+                complete = 0
+    assert check(asking, library) > 0
+    assert all(a["missing_groups"] in ([], ["group-1"]) for _, _, a in asking.answers)
