@@ -45,7 +45,7 @@ class BuildArgs(BaseModel):
 
 def build(args: BuildArgs) -> Application:
     """Return the application in the topology that is asked for."""
-    return _sharded(args) if args.topology == "sharded" else _fused(args)
+    return sharded(args) if args.topology == "sharded" else _fused(args)
 
 
 def _fused(args: BuildArgs) -> Application:
@@ -60,11 +60,17 @@ def _fused(args: BuildArgs) -> Application:
     return application
 
 
-def _sharded(args: BuildArgs) -> Application:
-    from serve import sharded
+def sharded(args: BuildArgs, shard_replica: Any = None) -> Application:
+    """Return the application in the sharded topology.
 
-    shard_replica: Any = sharded.ShardReplica
-    gateway: Any = sharded.Gateway
+    Args:
+        args: of the application.
+        shard_replica: deployment of a replica of a group; the service's own when not given.
+    """
+    from serve import sharded as deployments
+
+    shard_replica = shard_replica or deployments.ShardReplica
+    gateway: Any = deployments.Gateway
     options = _actor_options(args)
     place, cache = _place(args.store), _folder(args.cache)
     groups = [

@@ -9,6 +9,7 @@ Shapes: B queries, R of them that are searched.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -127,6 +128,10 @@ class GatewayService(Service):
         items = await self.run(front.describe_hits, hits, fields)
         took = timing(start, encoded, searched)
         return to_json(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+
+    def status(self) -> dict[str, Any]:
+        """Return what was called and how it went, by group."""
+        return {"groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
 
     async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
         """Return what each group that answered found, and the names of the others."""

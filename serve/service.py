@@ -76,6 +76,10 @@ class Service(ABC):
             RequestError: there is no such item, or something that is not allowed is asked for.
         """
 
+    def status(self) -> dict[str, Any]:
+        """Return how the service is doing, for ``/readyz``."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Return the facts of the generation that answers now, as plain JSON values."""
         return self.front.describe()

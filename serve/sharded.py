@@ -33,15 +33,7 @@ _START_TIMEOUT_S = 120.0
 logger = logging.getLogger("ray.serve")
 
 
-@serve.deployment(
-    max_ongoing_requests=256,
-    max_constructor_retry_count=3,
-    # A replica that died is noticed and started again within a few seconds.
-    health_check_period_s=1,
-    graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=5,
-)
-class ShardReplica:
+class ShardSearch:
     """Searches one group of shards, in each generation that a gateway needs."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it.
@@ -75,6 +67,7 @@ class ShardReplica:
         self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
 
     async def _answer(self, message: bytes) -> bytes:
+        """Return the answer to a message of the gateway."""
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, answer, message, self._holder.held
         )
@@ -83,6 +76,16 @@ class ShardReplica:
         """Note what a gateway needs, and return what is held and where calls are answered."""
         self._holder.need(gateway, generation_ids)
         return Holding(self._address, list(self._holder.held), self._holder.refused)
+
+
+ShardReplica = serve.deployment(
+    max_ongoing_requests=256,
+    max_constructor_retry_count=3,
+    # A replica that died is noticed and started again within a few seconds.
+    health_check_period_s=1,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=5,
+)(ShardSearch)
 
 
 @serve.deployment(
