@@ -101,9 +101,8 @@ def check_token(config: Config) -> None:
     from serve.middleware import read_token
 
     host = config.serve.host
-    if config.serve.token_file is not None:
-        read_token(config.serve.token_file)
-    elif host not in ("127.0.0.1", "localhost", "::1"):
+    token = read_token(config.serve.token_file)
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         progress.say(
             f"warning: serve.host is {host} and no serve.token_file is set: whoever reaches this machine is "
             "answered; see docs/serving-security.md"
