@@ -1,8 +1,8 @@
 """HAProxy as Ray Serve starts it, with a narrower configuration.
 
 Ray writes HAProxy's configuration itself and has settings for some of it only: its ports for metrics and
-statistics are on all interfaces, a client may take as long as it likes to send a request's head, and what
-HAProxy answers by itself is plain text with the status 500. Ray does let an installation name the program
+statistics are on all interfaces, a client may take as long as it likes to send a request's head, and where
+no replica answers HAProxy says 500 in plain text. Ray does let an installation name the program
 that it starts (RAY_SERVE_HAPROXY_BINARY_PATH). That program is this module, which changes the file and then
 becomes the real HAProxy.
 
@@ -30,20 +30,7 @@ def _error(code: str, message: str, allowed: str) -> str:
     return json.dumps({"error": {"code": code, "message": message, "allowed": allowed, "details": []}})
 
 
-# What HAProxy answers by itself, by the statuses that it would answer with.
-_ANSWERS = {
-    (400,): ("400 Bad Request", "", _error("malformed_request", "this is no HTTP request", "HTTP/1.1")),
-    (408,): (
-        "408 Request Timeout",
-        "Connection: close",
-        _error("head_timeout", "the head of the request did not arrive in time", "send it at once"),
-    ),
-    (502, 503, 504): (
-        "503 Service Unavailable",
-        "Retry-After: 1",
-        _error("unavailable", "no replica of the service answers", "try again in a second"),
-    ),
-}
+_UNAVAILABLE = _error("unavailable", "no replica of the service answers", "try again in a second")
 _NOT_ASCII = _error(
     "malformed_header", "a header holds bytes that are not ASCII", "headers of ASCII characters"
 )
@@ -66,15 +53,15 @@ _CHANGES = (
 # The line of each request would hold its path, and with that the ids of items.
 _REQUEST_LINE = r"\n +option httplog\n"
 # Ray's own files for some statuses, all of which answer 500.
-_ERROR_FILE = r"\n +errorfile [^\n]+"
+_ERROR_FILE = r"(\n +errorfile 50[234]) [^\n]+"
 
 
-def narrowed(configuration: str, folder: Path, log_requests: bool = False) -> str:
+def narrowed(configuration: str, unavailable: Path, log_requests: bool = False) -> str:
     """Return HAProxy's configuration with its side ports on loopback, a time limit and answers in JSON.
 
     Args:
         configuration: what Ray wrote; what was narrowed already comes back as it is.
-        folder: has the files of :func:`write_answers`.
+        unavailable: file of :func:`write_unavailable`.
         log_requests: keep the lines of the log that name the path of each request.
 
     Raises:
@@ -88,25 +75,19 @@ def narrowed(configuration: str, folder: Path, log_requests: bool = False) -> st
             raise ValueError(f"expected {pattern!r} once in the configuration that Ray wrote, found {count}")
     if not log_requests:
         configuration = re.sub(_REQUEST_LINE, "\n", configuration)
-    configuration = re.sub(_ERROR_FILE, "", configuration)
-    files = [f"    errorfile {status} {_file(folder, s[0])}\n" for s in _ANSWERS for status in s]
-    return configuration.replace("\ndefaults\n", "\ndefaults\n" + "".join(files), 1)
+    return re.sub(_ERROR_FILE, rf"\1 {unavailable}", configuration)
 
 
-def write_answers(folder: Path) -> None:
-    """Write what HAProxy answers by itself into files of a folder."""
-    for statuses, (line, header, content) in _ANSWERS.items():
-        fixed = [
-            "Content-Type: application/json",
-            f"Content-Length: {len(content)}",
-            "Cache-Control: no-cache",
-        ]
-        head = [f"HTTP/1.1 {line}", *fixed, *filter(None, [header])]
-        _file(folder, statuses[0]).write_bytes("\r\n".join([*head, "", content]).encode())
-
-
-def _file(folder: Path, status: int) -> Path:
-    return folder / f"answer-{status}.http"
+def write_unavailable(path: Path) -> None:
+    """Write what HAProxy answers where no replica does, with status and headers."""
+    lines = [
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Content-Length: {len(_UNAVAILABLE)}",
+        "Cache-Control: no-cache",
+        "Retry-After: 1",
+    ]
+    path.write_bytes("\r\n".join([*lines, "", _UNAVAILABLE]).encode())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -116,8 +97,9 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.pop(VARIABLE, None)
     haproxy = get_haproxy_binary()
     path = Path(arguments[arguments.index("-f") + 1])
-    write_answers(path.parent)
-    path.write_text(narrowed(path.read_text(), path.parent, bool(os.environ.get(LOG_VARIABLE))))
+    unavailable = path.with_name("unavailable.http")
+    write_unavailable(unavailable)
+    path.write_text(narrowed(path.read_text(), unavailable, bool(os.environ.get(LOG_VARIABLE))))
     os.execv(haproxy, [haproxy, *arguments])
 
 
