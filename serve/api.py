@@ -2,121 +2,118 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
 
 import twotower
+from serve import documentation as docs
+from serve.admission import INLINE_BODY_BYTES, Bodies, deadline_of
 from serve.errors import add_error_handlers, json_response
-from serve.middleware import RequestIds
-from serve.schemas import BadRequest, ErrorAnswer, RetrieveAnswer, parse_retrieve, parse_similar
+from serve.middleware import BearerToken, Failures, RequestIds
+from serve.schemas import (
+    BadRequest,
+    BatchAnswer,
+    GenerationAnswer,
+    HealthAnswer,
+    ReadyAnswer,
+    RetrieveAnswer,
+    parse_batch,
+    parse_retrieve,
+    parse_similar,
+)
 from serve.service import Service
-from twotower.retrieval.request import RetrieveRequest
+from twotower.config import LimitsConfig
 
-MAX_BODY_BYTES = 1 << 20
-_EXAMPLE = {"user_id": "42", "k": 10}
-_EXAMPLE_HISTORY = {
-    "history": ["1", {"item_id": "50", "time": "2026-01-31T10:00:00Z", "weight": 0.75}],
-    "k": 10,
-    "exclude_items": ["7"],
-    "fields": ["title"],
-}
-_EXAMPLE_FILTER = {
-    "user_id": "42",
-    "k": 10,
-    "filter": {"genres": {"any_of": ["Comedy", "Drama"]}, "year": {"gte": 1990, "lt": 2000}},
-}
+T = TypeVar("T")
 
 
-def make_api(service: Service, request_ids: bool = True) -> FastAPI:
+def make_api(
+    service: Service, request_ids: bool = True, token: str | None = None, log_user_ids: bool = False
+) -> FastAPI:
     """Return the application that answers over HTTP for a service.
 
     Args:
         service: answers.
         request_ids: answer with X-Request-ID; Ray Serve does so itself.
+        token: bearer token that requests for data must bring; none when not given.
+        log_user_ids: log the messages of failures, which may name users and items.
     """
     api = FastAPI(
         title="twotower",
         version=twotower.__version__,
-        description="Which k items for this user, now?",
+        description=docs.DESCRIPTION,
         redoc_url=None,
+        # A redirect would name the host that a client made up.
+        redirect_slashes=False,
     )
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer, "description": text}
-        for status, text in (
-            (400, "The body is not JSON"),
-            (413, "The body is too large"),
-            (422, "Not allowed"),
-        )
-    }
-    body = {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": RetrieveRequest.model_json_schema(),
-                "examples": {
-                    "user": {"summary": "A known user", "value": _EXAMPLE},
-                    "history": {"summary": "A history in the request", "value": _EXAMPLE_HISTORY},
-                    "filter": {"summary": "Of some items only", "value": _EXAMPLE_FILTER},
-                },
-            }
-        },
-    }
+    limits = service.limits
+    bodies = Bodies(limits)
+
+    async def answered(
+        request: Request,
+        parse: Callable[[bytes, int, LimitsConfig], T],
+        answer: Callable[[T, float], Awaitable[bytes]],
+    ) -> Response:
+        deadline = deadline_of(request, limits.deadline_ms)
+        async with bodies.read(request) as body:
+            with service.admission.enter():
+                if len(body) <= INLINE_BODY_BYTES:
+                    query = parse(body, service.max_k, limits)
+                else:
+                    query = await service.run(parse, body, service.max_k, limits, deadline=deadline)
+                return json_response(await answer(query, deadline))
 
     @api.post(
         "/v1/retrieve",
         summary="The best items for a user",
         response_model=None,
-        responses={200: {"model": RetrieveAnswer}, **errors},
-        openapi_extra={"requestBody": body},
+        responses=docs.responses(RetrieveAnswer, docs.RETRIEVE_EXAMPLE, docs.RETRIEVE_ERRORS),
+        openapi_extra=docs.retrieve_extra(),
     )
     async def retrieve(request: Request) -> Response:
-        query = parse_retrieve(await _body(request), service.max_k)
-        return json_response(await service.retrieve(query))
+        return await answered(request, parse_retrieve, service.retrieve)
 
-    parameters = [
-        {
-            "name": "k",
-            "in": "query",
-            "schema": {"type": "integer", "minimum": 1, "maximum": service.max_k, "default": 20},
-        },
-        {
-            "name": "fields",
-            "in": "query",
-            "schema": {"type": "string"},
-            "description": "Item columns, comma separated",
-        },
-        {
-            "name": "filter",
-            "in": "query",
-            "schema": {"type": "string"},
-            "description": "Predicates as in POST /v1/retrieve, as JSON",
-        },
-    ]
+    @api.post(
+        "/v1/retrieve/batch",
+        summary="The best items for each of several requests",
+        response_model=None,
+        responses=docs.responses(BatchAnswer, docs.BATCH_EXAMPLE, docs.RETRIEVE_ERRORS),
+        openapi_extra=docs.batch_extra(),
+    )
+    async def retrieve_batch(request: Request) -> Response:
+        return await answered(request, parse_batch, service.retrieve_batch)
 
     @api.get(
         "/v1/items/{item_id:path}/similar",
         summary="The items most similar to an item",
         response_model=None,
-        responses={
-            200: {"model": RetrieveAnswer},
-            404: {"model": ErrorAnswer, "description": "No such item"},
-            422: errors[422],
-        },
-        openapi_extra={"parameters": parameters},
+        responses=docs.responses(RetrieveAnswer, docs.SIMILAR_EXAMPLE, docs.SIMILAR_ERRORS),
+        openapi_extra=docs.similar_extra(service.max_k),
     )
     async def similar(item_id: str, request: Request) -> Response:
-        k, fields, predicates = parse_similar(request.query_params.multi_items(), service.max_k)
-        return json_response(await service.similar(item_id, k, fields, predicates))
+        deadline = deadline_of(request, limits.deadline_ms)
+        k, fields, predicates = parse_similar(request.query_params.multi_items(), service.max_k, limits)
+        with service.admission.enter():
+            return json_response(await service.similar(item_id, k, fields, predicates, deadline))
 
     @api.get(
-        "/v1/generation", summary="What answers: the generation's manifest in short", response_model=None
+        "/v1/generation",
+        summary="What answers: the generation's manifest in short",
+        response_model=None,
+        responses=docs.responses(GenerationAnswer, docs.GENERATION_EXAMPLE),
     )
     async def generation() -> Response:
         return json_response(orjson.dumps(service.describe()))
 
-    @api.get("/healthz", summary="The process is alive", response_model=None)
+    @api.get(
+        "/healthz",
+        summary="The process is alive",
+        response_model=None,
+        responses=docs.responses(HealthAnswer, docs.HEALTH_EXAMPLE),
+    )
     async def healthz() -> Response:
         return json_response(b'{"status":"ok"}')
 
@@ -124,11 +121,13 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
         "/readyz",
         summary="The index is loaded and has answered a query",
         response_model=None,
-        responses={503: {"model": ErrorAnswer, "description": "Not ready yet"}},
+        responses=docs.responses(ReadyAnswer, docs.READY_EXAMPLE, (503,)),
     )
     async def readyz() -> Response:
         if not service.ready:
-            raise BadRequest("the index is being loaded", "try again in a second", 503, "not_ready")
+            raise BadRequest(
+                "the index is being loaded", "try again in a second", 503, "not_ready", {"Retry-After": "1"}
+            )
         content = {
             "status": "ready",
             "generation": service.front.generation_id,
@@ -138,20 +137,11 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
         return json_response(orjson.dumps(content))
 
     add_error_handlers(api)
+    docs.document(api, service.max_k, limits, token is not None)
+    # The last that is added sees a request first.
+    if token is not None:
+        api.add_middleware(BearerToken, token=token)
+    api.add_middleware(Failures, log_messages=log_user_ids)
     if request_ids:
         api.add_middleware(RequestIds)
     return api
-
-
-async def _body(request: Request) -> bytes:
-    allowed = f"at most {MAX_BODY_BYTES} bytes"
-    too_large = BadRequest("the body is too large", allowed, 413, "body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
 
+from serve.settings import Intake
+from twotower.config import LimitsConfig
+
 
 class BuildArgs(BaseModel):
     """Arguments of the application, from a command line or from ``serve/config.yaml``."""
@@ -29,6 +32,12 @@ class BuildArgs(BaseModel):
     """Requests that a replica works on at the same time; others wait."""
     max_k: Annotated[int, Field(ge=1)] = 1000
     """Largest k of a request."""
+    limits: LimitsConfig = LimitsConfig()
+    """Further limits of requests, and of what waits."""
+    token_file: str | None = None
+    """File with the bearer token that requests must bring; readable on every node. Null asks for none."""
+    log_user_ids: bool = False
+    """Whether the log of a failure holds its message, which may name users and items."""
     topology: Literal["fused", "sharded"] = "fused"
     """fused: every replica holds all shards; sharded: gateways ask groups of shards elsewhere."""
     groups: Annotated[int, Field(ge=1)] = 2
@@ -55,7 +64,13 @@ def _fused(args: BuildArgs) -> Application:
     retrieval: Any = deployments.Retrieval
     deployment = retrieval.options(num_replicas=args.num_replicas, ray_actor_options=_actor_options(args))
     application: Application = deployment.bind(
-        _place(args.store), args.pointer, args.threads, args.workers, args.max_k, _folder(args.cache)
+        _place(args.store),
+        args.pointer,
+        args.threads,
+        args.workers,
+        args.max_k,
+        _local(args.cache),
+        _intake(args),
     )
     return application
 
@@ -72,7 +87,7 @@ def sharded(args: BuildArgs, shard_replica: Any = None) -> Application:
     shard_replica = shard_replica or deployments.ShardReplica
     gateway: Any = deployments.Gateway
     options = _actor_options(args)
-    place, cache = _place(args.store), _folder(args.cache)
+    place, cache = _place(args.store), _local(args.cache)
     groups = [
         [
             shard_replica.options(name=f"Group-{group}-{replica}", ray_actor_options=options).bind(
@@ -92,6 +107,7 @@ def sharded(args: BuildArgs, shard_replica: Any = None) -> Application:
         cache,
         args.group_deadline_ms,
         groups,
+        _intake(args),
     )
     return application
 
@@ -102,12 +118,16 @@ def _actor_options(args: BuildArgs) -> dict[str, Any]:
     return {"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": variables}}
 
 
+def _intake(args: BuildArgs) -> Intake:
+    return Intake(args.limits, _local(args.token_file), args.log_user_ids)
+
+
 def _place(store: str) -> str:
     return store if "://" in store else _absolute(store)
 
 
-def _folder(cache: str | None) -> str | None:
-    return None if cache is None else _absolute(cache)
+def _local(path: str | None) -> str | None:
+    return None if path is None else _absolute(path)
 
 
 def _absolute(path: str) -> str:

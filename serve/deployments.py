@@ -6,10 +6,12 @@ import logging
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import BackpressureConfig
 
 from serve.api import make_api
+from serve.middleware import read_token
 from serve.service import FusedService
-from serve.settings import serve_settings, warn_of_missing
+from serve.settings import MAX_ONGOING_REQUESTS, Intake, serve_settings, warn_of_missing
 from twotower.errors import ArtefactError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import store_at
@@ -18,8 +20,9 @@ logger = logging.getLogger("ray.serve")
 
 
 @serve.deployment(
-    max_ongoing_requests=64,
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
     max_queued_requests=256,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
     # A replica that can not open its generation will not do so at a later try either.
     max_constructor_retry_count=1,
     graceful_shutdown_wait_loop_s=0.2,
@@ -30,7 +33,14 @@ class Retrieval:
     """Answers requests from the generation that a pointer of a store names when the replica starts."""
 
     def __init__(
-        self, store: str, pointer: str, threads: int, workers: int, max_k: int, cache: str | None = None
+        self,
+        store: str,
+        pointer: str,
+        threads: int,
+        workers: int,
+        max_k: int,
+        cache: str | None = None,
+        intake: Intake | None = None,
     ) -> None:
         """Open and verify the generation, and answer a first query.
 
@@ -41,10 +51,14 @@ class Retrieval:
             workers: requests worked on at the same time.
             max_k: largest k of a request.
             cache: local folder for the generations of a URL.
+            intake: which requests are taken in.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged.
+            ConfigError: the file of the token holds none.
         """
+        self._intake = intake or Intake()
+        self._token = read_token(self._intake.token_file)
         found = store_at(store, cache)
         generation_id = found.current(pointer)
         if generation_id is None:
@@ -54,9 +68,9 @@ class Retrieval:
         retriever = Retriever.open(found.fetch(generation_id), threads=threads)
         retriever.warm_up()
         settings = serve_settings()
-        self._service = FusedService(retriever, max_k, workers, settings, threads)
+        self._service = FusedService(retriever, max_k, workers, settings, threads, self._intake.limits)
         warn_of_missing(settings, logger)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service, request_ids=False)
+        return make_api(self._service, False, self._token, self._intake.log_user_ids)

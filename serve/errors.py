@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -17,6 +15,7 @@ from twotower.retrieval.request import InvalidQueryError
 _ROUTES = ", ".join(
     [
         "POST /v1/retrieve",
+        "POST /v1/retrieve/batch",
         "GET /v1/items/{item_id}/similar",
         "GET /v1/generation",
         "GET /healthz",
@@ -25,7 +24,7 @@ _ROUTES = ", ".join(
     ]
 )
 
-logger = logging.getLogger("ray.serve")
+_MAX_PATH = 200
 
 
 def json_response(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -38,7 +37,7 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(BadRequest)
     async def bad_request(request: Request, error: BadRequest) -> Response:
-        return json_response(orjson.dumps(error.content), error.status)
+        return json_response(orjson.dumps(error.content), error.status, error.headers)
 
     @api.exception_handler(NotAllowedError)
     async def not_allowed(request: Request, error: NotAllowedError) -> Response:
@@ -56,14 +55,10 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        path = request.url.path
+        path = path if len(path) <= _MAX_PATH else path[:_MAX_PATH] + "..."
+        message = f"{request.method} {path}: {error.detail}"
         code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         return json_response(
             orjson.dumps(error_body(code, message, _ROUTES)), error.status_code, dict(error.headers or {})
         )
-
-    @api.exception_handler(Exception)
-    async def internal(request: Request, error: Exception) -> Response:
-        logger.error("a request failed", exc_info=error)
-        message = "the service failed to answer; the reason is in its log"
-        return json_response(orjson.dumps(error_body("internal_error", message, "try again")), 500)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.hedging import GroupUnavailableError, Replicas
-from serve.service import Service, to_json
+from serve.service import Service, batch_to_json, name_the_wrong_one, to_json
+from twotower.config import LimitsConfig
+from twotower.errors import NotAllowedError
 from twotower.index.hits import Hits
 from twotower.retrieval.front import Encoded, Front, allowed_items, timing
 from twotower.retrieval.groups import (
@@ -48,6 +51,7 @@ class GatewayService(Service):
         settings: dict[str, dict[str, str]],
         threads: int = 1,
         deadline_s: float = 0.2,
+        limits: LimitsConfig | None = None,
     ) -> None:
         """Start the threads.
 
@@ -59,33 +63,54 @@ class GatewayService(Service):
             settings: what ``/readyz`` says about Ray's settings.
             threads: CPU threads of the query tower.
             deadline_s: seconds after which a group is left out.
+            limits: of requests and of what waits.
         """
-        super().__init__(front, max_k, workers, settings, threads)
+        super().__init__(front, max_k, workers, settings, threads, limits)
         self.groups = groups
         self._deadline_s = deadline_s
 
-    async def retrieve(self, query: Query) -> bytes:
+    async def retrieve(self, query: Query, deadline: float = math.inf) -> bytes:
         """Return the answer to a query as JSON.
 
         Raises:
             RequestError: the query asks for something that is not allowed.
             NoGroupError: no group answered.
+            BadRequest: the deadline passed before work began.
         """
-        return to_json((await self.answers(self.front, [query]))[0])
+        return to_json((await self.answers(self.front, [query], deadline))[0])
 
-    async def answers(self, front: Front, queries: Sequence[Query]) -> list[Answer]:
+    async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
+        """Return the answers to queries, in their order, as the JSON of a batch.
+
+        Raises:
+            NotAllowedError: a query asks for something that is not allowed; its place is named.
+            NoGroupError: no group answered.
+            BadRequest: the deadline passed before work began.
+        """
+        front = self.front
+        try:
+            return batch_to_json(await self.answers(front, queries, deadline))
+        except NotAllowedError:
+            await self.run(name_the_wrong_one, front, queries)
+            raise
+
+    async def answers(
+        self, front: Front, queries: Sequence[Query], deadline: float = math.inf
+    ) -> list[Answer]:
         """Return the best allowed items for each query; timings are those of the whole batch.
 
         Args:
             front: of a generation that the groups hold.
             queries: B queries.
+            deadline: reading of ``time.monotonic`` from which on work does not begin.
 
         Raises:
+            BadRequest: the deadline has passed.
             RequestError: a query asks for something that is not allowed.
             NoGroupError: no group answered.
         """
         start = time.perf_counter()
-        encoded, hits, message = await self.run(_encoded, front, queries)
+        encoded, hits, message = await self.run(_encoded, front, queries, deadline=deadline)
         done = time.perf_counter()
         missing: list[str] = []
         found: list[list[Hits]] = []
@@ -97,7 +122,12 @@ class GatewayService(Service):
         )
 
     async def similar(
-        self, item_id: str, k: int, fields: Sequence[str], predicates: dict[str, Any] | None
+        self,
+        item_id: str,
+        k: int,
+        fields: Sequence[str],
+        predicates: dict[str, Any] | None,
+        deadline: float = math.inf,
     ) -> bytes:
         """Return the items most similar to an item, of those that satisfy predicates, as JSON.
 
@@ -109,7 +139,7 @@ class GatewayService(Service):
         front = self.front
         front.check(k, fields)
         if predicates:
-            await self.run(front.generation.attributes.check, predicates)
+            await self.run(front.generation.attributes.check, predicates, deadline=deadline)
         row = front.row_of(item_id)
         answers = await asyncio.gather(
             *(g.call(pack_vector_request(front.generation_id, row), self._deadline_s) for g in self.groups),

@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from serve.api import make_api
 from serve.frames import serve_frames
 from serve.gateway import GatewayService
 from serve.links import Ask, GroupLinks, Holding
-from serve.settings import serve_settings, warn_of_missing
+from serve.middleware import read_token
+from serve.settings import MAX_ONGOING_REQUESTS, Intake, serve_settings, warn_of_missing
 from twotower.errors import ArtefactError
 from twotower.retrieval.front import Front
 from twotower.retrieval.generation import Generation
@@ -89,8 +91,9 @@ ShardReplica = serve.deployment(
 
 
 @serve.deployment(
-    max_ongoing_requests=64,
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
     max_queued_requests=256,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
     max_constructor_retry_count=1,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=5,
@@ -109,6 +112,7 @@ class Gateway:
         cache: str | None,
         deadline_ms: float,
         groups: Sequence[Sequence[DeploymentHandle]],
+        intake: Intake | None = None,
     ) -> None:
         """Open the generation, and wait until every replica of every group holds it.
 
@@ -121,17 +125,28 @@ class Gateway:
             cache: local folder for the generations of a URL.
             deadline_ms: milliseconds after which a group is left out.
             groups: handles of the replicas of each group.
+            intake: which requests are taken in.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged.
+            ConfigError: the file of the token holds none.
         """
+        self._intake = intake or Intake()
+        self._token = read_token(self._intake.token_file)
         self._links = GroupLinks([[_ask(handle) for handle in replicas] for replicas in groups])
         found = store_at(store, cache)
         generation_id = published(found, pointer)
         front = Front(Generation.open(found.fetch(generation_id)), threads)
         settings = serve_settings()
         self._service = GatewayService(
-            front, self._links.groups, max_k, workers, settings, threads, deadline_ms / 1000
+            front,
+            self._links.groups,
+            max_k,
+            workers,
+            settings,
+            threads,
+            deadline_ms / 1000,
+            self._intake.limits,
         )
         await self._links.hold({generation_id}, _START_TIMEOUT_S)
         self._watching = asyncio.ensure_future(self._links.watch())
@@ -139,7 +154,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service, request_ids=False)
+        return make_api(self._service, False, self._token, self._intake.log_user_ids)
 
 
 def published(store: Store, pointer: str = CURRENT) -> str:

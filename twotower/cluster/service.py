@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from twotower import progress
+from twotower.cluster import haproxy
 from twotower.cluster.processes import (
     Guard,
     descendants,
@@ -58,9 +59,10 @@ def running(
 
     Raises:
         ArtefactError: nothing is published, or what is published is damaged.
-        ConfigError: the port is taken, or this cluster serves twotower already.
+        ConfigError: the port is taken, this cluster serves twotower already, or a file holds no token.
     """
     apply_environment()
+    check_token(config)
     check_published(config, pointer)
 
     def make() -> Application:
@@ -78,6 +80,9 @@ def running(
                 groups=serve.groups,
                 replicas_per_group=serve.replicas_per_group,
                 group_deadline_ms=serve.group_deadline_ms,
+                limits=serve.limits,
+                token_file=serve.token_file,
+                log_user_ids=serve.log_user_ids,
                 num_replicas=serve.num_replicas,
                 cpus_per_replica=serve.cpus_per_replica,
             )
@@ -85,6 +90,23 @@ def running(
 
     with serving(make, config, connected) as url:
         yield url
+
+
+def check_token(config: Config) -> None:
+    """Check the file of the token, and warn where whoever reaches this machine is answered without one.
+
+    Raises:
+        ConfigError: the file holds no token.
+    """
+    from serve.middleware import read_token
+
+    host = config.serve.host
+    token = read_token(config.serve.token_file)
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        progress.say(
+            f"warning: serve.host is {host} and no serve.token_file is set: whoever reaches this machine is "
+            "answered; see docs/serving-security.md"
+        )
 
 
 def check_published(config: Config, pointer: str = "CURRENT") -> str:
@@ -128,7 +150,7 @@ def serving(
         with _ray(config) as ray_runs:
             if connected is not None:
                 connected()
-            with _serve(make, host, port, ray_runs, opened):
+            with _serve(make, config, ray_runs, opened):
                 url = f"http://{_url_host(host)}:{port}"
                 _wait_until_ready(url + "/readyz")
                 yield url
@@ -176,8 +198,7 @@ def _ray(config: Config) -> Iterator[Callable[[], bool]]:
 @contextlib.contextmanager
 def _serve(
     make: Callable[[], Application],
-    host: str,
-    port: int,
+    config: Config,
     ray_runs: Callable[[], bool],
     opened: list[tuple[str, int]],
 ) -> Iterator[None]:
@@ -185,14 +206,14 @@ def _serve(
 
     Args:
         make: makes the application.
-        host: address to listen on.
-        port: port to listen on.
+        config: its ``serve`` section says where to listen.
         ray_runs: whether Ray still runs at the end.
         opened: gets the addresses that were opened here.
     """
     import ray
     from ray import serve
 
+    host, port = config.serve.host, config.serve.port
     # Importing serve sets its logger to INFO. Its log files keep everything.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     client = _existing_client()
@@ -213,12 +234,16 @@ def _serve(
     ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
     opened += [(host, port), *(("", side_port) for side_port in ports.values())]
     node_ids = [node["NodeID"] for node in ray.nodes()]
+    variables = {name: str(side_port) for name, side_port in ports.items()}
+    if not os.environ.get(haproxy.VARIABLE) and _is_on_head():
+        config.storage.path.mkdir(parents=True, exist_ok=True)
+        variables[haproxy.VARIABLE] = str(haproxy.write_program(config.storage.path / ".haproxy"))
     try:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": {n: str(p) for n, p in ports.items()}}},
+            controller_options={"runtime_env": {"env_vars": variables}},
         )
         _run(make())
         yield
@@ -226,6 +251,18 @@ def _serve(
         if ray_runs():
             _shut_down_serve()
         end_haproxy(node_ids)
+
+
+def _is_on_head() -> bool:
+    """Return whether Ray's head node, where HAProxy runs, is this machine."""
+    import ray
+
+    here = ray.util.get_node_ip_address()
+    return any(
+        node["NodeManagerAddress"] == here
+        for node in ray.nodes()
+        if node["Alive"] and "node:__internal_head__" in node["Resources"]
+    )
 
 
 def _run(application: Application) -> None:

@@ -16,7 +16,7 @@ from twotower.config.data import (
 from twotower.config.loading import load_config, parse_config
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
-from twotower.config.service import AttributeConfig
+from twotower.config.service import AttributeConfig, LimitsConfig
 
 __all__ = [
     "AttributeConfig",
@@ -26,6 +26,7 @@ __all__ = [
     "FilesSource",
     "GeneratedSource",
     "LightGCNSource",
+    "LimitsConfig",
     "ModelConfig",
     "MovieLensSource",
     "Source",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from twotower.config.section import PositiveInt, Section
+from twotower.config.section import NonNegativeInt, PositiveInt, Section
 
 
 def check_store_url(url: str) -> str:
@@ -122,6 +122,31 @@ class RecommendConfig(Section):
     """Columns of the item table to write beside each item."""
 
 
+class LimitsConfig(Section):
+    """What one request may ask of a replica, and how much may wait there."""
+
+    max_batch: PositiveInt = 64
+    """Requests of one POST /v1/retrieve/batch."""
+    max_batch_k: PositiveInt = 10_000
+    """Largest sum of k of its requests."""
+    max_history: PositiveInt = 10_000
+    """Items of a history."""
+    max_ids: PositiveInt = 100_000
+    """Ids of exclude_items, and of allow_items."""
+    max_fields: PositiveInt = 64
+    """Item columns of an answer."""
+    max_body_bytes: PositiveInt = 1 << 20
+    """Bytes of the body of a request; a larger one is answered 413."""
+    max_held_bytes: PositiveInt = 32 << 20
+    """Bytes of the bodies of all requests that are being read or wait; above it the answer is 503."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that a client may take to send a body; a slower one is answered 408."""
+    max_queued: NonNegativeInt = 64
+    """Requests that wait while all workers are busy; above it the answer is 503."""
+    deadline_ms: PositiveInt = 1_000
+    """Milliseconds after which work on a request no longer begins; its X-Deadline-Ms goes before this."""
+
+
 class ServeConfig(Section):
     """The HTTP service."""
 
@@ -145,6 +170,12 @@ class ServeConfig(Section):
     """Threads of the query tower and of a search."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
+    limits: LimitsConfig = LimitsConfig()
+    """Further limits of requests, and of what waits."""
+    token_file: str | None = None
+    """File with the bearer token that requests must bring; readable on every node. Null asks for none."""
+    log_user_ids: bool = False
+    """Whether the log of a failure holds its message, which may name users and items."""
 
 
 class ClusterConfig(Section):

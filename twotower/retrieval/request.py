@@ -20,6 +20,7 @@ MAX_ID_LENGTH = 1024
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SHOWN = 80
+_MAX_DETAILS = 20
 
 _ID = f"text of 1 to {MAX_ID_LENGTH} characters, or an integer"
 _TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
@@ -75,12 +76,22 @@ def _time(value: Any) -> int:
 
 
 def _entry(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_DETAILS:
+        raise ValueError(f"has {len(value)} keys")
     return value if isinstance(value, dict) else {"item_id": value}
 
 
-_ID_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}, {"type": "integer"}]}
+# Larger integers are fractions to the parser of JSON.
+_ID_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH},
+        {"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 64) - 1},
+    ]
+}
 _TIME_SCHEMA = {"type": "string", "format": "date-time"}
 Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
+# A list stops at its first wrong entry: it may be long, and all of it wrong in the same way.
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 Time = Annotated[int, BeforeValidator(_time), WithJsonSchema(_TIME_SCHEMA)]
 
 
@@ -123,9 +134,13 @@ class RetrieveRequest(BaseModel):
     """Number of items wanted."""
     user_id: Id | None = None
     """The user; an unknown one is served from history or features, and with neither from popularity."""
-    history: list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]] | None = (
-        None
-    )
+    history: (
+        Annotated[
+            list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]],
+            Field(fail_fast=True),
+        ]
+        | None
+    ) = None
     """The user's items, oldest first; replaces the stored history."""
     features: dict[str, Any] = {}
     """Values of user feature columns; each replaces the stored value."""
@@ -133,14 +148,14 @@ class RetrieveRequest(BaseModel):
     """Only what happened strictly before this moment counts; now when not given."""
     exclude_seen: bool = True
     """Leave out what the user has already had, and the items of ``history``."""
-    exclude_items: list[Id] = []
+    exclude_items: Ids = []
     """Further items to leave out."""
-    allow_items: list[Id] | None = None
+    allow_items: Ids | None = None
     """Items that alone may be answered; all when not given."""
     filter: dict[str, Any] | None = None
     """Predicates by attribute, all of which an item must satisfy: any_of, all_of and none_of take lists of
     values, gte, gt, lte and lt a bound. GET /v1/generation lists the attributes and their operators."""
-    fields: list[str] = []
+    fields: Annotated[list[str], Field(fail_fast=True)] = []
     """Columns of the item table to return with each item."""
 
 
@@ -165,12 +180,19 @@ def parse(values: Mapping[str, Any], max_k: int, model: type[Request]) -> Reques
     Raises:
         InvalidQueryError: they are none.
     """
+    unknown = [name for name in values if name not in model.model_fields]
+    if len(unknown) > _MAX_DETAILS:
+        # So many that looking at each would take longer than anything else about a request.
+        known = tuple(model.model_fields)
+        raise InvalidQueryError(
+            [{"where": _path((name,)), **unknown_key(name, known)} for name in unknown[:_MAX_DETAILS]]
+        )
     try:
         request = model.model_validate(values)
     except ValidationError as error:
         # A misspelled key comes first: it is also why another is missing.
         problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        raise InvalidQueryError([_detail(e, max_k, model) for e in problems]) from None
+        raise InvalidQueryError([_detail(e, max_k, model) for e in problems[:_MAX_DETAILS]]) from None
     check_k(request.k, max_k)
     return request
 
@@ -232,7 +254,7 @@ _KEYS = {*QueryRow.model_fields, *HistoryEntry.model_fields}
 
 def unknown_key(name: str, known: tuple[str, ...]) -> dict[str, str]:
     """Return what is wrong with a key that there is not, and what is allowed."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:_MAX_SHOWN], known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return {"message": f"there is no such key{hint}", "allowed": f"the keys {', '.join(known)}"}
 
@@ -246,5 +268,9 @@ def _path(location: tuple[Any, ...]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as JSON, shortened."""
-    text = orjson.dumps(value, default=str).decode()
+    try:
+        text = orjson.dumps(value, default=str).decode()
+    except orjson.JSONEncodeError:
+        # Nested deeper than can be written, or an integer of more than 64 bits.
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
