@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 import twotower
 from serve.errors import add_error_handlers, json_response
 from serve.middleware import RequestIds
+from serve.page import add_demo
 from serve.schemas import BadRequest, ErrorAnswer, RetrieveAnswer, parse_retrieve, parse_similar
 from serve.service import Service
 from twotower.retrieval.request import RetrieveRequest
@@ -29,12 +30,13 @@ _EXAMPLE_FILTER = {
 }
 
 
-def make_api(service: Service, request_ids: bool = True) -> FastAPI:
+def make_api(service: Service, request_ids: bool = True, demo: bool = True) -> FastAPI:
     """Return the application that answers over HTTP for a service.
 
     Args:
         service: answers.
         request_ids: answer with X-Request-ID; Ray Serve does so itself.
+        demo: answer the demo page and what it asks for, users' histories among it.
     """
     api = FastAPI(
         title="twotower",
@@ -136,6 +138,8 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
         }
         return json_response(orjson.dumps(content))
 
+    if demo:
+        add_demo(api, service)
     add_error_handlers(api)
     if request_ids:
         api.add_middleware(RequestIds)

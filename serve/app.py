@@ -29,6 +29,9 @@ class BuildArgs(BaseModel):
     """Requests that a replica works on at the same time; others wait."""
     max_k: Annotated[int, Field(ge=1)] = 1000
     """Largest k of a request."""
+    demo: bool = True
+    """Answer the demo page at / and what it asks for. It shows any user's history, which is personal data, to
+    whoever reaches the service: turn it off where that is not wanted."""
     topology: Literal["fused", "sharded"] = "fused"
     """fused: every replica holds all shards; sharded: gateways ask groups of shards elsewhere."""
     groups: Annotated[int, Field(ge=1)] = 2
@@ -55,7 +58,7 @@ def _fused(args: BuildArgs) -> Application:
     retrieval: Any = deployments.Retrieval
     deployment = retrieval.options(num_replicas=args.num_replicas, ray_actor_options=_actor_options(args))
     application: Application = deployment.bind(
-        _place(args.store), args.pointer, args.threads, args.workers, args.max_k, _folder(args.cache)
+        _place(args.store), args.pointer, args.threads, args.workers, args.max_k, _folder(args.cache), args.demo
     )
     return application
 
@@ -86,6 +89,7 @@ def _sharded(args: BuildArgs) -> Application:
         cache,
         args.group_deadline_ms,
         groups,
+        args.demo,
     )
     return application
 

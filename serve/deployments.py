@@ -30,7 +30,14 @@ class Retrieval:
     """Answers requests from the generation that a pointer of a store names when the replica starts."""
 
     def __init__(
-        self, store: str, pointer: str, threads: int, workers: int, max_k: int, cache: str | None = None
+        self,
+        store: str,
+        pointer: str,
+        threads: int,
+        workers: int,
+        max_k: int,
+        cache: str | None = None,
+        demo: bool = True,
     ) -> None:
         """Open and verify the generation, and answer a first query.
 
@@ -41,6 +48,7 @@ class Retrieval:
             workers: requests worked on at the same time.
             max_k: largest k of a request.
             cache: local folder for the generations of a URL.
+            demo: answer the demo page and what it asks for, users' histories among it.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged.
@@ -52,6 +60,7 @@ class Retrieval:
                 f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
             )
         retriever = Retriever.open(found.fetch(generation_id), threads=threads)
+        self._demo = demo
         retriever.warm_up()
         settings = serve_settings()
         self._service = FusedService(retriever, max_k, workers, settings, threads)
@@ -59,4 +68,4 @@ class Retrieval:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service, request_ids=False)
+        return make_api(self._service, request_ids=False, demo=self._demo)

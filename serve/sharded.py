@@ -106,6 +106,7 @@ class Gateway:
         cache: str | None,
         deadline_ms: float,
         groups: Sequence[Sequence[DeploymentHandle]],
+        demo: bool = True,
     ) -> None:
         """Open the generation, and wait until every replica of every group holds it.
 
@@ -118,10 +119,12 @@ class Gateway:
             cache: local folder for the generations of a URL.
             deadline_ms: milliseconds after which a group is left out.
             groups: handles of the replicas of each group.
+            demo: answer the demo page and what it asks for, users' histories among it.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged.
         """
+        self._demo = demo
         self._links = GroupLinks([[_ask(handle) for handle in replicas] for replicas in groups])
         found = store_at(store, cache)
         generation_id = published(found, pointer)
@@ -136,7 +139,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service, request_ids=False)
+        return make_api(self._service, request_ids=False, demo=self._demo)
 
 
 def published(store: Store, pointer: str = CURRENT) -> str:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tiers. The folder of a test is its marker: tests/cluster/ has the marker cluster.
 
-Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``.
+Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``, and the
+published generation ``shop`` with its one real service ``client`` and the same without HTTP ``library``.
 """
 
 from __future__ import annotations
@@ -200,3 +201,35 @@ def ray_local() -> Iterator[None]:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether to write the golden files instead of comparing with them."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A published generation, on a free port; do not change it."""
+    from tests.service import Shop
+    from tests.shop import build_store
+    from twotower.cluster.processes import free_port
+    from twotower.config import parse_config
+
+    config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"))
+    values = config.to_json()
+    values["serve"]["port"] = free_port()
+    return Shop(parse_config(values), dataset, generation)
+
+
+@pytest.fixture(scope="session")
+def client(shop: Any, ray_local: None) -> Iterator[Any]:
+    """A client of the service that runs for the whole run, of the HTTP tests and of the browser."""
+    from tests.service import Client
+    from twotower.cluster.service import running
+
+    with running(shop.config) as url:
+        yield Client(url)
+
+
+@pytest.fixture(scope="session")
+def library(shop: Any) -> Any:
+    """The same generation without HTTP."""
+    from twotower.retrieval.retriever import Retriever
+
+    return Retriever.open(shop.generation)

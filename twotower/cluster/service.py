@@ -78,6 +78,7 @@ def running(
                 groups=serve.groups,
                 replicas_per_group=serve.replicas_per_group,
                 group_deadline_ms=serve.group_deadline_ms,
+                demo=serve.demo,
                 num_replicas=serve.num_replicas,
                 cpus_per_replica=serve.cpus_per_replica,
             )

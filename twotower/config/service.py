@@ -145,6 +145,9 @@ class ServeConfig(Section):
     """Threads of the query tower and of a search."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
+    demo: bool = True
+    """Answer the demo page at / and what it asks for. It shows any user's history, which is personal data, to
+    whoever reaches the service: turn it off where that is not wanted."""
 
 
 class ClusterConfig(Section):
