@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.browser.chromium import reason_to_skip
+
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 
@@ -50,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _with_the_service(items)
+    browser_missing = reason_to_skip()
     gpu_missing = _gpu_missing() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
@@ -59,6 +63,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("realdata")
         if gpu_missing and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=gpu_missing))
+        if browser_missing and folder == "browser":
+            item.add_marker(pytest.mark.skip(reason=browser_missing))
+
+
+def _with_the_service(items: list[pytest.Item]) -> None:
+    """Let the browser's tests follow those over HTTP: while the service runs it holds CPUs of Ray's."""
+    folders = [item.path.relative_to(ROOT / "tests").parts[0] for item in items]
+    if "http" not in folders:
+        return
+    last = max(i for i, folder in enumerate(folders) if folder == "http")
+    both = list(zip(items, folders, strict=True))
+    browser = [item for item, folder in both if folder == "browser"]
+    before = [item for item, folder in both[: last + 1] if folder != "browser"]
+    after = [item for item, folder in both[last + 1 :] if folder != "browser"]
+    items[:] = [*before, *browser, *after]
 
 
 def _gpu_missing() -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tomllib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ from tests.shop import HOSTILE_TITLES
 from twotower.retrieval.lookup import find_items, find_users, user_history
 from twotower.retrieval.retriever import Retriever
 
+ROOT = Path(__file__).parents[2]
 FILES = {
     "/": "text/html; charset=utf-8",
     "/demo/page.css": "text/css; charset=utf-8",
@@ -26,6 +29,13 @@ FILES = {
     "/demo/filters.js": "text/javascript; charset=utf-8",
     "/demo/icon.svg": "image/svg+xml",
 }
+
+
+def test_every_file_of_the_page_is_served_and_packaged() -> None:
+    names = {path.name for path in (ROOT / "serve" / "page").iterdir()}
+    assert names == {path.rpartition("/")[2] or "index.html" for path in FILES}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["serve"] == ["page/*"]
 
 
 @pytest.mark.parametrize(("path", "kind"), FILES.items())
