@@ -58,7 +58,13 @@ def _fused(args: BuildArgs) -> Application:
     retrieval: Any = deployments.Retrieval
     deployment = retrieval.options(num_replicas=args.num_replicas, ray_actor_options=_actor_options(args))
     application: Application = deployment.bind(
-        _place(args.store), args.pointer, args.threads, args.workers, args.max_k, _folder(args.cache), args.demo
+        _place(args.store),
+        args.pointer,
+        args.threads,
+        args.workers,
+        args.max_k,
+        _folder(args.cache),
+        args.demo,
     )
     return application
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve.api import make_api
 from serve.page import PAGE_PATHS
 from serve.schemas import error_body
-from serve.service import Service
+from serve.service import FusedService
 from tests.browser.visit import Visit, answered, shown, visiting
 from tests.service import Client
 from tests.shop import HOSTILE_TITLES, NUM_ITEMS
@@ -236,7 +236,7 @@ class Guarded:
 @contextlib.contextmanager
 def guarded(library: Retriever, token: str) -> Iterator[str]:
     """Serve the generation in this process, with a token; yields the URL."""
-    service = Service(library, 200, 1, {"active": {}, "missing": {}})
+    service = FusedService(library, 200, 1, {"active": {}, "missing": {}})
     port = free_port()
     config = uvicorn.Config(Guarded(make_api(service), token), port=port, log_level="error", ws="none")
     server = uvicorn.Server(config)
