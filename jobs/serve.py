@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _Signals() as signals:
             progress.stage(f"serve {config.name}")
             with running(config, options.pointer, connected=signals.catch) as url:
-                _announce(url)
+                _announce(url, config.serve.demo)
                 signals.wait()
     except TwotowerError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -91,9 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _announce(url: str) -> None:
+def _announce(url: str, demo: bool) -> None:
     body = json.dumps({"user_id": "1", "k": 5})
     progress.say(f"ready: {url} (try {url}/docs)")
+    if demo:
+        progress.say(f"demo page, with users' histories: {url}/ (--set serve.demo=false leaves it out)")
     progress.say(f"curl -s {url}/v1/retrieve -H 'Content-Type: application/json' -d '{body}'")
     with urllib.request.urlopen(f"{url}/readyz") as answer:
         missing = json.load(answer)["settings"]["missing"]

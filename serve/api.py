@@ -13,6 +13,7 @@ from serve import documentation as docs
 from serve.admission import INLINE_BODY_BYTES, Bodies, deadline_of
 from serve.errors import add_error_handlers, json_response
 from serve.middleware import BearerToken, Failures, RequestIds
+from serve.page import add_demo
 from serve.schemas import (
     BadRequest,
     BatchAnswer,
@@ -31,7 +32,11 @@ T = TypeVar("T")
 
 
 def make_api(
-    service: Service, request_ids: bool = True, token: str | None = None, log_user_ids: bool = False
+    service: Service,
+    request_ids: bool = True,
+    token: str | None = None,
+    log_user_ids: bool = False,
+    demo: bool = True,
 ) -> FastAPI:
     """Return the application that answers over HTTP for a service.
 
@@ -40,6 +45,7 @@ def make_api(
         request_ids: answer with X-Request-ID; Ray Serve does so itself.
         token: bearer token that requests for data must bring; none when not given.
         log_user_ids: log the messages of failures, which may name users and items.
+        demo: answer the demo page and what it asks for, users' histories among it.
     """
     api = FastAPI(
         title="twotower",
@@ -136,6 +142,8 @@ def make_api(
         }
         return json_response(orjson.dumps(content))
 
+    if demo:
+        add_demo(api, service)
     add_error_handlers(api)
     docs.document(api, service.max_k, limits, token is not None)
     # The last that is added sees a request first.

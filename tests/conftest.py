@@ -1,6 +1,7 @@
 """Fixtures shared by all tiers. The folder of a test is its marker: tests/cluster/ has the marker cluster.
 
-Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``.
+Fixtures: ``rng``, ``small_config``, ``small_dataset``, ``ray_local``, ``mirror``, ``update_golden``, and the
+published generation ``shop`` with its one real service ``client`` and the same without HTTP ``library``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.browser.chromium import reason_to_skip
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
@@ -49,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _with_the_service(items)
+    browser_missing = reason_to_skip()
     gpu_missing = _gpu_missing() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
@@ -58,6 +63,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("realdata")
         if gpu_missing and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=gpu_missing))
+        if browser_missing and folder == "browser":
+            item.add_marker(pytest.mark.skip(reason=browser_missing))
+
+
+def _with_the_service(items: list[pytest.Item]) -> None:
+    """Let the browser's tests follow those over HTTP: while the service runs it holds CPUs of Ray's."""
+    folders = [item.path.relative_to(ROOT / "tests").parts[0] for item in items]
+    if "http" not in folders:
+        return
+    last = max(i for i, folder in enumerate(folders) if folder == "http")
+    both = list(zip(items, folders, strict=True))
+    browser = [item for item, folder in both if folder == "browser"]
+    before = [item for item, folder in both[: last + 1] if folder != "browser"]
+    after = [item for item, folder in both[last + 1 :] if folder != "browser"]
+    items[:] = [*before, *browser, *after]
 
 
 def _gpu_missing() -> str | None:
@@ -200,3 +220,35 @@ def ray_local() -> Iterator[None]:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether to write the golden files instead of comparing with them."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A published generation, on a free port; do not change it."""
+    from tests.service import Shop
+    from tests.shop import build_store
+    from twotower.cluster.processes import free_port
+    from twotower.config import parse_config
+
+    config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"))
+    values = config.to_json()
+    values["serve"]["port"] = free_port()
+    return Shop(parse_config(values), dataset, generation)
+
+
+@pytest.fixture(scope="session")
+def client(shop: Any, ray_local: None) -> Iterator[Any]:
+    """A client of the service that runs for the whole run, of the HTTP tests and of the browser."""
+    from tests.service import Client
+    from twotower.cluster.service import running
+
+    with running(shop.config) as url:
+        yield Client(url)
+
+
+@pytest.fixture(scope="session")
+def library(shop: Any) -> Any:
+    """The same generation without HTTP."""
+    from twotower.retrieval.retriever import Retriever
+
+    return Retriever.open(shop.generation)

@@ -17,6 +17,17 @@ from twotower.model.towers import TwoTower
 from twotower.retrieval.store import Store
 
 NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 37, 59, 3
+HOSTILE_TITLES = {
+    12: "<img src=x onerror=\"document.title='owned'\">",
+    23: "</li></ol><script>document.title='owned'</script>",
+    25: "{{7*7}} ${7*7} &lt;b&gt; \"quoted\" 'single' \\ \u202egnirts",
+    30: "A title that does not end: " + "unbreakable" * 30,
+}
+
+
+def title_of(number: int) -> str:
+    """Return the title of the item of id 1000 + number; whoever shows some of them as markup is found out."""
+    return HOSTILE_TITLES.get(number, f"Title {number}")
 
 
 def write_files(folder: Path) -> None:
@@ -37,7 +48,7 @@ def write_files(folder: Path) -> None:
     items = pa.table(
         {
             "item": [1000 + i for i in range(NUM_ITEMS)],
-            "name": [f"Title {i}" for i in range(NUM_ITEMS)],
+            "name": [title_of(i) for i in range(NUM_ITEMS)],
             "genres": ["|".join(rng.permutation(genres)[: rng.integers(1, 4)]) for _ in range(NUM_ITEMS)],
             "year": rng.integers(1950, 2020, NUM_ITEMS),
             # Every third item has no brand, every fifth no rating; dates and booleans are text in a CSV file.

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.http.conftest import Client, Shop
-from tests.shop import NUM_ITEMS, NUM_OUTSIDE, NUM_USERS
+from tests.service import Client, Shop
+from tests.shop import NUM_ITEMS, NUM_OUTSIDE, NUM_USERS, title_of
 from twotower.retrieval.retriever import HistoryItem, Query, Retriever
 from twotower.schema import KINDS
 
@@ -210,7 +210,7 @@ def test_fewer_than_k_only_where_fewer_are_allowed(client: Client) -> None:
 def test_fields(client: Client) -> None:
     item = client.items(user_id="3", k=1, fields=["title", "year"])[0]
     number = int(item["item_id"]) - 1000
-    assert item["title"] == f"Title {number}"
+    assert item["title"] == title_of(number)
     assert isinstance(item["year"], int)
     assert list(item) == ["item_id", "score", "title", "year"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.http.conftest import Client, Reply, Shop
+from tests.service import Client, Reply, Shop
 
 MAX_K = 200
 K = "an integer from 1 to 200"
@@ -165,7 +165,36 @@ PATHS: list[tuple[str, str, int, str, str]] = [
     ("GET", "/v1/items/1003/similar?filter=%7B%22a%22:1%7D", 422, "no attribute 'a'", "genres, year"),
     ("GET", "/v1/items/1003", 404, "GET /v1/items/1003: Not Found", "POST /v1/retrieve"),
     ("GET", "/v2/retrieve", 404, "GET /v2/retrieve: Not Found", "POST /v1/retrieve"),
-    ("GET", "/", 404, "Not Found", "POST /v1/retrieve"),
+    ("GET", "/nothing", 404, "Not Found", "POST /v1/retrieve"),
+    ("POST", "/", 405, "Method Not Allowed", "POST /v1/retrieve"),
+    (
+        "GET",
+        "/demo/users?prefx=1",
+        422,
+        "prefx: there is no such key; did you mean 'prefix'?",
+        "prefix, limit",
+    ),
+    ("GET", "/demo/users?prefix=1&prefix=2", 422, "prefix: is there twice", "once"),
+    ("GET", "/demo/users?limit=0", 422, 'limit: is "0"', "an integer from 1 to 100"),
+    ("GET", "/demo/users?limit=101", 422, 'limit: is "101"', "an integer from 1 to 100"),
+    ("GET", "/demo/users?limit=%D9%A3", 422, "limit: is", "an integer from 1 to 100"),
+    (
+        "GET",
+        "/demo/users?prefix=" + "x" * 1025,
+        422,
+        "prefix: has 1025 characters",
+        "at most 1024 characters",
+    ),
+    ("GET", "/demo/users/nobody/history", 404, "user 'nobody' is not known", "a user with interactions"),
+    ("GET", "/demo/users/a%2Fb/history", 404, "user 'a/b' is not known", "a user with interactions"),
+    ("GET", "/demo/users/5/history?k=1", 422, "k: there is no such key", "no parameters"),
+    ("GET", "/demo/users/" + "x" * 1025 + "/history", 422, "user_id: has 1025", "at most 1024 characters"),
+    ("GET", "/demo/users/5", 404, "Not Found", "POST /v1/retrieve"),
+    ("GET", "/demo/items", 422, "query: is missing", "text of 1 to 1024 characters"),
+    ("GET", "/demo/items?query=%20", 422, "query: is missing", "text of 1 to 1024 characters"),
+    ("GET", "/demo/items?query=x&limit=-1", 422, 'limit: is "-1"', "an integer from 1 to 100"),
+    ("GET", "/demo/values?attribute=year", 422, "attribute: there is no such key", "no parameters"),
+    ("GET", "/demo/..%2F..%2Fetc%2Fpasswd", 404, "Not Found", "POST /v1/retrieve"),
     ("GET", "/v1/retrieve", 405, "Method Not Allowed", "POST /v1/retrieve"),
     ("DELETE", "/v1/generation", 405, "Method Not Allowed", "GET /v1/generation"),
 ]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.http.conftest import Client, Shop
 from tests.http.test_serve_answers import QUERIES
 from tests.http.test_serve_stop import Command, command_line
+from tests.service import Client, Shop
 from twotower.cluster.processes import Process, descendants, free_port
 from twotower.retrieval.retriever import Query, Retriever
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.http.conftest import Shop
+from tests.service import Shop
 from tests.shop import build_store
 from twotower.cluster.processes import Process, descendants, free_port, port_is_free
 

@@ -83,6 +83,7 @@ def running(
                 limits=serve.limits,
                 token_file=serve.token_file,
                 log_user_ids=serve.log_user_ids,
+                demo=serve.demo,
                 num_replicas=serve.num_replicas,
                 cpus_per_replica=serve.cpus_per_replica,
             )

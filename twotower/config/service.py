@@ -176,6 +176,9 @@ class ServeConfig(Section):
     """File with the bearer token that requests must bring; readable on every node. Null asks for none."""
     log_user_ids: bool = False
     """Whether the log of a failure holds its message, which may name users and items."""
+    demo: bool = True
+    """Answer the demo page at / and what it asks for. It shows any user's history, which is personal data, to
+    whoever reaches the service: turn it off where that is not wanted."""
 
 
 class ClusterConfig(Section):

@@ -173,6 +173,15 @@ class AttributeColumn:
             terms.append(Term(self, _joined([(low, high)])))
         return terms
 
+    def frequent(self, limit: int) -> list[Any]:
+        """Return at most ``limit`` of its values, those that most items have first."""
+        counts = np.diff(self._offsets)
+        most = np.arange(len(counts))
+        if len(counts) > limit:
+            most = np.sort(np.argpartition(-counts, limit - 1)[:limit])
+        most = most[np.argsort(-counts[most], kind="stable")]
+        return list(self._values.take(pa.array(most)).to_pylist())
+
     def drawn(self, share: float, rng: np.random.Generator) -> Allowed:
         """Return a set as a query might ask for: a range at any place, or values in any combination.
 

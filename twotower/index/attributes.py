@@ -67,6 +67,14 @@ class Attributes:
             for name, column in self._columns.items()
         }
 
+    def frequent(self, limit: int) -> dict[str, list[Any]]:
+        """Return by name at most ``limit`` values of each attribute with any_of, the most frequent first."""
+        return {
+            name: column.frequent(limit)
+            for name, column in self._columns.items()
+            if "any_of" in OPERATORS[column.kind]
+        }
+
     def allowed(self, predicates: Mapping[str, Any]) -> Allowed:
         """Return the items that satisfy all predicates, over [0, R).
 

@@ -1,0 +1,71 @@
+"""The published generation that the service answers from, and a client of it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from twotower.config import Config
+from twotower.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Shop:
+    """The published generation."""
+
+    config: Config
+    dataset: Dataset
+    generation: Path
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+    names: list[str]
+    """Names of the headers, in lower case, as often as each came."""
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+class Client:
+    """Sends single requests and shows exactly what came back."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+        """Send one request; a body that is neither bytes nor None is sent as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            headers = [(name.lower(), value) for name, value in answer.getheaders()]
+            return Reply(answer.status, dict(headers), answer.read(), [name for name, _ in headers])
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Reply:
+        """Send a GET."""
+        return self.send("GET", path, headers=headers)
+
+    def retrieve(self, **body: Any) -> Reply:
+        """Send a retrieve request."""
+        return self.send("POST", "/v1/retrieve", body)
+
+    def items(self, **body: Any) -> list[dict[str, Any]]:
+        """Return the items of a retrieve request that must succeed."""
+        reply = self.retrieve(**body)
+        assert reply.status == 200, reply.content
+        return list(reply.json["items"])

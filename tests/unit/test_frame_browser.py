@@ -1,0 +1,52 @@
+"""Where the browser tests run, and where they say why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import find_chromium, reason_to_skip
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_chromium_they_are_skipped_but_not_in_continuous_integration(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    assert find_chromium() is None
+    assert "apt-get install chromium" in reason_to_skip()
+    monkeypatch.setenv("CI", "true")
+    assert reason_to_skip() is None
+    program = tmp_path / "chromium"
+    program.touch(mode=0o755)
+    monkeypatch.delenv("CI")
+    assert find_chromium() == str(program)
+    assert reason_to_skip() is None
+
+
+def test_continuous_integration_installs_it_before_the_tests():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    install = next(i for i, line in enumerate(lines) if "apt-get install" in line and "chromium" in line)
+    tests = next(i for i, line in enumerate(lines) if line.startswith("make test"))
+    assert "export CI=true" in lines[:install]
+    assert install < tests
+
+
+@pytest.mark.parametrize("order", [("http", "cluster", "browser"), ("browser", "cluster", "http", "unit")])
+def test_they_follow_the_tests_over_http(order):
+    from tests.conftest import _with_the_service
+
+    class Item:
+        def __init__(self, folder: str) -> None:
+            self.path = ROOT / "tests" / folder / "test_x.py"
+            self.folder = folder
+
+    items = [Item(folder) for folder in order for _ in range(2)]
+    before = list(items)
+    _with_the_service(items)
+    folders = [item.folder for item in items]
+    assert sorted(map(id, items)) == sorted(map(id, before))
+    last = len(folders) - 1 - folders[::-1].index("http")
+    assert folders[last + 1 : last + 3] == ["browser", "browser"]
+    assert [f for f in folders if f != "browser"] == [i.folder for i in before if i.folder != "browser"]
