@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 import twotower
 from serve.errors import add_error_handlers, json_response
-from serve.middleware import RequestIds
+from serve.middleware import Measured, RequestIds
 from serve.schemas import BadRequest, ErrorAnswer, RetrieveAnswer, parse_retrieve, parse_similar
 from serve.service import Service
 from twotower.retrieval.request import RetrieveRequest
@@ -29,7 +29,7 @@ _EXAMPLE_FILTER = {
 }
 
 
-def make_api(service: Service, request_ids: bool = True) -> FastAPI:
+def make_api(service: Service[Any], request_ids: bool = True) -> FastAPI:
     """Return the application that answers over HTTP for a service.
 
     Args:
@@ -139,6 +139,7 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
     add_error_handlers(api)
     if request_ids:
         api.add_middleware(RequestIds)
+    api.add_middleware(Measured, metrics=service.metrics)
     return api
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.hedging import GroupUnavailableError, Replicas
-from serve.service import Service, to_json
+from serve.metrics import Metrics
+from serve.service import Service
 from twotower.index.hits import Hits
 from twotower.retrieval.front import Encoded, Front, allowed_items, timing
 from twotower.retrieval.groups import (
@@ -35,7 +36,7 @@ class NoGroupError(Exception):
     """No shard group answered, so that there is nothing to answer with."""
 
 
-class GatewayService(Service):
+class GatewayService(Service[Front]):
     """Answers as JSON from a front here and shard groups elsewhere."""
 
     def __init__(
@@ -47,6 +48,7 @@ class GatewayService(Service):
         settings: dict[str, dict[str, str]],
         threads: int = 1,
         deadline_s: float = 0.2,
+        metrics: Metrics | None = None,
     ) -> None:
         """Start the threads.
 
@@ -58,8 +60,9 @@ class GatewayService(Service):
             settings: what ``/readyz`` says about Ray's settings.
             threads: CPU threads of the query tower.
             deadline_s: seconds after which a group is left out.
+            metrics: counts and measures; nothing when not given.
         """
-        super().__init__(front, max_k, workers, settings, threads)
+        super().__init__(front, max_k, workers, settings, threads, metrics)
         self.groups = groups
         self._deadline_s = deadline_s
 
@@ -70,7 +73,7 @@ class GatewayService(Service):
             RequestError: the query asks for something that is not allowed.
             NoGroupError: no group answered.
         """
-        return to_json((await self.answers(self.front, [query]))[0])
+        return self.noted((await self.answers(self.front, [query]))[0])
 
     async def answers(self, front: Front, queries: Sequence[Query]) -> list[Answer]:
         """Return the best allowed items for each query; timings are those of the whole batch.
@@ -126,7 +129,7 @@ class GatewayService(Service):
         hits = merge_groups([group[0] for group in found], k)
         items = await self.run(front.describe_hits, hits, fields)
         took = timing(start, encoded, searched)
-        return to_json(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+        return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 
     async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
         """Return what each group that answered found, and the names of the others."""

@@ -20,6 +20,7 @@ from serve.api import make_api
 from serve.frames import serve_frames
 from serve.gateway import GatewayService
 from serve.links import Ask, GroupLinks, Holding
+from serve.metrics import Metrics, RaySink
 from serve.settings import serve_settings, warn_of_missing
 from twotower.errors import ArtefactError
 from twotower.retrieval.front import Front
@@ -89,6 +90,7 @@ class ShardReplica:
     max_ongoing_requests=64,
     max_queued_requests=256,
     max_constructor_retry_count=1,
+    max_surge_percent=100,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=5,
 )
@@ -128,11 +130,23 @@ class Gateway:
         front = Front(Generation.open(found.fetch(generation_id)), threads)
         settings = serve_settings()
         self._service = GatewayService(
-            front, self._links.groups, max_k, workers, settings, threads, deadline_ms / 1000
+            front,
+            self._links.groups,
+            max_k,
+            workers,
+            settings,
+            threads,
+            deadline_ms / 1000,
+            Metrics(RaySink()),
         )
         await self._links.hold({generation_id}, _START_TIMEOUT_S)
         self._watching = asyncio.ensure_future(self._links.watch())
         warn_of_missing(settings, logger)
+
+    def __del__(self) -> None:
+        """Stop the threads; called by Serve when the last request has ended."""
+        if service := getattr(self, "_service", None):
+            service.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
