@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
+        RAY_metrics_report_interval_ms="500",
         MPLBACKEND="Agg",
     )
     os.environ.pop("RAY_ADDRESS", None)

@@ -84,6 +84,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"))
     values = config.to_json()
     values["serve"]["port"] = free_port()
+    values["serve"]["probe_every"] = 1
     return Shop(parse_config(values), dataset, generation)
 
 
