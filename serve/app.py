@@ -100,9 +100,7 @@ def _sharded(args: BuildArgs) -> Application:
         [
             shard_replica.options(
                 name=f"Group-{group}-{replica}", ray_actor_options=options, logging_config=_logging(args)
-            ).bind(
-                place, args.pointer, group, args.groups, args.threads, args.workers, cache
-            )
+            ).bind(place, args.pointer, group, args.groups, args.threads, args.workers, cache)
             for replica in range(args.replicas_per_group)
         ]
         for group in range(args.groups)
@@ -134,7 +132,9 @@ def _ingress_options(args: BuildArgs) -> dict[str, Any]:
 
 
 def _logging(args: BuildArgs) -> LoggingConfig:
-    return LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=args.access_log)
+    # Serve's access log has the level INFO. Our own events are written at any level.
+    level = "INFO" if args.access_log else "WARNING"
+    return LoggingConfig(encoding="JSON", log_level=level, enable_access_log=args.access_log)
 
 
 def _actor_options(args: BuildArgs) -> dict[str, Any]:

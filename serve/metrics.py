@@ -105,6 +105,7 @@ class Metrics:
         self._flush_s = flush_s
         self._pending: deque[tuple[str, float, tuple[str, ...]]] = deque(maxlen=_MOST_PENDING)
         self._generation: tuple[str, float | None, float | None] | None = None
+        self._index_recall: float | None = None
         self._end = threading.Event()
         self._one_flush = threading.Lock()
         if sink is not None:
@@ -136,7 +137,6 @@ class Metrics:
         if before is not None:
             self._add("twotower_generation_info", 0, before[0])
             self._add("twotower_swaps", 1)
-        self._add("twotower_generation_info", 1, self._generation[0])
 
     def refused(self) -> None:
         """Count a generation that was published and is not served."""
@@ -144,7 +144,7 @@ class Metrics:
 
     def probed(self, index_recall: float) -> None:
         """Note the index recall of the latest probes after one more."""
-        self._add("twotower_index_recall", index_recall)
+        self._index_recall = index_recall
         self._add("twotower_probes", 1)
 
     def flush(self) -> None:
@@ -152,13 +152,6 @@ class Metrics:
         if self._sink is None:
             return
         with self._one_flush:
-            if self._generation is not None:
-                _, created, as_of = self._generation
-                now = time.time()
-                if created is not None:
-                    self._add("twotower_generation_age_s", now - created)
-                if as_of is not None:
-                    self._add("twotower_data_age_s", now - as_of)
             sums: dict[tuple[str, tuple[str, ...]], float] = {}
             handed_over = 0
             for _ in range(len(self._pending)):
@@ -172,6 +165,7 @@ class Metrics:
                     self._end.wait(_PAUSE_S)
             for (name, tags), value in sums.items():
                 self._hand_over(name, value, tags)
+            self._hand_over_state()
 
     def close(self) -> None:
         """Hand over the rest and end the thread."""
@@ -185,6 +179,19 @@ class Metrics:
     def _hand_over(self, name: str, value: float, tags: tuple[str, ...]) -> None:
         assert self._sink is not None
         self._sink.record(name, value, dict(zip(SPECS[name].tags, tags, strict=True)))
+
+    def _hand_over_state(self) -> None:
+        """Set the gauges again: Ray exports a gauge only while it is set from time to time."""
+        if self._generation is not None:
+            generation_id, created, as_of = self._generation
+            self._hand_over("twotower_generation_info", 1, (generation_id,))
+            now = time.time()
+            if created is not None:
+                self._hand_over("twotower_generation_age_s", now - created, ())
+            if as_of is not None:
+                self._hand_over("twotower_data_age_s", now - as_of, ())
+        if self._index_recall is not None:
+            self._hand_over("twotower_index_recall", self._index_recall, ())
 
     def _deliver(self) -> None:
         while not self._end.wait(self._flush_s):
