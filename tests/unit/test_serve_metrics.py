@@ -38,6 +38,14 @@ class Collected:
         """Return the sum of a counter, or of the values of a histogram."""
         return sum(value for n, value, t in self.values if n == name and tags.items() <= t.items())
 
+    def counter(self, name: str) -> dict[tuple[str, ...], float]:
+        """Return a counter by the values of its tags."""
+        sums: dict[tuple[str, ...], float] = {}
+        for n, value, tags in self.values:
+            if n == name:
+                sums[tuple(tags.values())] = sums.get(tuple(tags.values()), 0) + value
+        return sums
+
     def number(self, name: str, **tags: str) -> int:
         return sum(n == name and tags.items() <= t.items() for n, _, t in self.values)
 
@@ -86,8 +94,7 @@ def test_every_request_and_answer_is_counted(retriever: Retriever) -> None:
     assert Counter(statuses) == {200: 11, 404: 2, 422: 1}
     service.close()
     similar = "/v1/items/{item_id:path}/similar"
-    counts = {(t["route"], t["status"]): v for name, v, t in sink.values if name == "twotower_requests"}
-    assert counts == {
+    assert sink.counter("twotower_requests") == {
         ("/v1/retrieve", "200"): 7,
         ("/v1/retrieve", "422"): 1,
         (similar, "200"): 3,
@@ -96,8 +103,8 @@ def test_every_request_and_answer_is_counted(retriever: Retriever) -> None:
         ("/healthz", "200"): 1,
     }
     assert sink.number("twotower_request_ms", route="/v1/retrieve") == 8
-    answers = {t["strategy"]: v for name, v, t in sink.values if name == "twotower_answers"}
-    assert answers == {"personal": 5, "popular": 2, "similar": 3}
+    answers = {("personal",): 5, ("popular",): 2, ("similar",): 3}
+    assert sink.counter("twotower_answers") == answers
     for stage in ("encode", "search", "total"):
         assert sink.number("twotower_stage_ms", stage=stage) == 10
     # Who asks for an unknown item waited for a thread, too.
@@ -113,8 +120,7 @@ def test_partial_answers_are_counted_by_group() -> None:
     for missing in [("0",), ("0", "1"), ()]:
         metrics.answer(Answer("g", [], "personal", {"total": 1.5}, missing))
     metrics.close()
-    counts = {t["group"]: v for name, v, t in sink.values if name == "twotower_partial_answers"}
-    assert counts == {"0": 2, "1": 1}
+    assert sink.counter("twotower_partial_answers") == {("0",): 2, ("1",): 1}
 
 
 def test_the_generation_its_ages_and_swaps() -> None:
