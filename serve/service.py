@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -78,6 +79,17 @@ class Service(ABC, Generic[F]):
         else:
             old = before.generation_id
             log_event("generation_switched", f"{new} answers, not {old}", generation=new, previous=old)
+
+    def refused(self, generation_id: str, reason: str) -> None:
+        """Count and log that a generation was published and is not served."""
+        self.metrics.refused()
+        log_event(
+            "generation_refused",
+            f"{generation_id} is not served: {reason}",
+            logging.ERROR,
+            generation=generation_id,
+            reason=reason,
+        )
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns, run in one of the threads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -165,12 +166,22 @@ def test_values_are_handed_over_by_a_thread_of_their_own() -> None:
     metrics.close()
 
 
-def test_an_assignment_of_the_retriever_is_a_swap(generation: Path, retriever: Retriever) -> None:
+def test_swaps_and_refusals_are_counted_and_logged(
+    generation: Path, retriever: Retriever, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing Ray's Serve switches the way to the test's handler off.
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)
     sink = Collected()
     service = FusedService(retriever, 200, 1, {}, metrics=Metrics(sink))
     service.front = Retriever.open(generation)
+    service.refused("g9", "shard 3 is damaged")
     service.close()
-    assert sink.total("twotower_swaps") == 1
+    assert sink.counter("twotower_swaps") == sink.counter("twotower_refusals") == {(): 1}
+    events = [record.event for record in caplog.records if hasattr(record, "event")]
+    assert events == ["started", "generation_switched", "generation_refused", "stopped"]
+    (refused,) = [r for r in caplog.records if getattr(r, "event", "") == "generation_refused"]
+    assert (refused.levelname, refused.generation, refused.reason) == ("ERROR", "g9", "shard 3 is damaged")
 
 
 def test_index_recall_of_answers(retriever: Retriever) -> None:
