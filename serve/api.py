@@ -12,7 +12,7 @@ import twotower
 from serve import documentation as docs
 from serve.admission import INLINE_BODY_BYTES, Bodies, deadline_of
 from serve.errors import add_error_handlers, json_response
-from serve.middleware import BearerToken, Failures, RequestIds
+from serve.middleware import BearerToken, Failures, Measured, RequestIds
 from serve.page import add_demo
 from serve.schemas import (
     BadRequest,
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def make_api(
-    service: Service,
+    service: Service[Any],
     request_ids: bool = True,
     token: str | None = None,
     log_user_ids: bool = False,
@@ -152,4 +152,5 @@ def make_api(
     api.add_middleware(Failures, log_messages=log_user_ids)
     if request_ids:
         api.add_middleware(RequestIds)
+    api.add_middleware(Measured, metrics=service.metrics)
     return api

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.hedging import GroupUnavailableError, Replicas
-from serve.service import Service, batch_to_json, name_the_wrong_one, to_json
+from serve.metrics import Metrics
+from serve.service import Service, name_the_wrong_one
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
 from twotower.index.hits import Hits
@@ -39,7 +40,7 @@ class NoGroupError(Exception):
     """No shard group answered, so that there is nothing to answer with."""
 
 
-class GatewayService(Service):
+class GatewayService(Service[Front]):
     """Answers as JSON from a front here and shard groups elsewhere."""
 
     def __init__(
@@ -52,6 +53,7 @@ class GatewayService(Service):
         threads: int = 1,
         deadline_s: float = 0.2,
         limits: LimitsConfig | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Start the threads.
 
@@ -64,8 +66,9 @@ class GatewayService(Service):
             threads: CPU threads of the query tower.
             deadline_s: seconds after which a group is left out.
             limits: of requests and of what waits.
+            metrics: counts and measures; nothing when not given.
         """
-        super().__init__(front, max_k, workers, settings, threads, limits)
+        super().__init__(front, max_k, workers, settings, threads, limits, metrics)
         self.groups = groups
         self._deadline_s = deadline_s
 
@@ -77,7 +80,7 @@ class GatewayService(Service):
             NoGroupError: no group answered.
             BadRequest: the deadline passed before work began.
         """
-        return to_json((await self.answers(self.front, [query], deadline))[0])
+        return self.noted((await self.answers(self.front, [query], deadline))[0])
 
     async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
         """Return the answers to queries, in their order, as the JSON of a batch.
@@ -89,7 +92,7 @@ class GatewayService(Service):
         """
         front = self.front
         try:
-            return batch_to_json(await self.answers(front, queries, deadline))
+            return self.noted_batch(await self.answers(front, queries, deadline))
         except NotAllowedError:
             await self.run(name_the_wrong_one, front, queries)
             raise
@@ -157,11 +160,11 @@ class GatewayService(Service):
         hits = merge_groups([group[0] for group in found], k)
         items = await self.run(front.describe_hits, hits, fields)
         took = timing(start, encoded, searched)
-        return to_json(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+        return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 
     def status(self) -> dict[str, Any]:
-        """Return what was called and how it went, by group."""
-        return {"groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
+        """Return what ``Service`` does, and what was called and how it went, by group."""
+        return {**super().status(), "groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
 
     async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
         """Return what each group that answered found, and the names of the others."""

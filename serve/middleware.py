@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 import traceback
 import uuid
 from pathlib import Path
@@ -11,18 +12,51 @@ from pathlib import Path
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.metrics import Metrics
+from serve.page import PAGE_PATHS
 from serve.schemas import error_body
 from twotower.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
-OPEN = frozenset({"/", "/page.css", "/page.js", "/docs", "/openapi.json", "/healthz", "/readyz"})
+OPEN = frozenset({*PAGE_PATHS, "/docs", "/openapi.json", "/healthz", "/readyz"})
 """Paths that ask for no token: they hold no data. Load balancers ask for health, and a browser opens the demo
 page and the documentation, which it can not send a token to. Every other path asks for one."""
 
 MIN_TOKEN_LENGTH = 16
 _REQUEST_ID = b"x-request-id"
 _MAX_REQUEST_ID_LENGTH = 200
+
+
+class Measured:
+    """Middleware that counts each request by route and status, and measures how long it took."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Wrap an application."""
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        # What raises before it answers is answered with 500, further out.
+        status = 500
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        finally:
+            # The paths of routes are few; those of requests may be endless.
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.request(route, status, (time.perf_counter() - start) * 1e3)
 
 
 class RequestIds:

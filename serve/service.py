@@ -1,4 +1,4 @@
-"""What the routes call: the retriever that answers now, and the threads that work for it.
+"""What the routes call: the generation that answers now, and the threads that work for it.
 
 Work is done in a few fixed threads, so that FAISS and torch do not hold up the event loop and keep one
 OpenMP pool each.
@@ -8,37 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import orjson
 import torch
 
 from serve.admission import Admission, in_time
+from serve.log import log_event
+from serve.metrics import Metrics
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
+from twotower.retrieval.follower import Follower
 from twotower.retrieval.front import Front
 from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.request import InvalidQueryError
-from twotower.retrieval.retriever import Retriever
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Front)
 
 
-class Service(ABC):
+class Service(ABC, Generic[F]):
     """Answers as JSON from the generation that is there now."""
 
     def __init__(
         self,
-        front: Front,
+        front: F,
         max_k: int,
         workers: int,
         settings: dict[str, dict[str, str]],
         threads: int = 1,
         limits: LimitsConfig | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Start the threads.
 
@@ -49,9 +55,11 @@ class Service(ABC):
             settings: what ``/readyz`` says about Ray's settings: those active and those missing.
             threads: CPU threads of the query tower.
             limits: of requests and of what waits; those of the configuration when not given.
+            metrics: counts and measures; nothing when not given.
         """
+        self.metrics = metrics or Metrics()
+        self._front: F | None = None
         self.front = front
-        """Of what answers; may be replaced at any time, so that a request reads it once."""
         self.max_k = max_k
         self.settings = settings
         self.limits = limits or LimitsConfig()
@@ -59,7 +67,46 @@ class Service(ABC):
         self._pool = ThreadPoolExecutor(
             workers, "retrieve", initializer=functools.partial(torch.set_num_threads, threads)
         )
+        self._follower: Follower[F] | None = None
         self.ready = True
+
+    @property
+    def front(self) -> F:
+        """Of what answers; may be replaced at any time, so that a request reads it once."""
+        assert self._front is not None
+        return self._front
+
+    @front.setter
+    def front(self, front: F) -> None:
+        # One assignment switches query tower, shards, user table and item table together.
+        before, self._front = self._front, front
+        self.metrics.serves(front.generation.manifest)
+        new = front.generation_id
+        if before is None:
+            log_event("started", f"generation {new} answers", generation=new)
+        else:
+            old = before.generation_id
+            log_event("generation_switched", f"{new} answers, not {old}", generation=new, previous=old)
+
+    def follow(self, follower: Follower[F]) -> None:
+        """Let what a follower loads answer from now on."""
+
+        def use(front: F) -> None:
+            self.front = front
+
+        self._follower = follower
+        follower.start(use, self.refused)
+
+    def refused(self, generation_id: str, reason: str) -> None:
+        """Count and log that a generation was published and is not served."""
+        self.metrics.refused()
+        log_event(
+            "generation_refused",
+            f"{generation_id} is not served: {reason}",
+            logging.ERROR,
+            generation=generation_id,
+            reason=reason,
+        )
 
     async def run(self, work: Callable[..., T], *arguments: Any, deadline: float = math.inf) -> T:
         """Return what ``work`` returns, run in one of the threads.
@@ -72,9 +119,31 @@ class Service(ABC):
         Raises:
             BadRequest: the deadline has passed (504).
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, in_time, functools.partial(work, *arguments), deadline
-        )
+        asked = time.perf_counter()
+
+        def timed() -> T:
+            self.metrics.waited((time.perf_counter() - asked) * 1e3)
+            return in_time(functools.partial(work, *arguments), deadline)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+
+    def close(self) -> None:
+        """Stop the threads; requests have ended before."""
+        self.ready = False
+        if self._follower is not None:
+            self._follower.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        log_event("stopped", "no request is left", generation=self.front.generation_id)
+        self.metrics.close()
+
+    def noted(self, answer: Answer) -> bytes:
+        """Return an answer as JSON, after counting it."""
+        self.metrics.answer(answer)
+        return to_json(answer)
+
+    def noted_batch(self, answers: Sequence[Answer]) -> bytes:
+        """Return answers as the JSON of a batch, after counting them."""
+        return b'{"answers":[' + b",".join(map(self.noted, answers)) + b"]}"
 
     @abstractmethod
     async def retrieve(self, query: Query, deadline: float = math.inf) -> bytes:
@@ -111,50 +180,20 @@ class Service(ABC):
         """
 
     def status(self) -> dict[str, Any]:
-        """Return how the service is doing, for ``/readyz``."""
-        return {}
+        """Return which generations are in memory, and which one was refused and why, as plain JSON values."""
+        follower = self._follower
+        if follower is None:
+            return {"held": [self.front.generation_id], "refused": None, "pointer_problem": None}
+        refused = follower.refused
+        return {
+            "held": follower.held,
+            "refused": None if refused is None else {"id": refused.id, "reason": refused.reason},
+            "pointer_problem": follower.problem,
+        }
 
     def describe(self) -> dict[str, Any]:
-        """Return the facts of the generation that answers now, as plain JSON values."""
-        return self.front.describe()
-
-
-class FusedService(Service):
-    """Answers from a retriever in this process: the query tower and all shards."""
-
-    front: Retriever
-
-    async def retrieve(self, query: Query, deadline: float = math.inf) -> bytes:
-        """Return the answer to a query as JSON, as in ``Service``."""
-        retriever = self.front
-        return await self.run(lambda: to_json(retriever.retrieve(query)), deadline=deadline)
-
-    async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
-        """Return the answers to queries as JSON, as in ``Service``."""
-        retriever = self.front
-
-        def answer() -> bytes:
-            try:
-                return batch_to_json(retriever.retrieve_batch(queries))
-            except NotAllowedError:
-                name_the_wrong_one(retriever, queries)
-                raise
-
-        return await self.run(answer, deadline=deadline)
-
-    async def similar(
-        self,
-        item_id: str,
-        k: int,
-        fields: Sequence[str],
-        predicates: dict[str, Any] | None,
-        deadline: float = math.inf,
-    ) -> bytes:
-        """Return the items most similar to an item as JSON, as in ``Service``."""
-        retriever = self.front
-        return await self.run(
-            lambda: to_json(retriever.similar(item_id, k, fields, predicates)), deadline=deadline
-        )
+        """Return the facts of the generation that answers now, and ``status``, as plain JSON values."""
+        return {**self.front.describe(), **self.status()}
 
 
 def name_the_wrong_one(front: Front, queries: Sequence[Query]) -> None:
@@ -171,11 +210,6 @@ def name_the_wrong_one(front: Front, queries: Sequence[Query]) -> None:
         except NotAllowedError as error:
             detail = {"where": f"requests[{place}]", "message": error.message, "allowed": error.allowed}
             raise InvalidQueryError([detail]) from None
-
-
-def batch_to_json(answers: Sequence[Answer]) -> bytes:
-    """Return answers as the bytes of the JSON of a batch."""
-    return b'{"answers":[' + b",".join(map(to_json, answers)) + b"]}"
 
 
 def to_json(answer: Answer) -> bytes:

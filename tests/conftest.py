@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
+        RAY_metrics_report_interval_ms="500",
         MPLBACKEND="Agg",
     )
     os.environ.pop("RAY_ADDRESS", None)
@@ -233,6 +235,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"))
     values = config.to_json()
     values["serve"]["port"] = free_port()
+    values["serve"]["probe_every"] = 1
     return Shop(parse_config(values), dataset, generation)
 
 

@@ -85,7 +85,13 @@ def running(
                 log_user_ids=serve.log_user_ids,
                 demo=serve.demo,
                 num_replicas=serve.num_replicas,
+                max_replicas=serve.max_replicas,
+                target_ongoing_requests=serve.target_ongoing_requests,
                 cpus_per_replica=serve.cpus_per_replica,
+                gpus_per_replica=serve.gpus_per_replica,
+                batch_window_ms=serve.batch_window_ms,
+                probe_every=serve.probe_every,
+                access_log=serve.access_log,
             )
         )
 

@@ -163,9 +163,15 @@ class ServeConfig(Section):
     group_deadline_ms: Annotated[float, Field(gt=0)] = 200.0
     """Sharded: milliseconds after which a group is left out of an answer, which then says so."""
     num_replicas: PositiveInt = 1
-    """Replicas of the fused deployment, or of the gateway."""
+    """Replicas of the fused deployment, or of the gateway; the fewest with ``max_replicas``."""
+    max_replicas: PositiveInt | None = None
+    """Most replicas; Serve adds and takes away replicas by load where this is given."""
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 2.0
+    """Requests at work in each replica that Serve aims at, with ``max_replicas``."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 0.25
     """Logical CPUs that Ray reserves for a replica."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray reserves for a replica."""
     threads: PositiveInt = 1
     """Threads of the query tower and of a search."""
     max_k: PositiveInt = 1_000
@@ -179,6 +185,21 @@ class ServeConfig(Section):
     demo: bool = True
     """Answer the demo page at / and what it asks for. It shows any user's history, which is personal data, to
     whoever reaches the service: turn it off where that is not wanted."""
+    batch_window_ms: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Milliseconds for which a query waits for others, to be answered together; when not given 1 with a GPU,
+    0 without."""
+    probe_every: Annotated[int, Field(ge=0)] = 1_000
+    """Of so many answers one is compared with exact search, for the metric of index recall; 0: none."""
+    access_log: bool = False
+    """Write a log line for each request."""
+
+    @model_validator(mode="after")
+    def _replicas_are_a_range(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) must be at least num_replicas ({self.num_replicas})"
+            )
+        return self
 
 
 class ClusterConfig(Section):

@@ -24,7 +24,7 @@ import torch
 from twotower.errors import NotAllowedError
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
-from twotower.model.features import QueryFeatures
+from twotower.model.features import QueryFeatures, to_device
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
 from twotower.retrieval.query import Query, UnknownItemError
@@ -49,16 +49,18 @@ class Encoded:
 class Front:
     """The query tower, the user table and the item tables of one generation."""
 
-    def __init__(self, generation: Generation, threads: int = 1) -> None:
+    def __init__(self, generation: Generation, threads: int = 1, device: str = "cpu") -> None:
         """Load what answers need beside the shards.
 
         Args:
             generation: an opened generation.
             threads: CPU threads of the query tower.
+            device: of torch, for the query tower.
         """
         self._generation = generation
         self._threads = threads
-        checkpoint = generation.checkpoint()
+        self._device = device
+        checkpoint = generation.checkpoint(device)
         self._model = checkpoint.model
         self._item_ids = generation.item_ids
         self._items = generation.items
@@ -202,7 +204,9 @@ class Front:
         if not inputs:
             return np.zeros((0, self._generation.manifest["embedding_dim"]), np.float32)
         batch = self._features(*self._inputs.batch(inputs))
-        return np.asarray(self._model.encode_queries(batch).numpy(), dtype=np.float32)
+        if self._device != "cpu":
+            batch = to_device(batch, self._device)
+        return np.asarray(self._model.encode_queries(batch).cpu().numpy(), dtype=np.float32)
 
     def most_popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
         """Return the most popular items that are allowed and not excluded.

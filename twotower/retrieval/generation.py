@@ -112,9 +112,9 @@ class Generation:
         """How hard a search has to look for the index recall in the manifest."""
         return Effort(**self.manifest["index"]["effort"])
 
-    def checkpoint(self) -> Checkpoint:
-        """Return both towers, loaded anew."""
-        return Checkpoint.open(self.path / "model")
+    def checkpoint(self, device: str = "cpu") -> Checkpoint:
+        """Return both towers, loaded anew, on a device of torch."""
+        return Checkpoint.open(self.path / "model", device)
 
     @functools.cached_property
     def schema(self) -> FeatureSchema:

@@ -17,12 +17,17 @@ from typing import Any, Self
 import numpy as np
 
 from twotower.index.allowed import Allowed
+from twotower.index.gpu import GpuUnit
 from twotower.index.hits import Hits
+from twotower.index.recall import index_recalls
 from twotower.retrieval.front import Front, allowed_items, timing
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy
 
 __all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever"]
+
+_TIES = 16
+"""Items behind the last that are looked at for its score."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +42,38 @@ class Found:
 class Retriever(Front):
     """The query tower, the user table, the item table and the shards of one generation."""
 
-    def __init__(self, generation: Generation, threads: int = 1) -> None:
+    def __init__(self, generation: Generation, threads: int = 1, device: str = "cpu") -> None:
         """Load what answers need.
 
         Args:
             generation: an opened generation.
             threads: CPU threads of the query tower and of a search.
+            device: of torch, for the query tower; shards go to the GPUs that FAISS finds.
         """
-        super().__init__(generation, threads)
+        super().__init__(generation, threads, device)
         self._searcher = generation.searcher(threads)
 
     @classmethod
-    def open(cls, generation_dir: Path | str, threads: int = 1, verify: bool = True) -> Self:
+    def open(
+        cls, generation_dir: Path | str, threads: int = 1, verify: bool = True, device: str = "cpu"
+    ) -> Self:
         """Open a generation.
 
         Args:
             generation_dir: the directory of one generation.
             threads: CPU threads of the query tower and of a search.
             verify: check size and SHA-256 of every file.
+            device: of torch, for the query tower; shards go to the GPUs that FAISS finds.
 
         Raises:
             ArtefactError: the generation is not finished, or a file of it is damaged.
         """
-        return cls(Generation.open(Path(generation_dir), verify=verify), threads)
+        return cls(Generation.open(Path(generation_dir), verify=verify), threads, device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the query tower or a shard is on a GPU."""
+        return self._device != "cpu" or any(isinstance(unit, GpuUnit) for unit in self._searcher.units)
 
     def warm_up(self) -> None:
         """Answer queries from a history, so that the first real one finds everything loaded."""
@@ -130,6 +144,28 @@ class Retriever(Front):
         searched = time.perf_counter()
         items = self.describe_hits(hits, fields)
         return Answer(self.generation_id, items, "similar", timing(start, encoded, searched))
+
+    def index_recall(self, query: Query, item_ids: Sequence[str]) -> float | None:
+        """Return the share of the best items by exact search that an answer holds, in [0, 1].
+
+        Args:
+            query: what was asked.
+            item_ids: what was answered.
+
+        Returns:
+            None where the index was not asked, or nothing is allowed.
+        """
+        encoded = self.encode([query])
+        if not encoded.searched:
+            return None
+        excluded = [encoded.inputs[0].excluded]
+        # More than k, since items that tie with the last one are as good.
+        exact = self._searcher.search_exactly(
+            encoded.vectors, query.k + _TIES, excluded, self._allowed_sets([query], None)[0]
+        )
+        rows = self._item_ids.rows(item_ids)
+        shares = index_recalls([Hits(rows, np.zeros(len(rows), np.float32))], exact, query.k)
+        return float(shares[0]) if len(shares) else None
 
     def _found(self, queries: Sequence[Query], among: Allowed | None) -> tuple[list[Found], float]:
         """Return what was found for each query, and the time when they were encoded."""

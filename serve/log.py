@@ -1,0 +1,28 @@
+"""Log lines about the service itself: one for each event, with its facts as keys.
+
+They go where Serve's own lines go, as JSON in a replica. No fact names a user or an item.
+"""
+
+from __future__ import annotations
+
+import logging
+
+_SERVE = logging.getLogger("ray.serve")
+_EVENTS = logging.getLogger("ray.serve.twotower")
+
+
+def log_event(event: str, message: str, level: int = logging.INFO, **facts: str | float | None) -> None:
+    """Write one line.
+
+    Args:
+        event: its kind, such as "generation_switched".
+        message: for people.
+        level: of ``logging``; lines of INFO are written whatever the level of Serve's logger is.
+        facts: further keys of the line.
+    """
+    if _EVENTS.level == logging.NOTSET:
+        _EVENTS.setLevel(logging.INFO)
+    _EVENTS.log(level, message, extra={"event": event, **facts}, stacklevel=2)
+    # With the throughput settings Serve collects a thousand lines before it writes any.
+    for handler in _SERVE.handlers:
+        handler.flush()
