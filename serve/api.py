@@ -132,6 +132,7 @@ def make_api(service: Service, request_ids: bool = True) -> FastAPI:
         content = {
             "status": "ready",
             "generation": service.front.generation_id,
+            **service.status(),
             "settings": service.settings,
         }
         return json_response(orjson.dumps(content))

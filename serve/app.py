@@ -23,6 +23,8 @@ class BuildArgs(BaseModel):
     """Folder of each node for the generations of a URL."""
     pointer: str = "CURRENT"
     """Pointer of the store to serve."""
+    poll_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds between two looks at the pointer, whose new generation answers without a restart; 0 never."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of the query tower and of a search."""
     workers: Annotated[int, Field(ge=1)] = 2
@@ -55,7 +57,13 @@ def _fused(args: BuildArgs) -> Application:
     retrieval: Any = deployments.Retrieval
     deployment = retrieval.options(num_replicas=args.num_replicas, ray_actor_options=_actor_options(args))
     application: Application = deployment.bind(
-        _place(args.store), args.pointer, args.threads, args.workers, args.max_k, _folder(args.cache)
+        _place(args.store),
+        args.pointer,
+        args.threads,
+        args.workers,
+        args.max_k,
+        _folder(args.cache),
+        args.poll_s,
     )
     return application
 

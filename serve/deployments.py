@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from fastapi import FastAPI
@@ -10,7 +11,7 @@ from ray import serve
 from serve.api import make_api
 from serve.service import FusedService
 from serve.settings import serve_settings, warn_of_missing
-from twotower.errors import ArtefactError
+from twotower.retrieval.follower import Follower
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import store_at
 
@@ -27,12 +28,19 @@ logger = logging.getLogger("ray.serve")
 )
 @serve.ingress()
 class Retrieval:
-    """Answers requests from the generation that a pointer of a store names when the replica starts."""
+    """Answers requests from the generation that a pointer of a store names, and follows the pointer."""
 
     def __init__(
-        self, store: str, pointer: str, threads: int, workers: int, max_k: int, cache: str | None = None
+        self,
+        store: str,
+        pointer: str,
+        threads: int,
+        workers: int,
+        max_k: int,
+        cache: str | None = None,
+        poll_s: float = 1.0,
     ) -> None:
-        """Open and verify the generation, and answer a first query.
+        """Open and verify the generation, and answer first queries.
 
         Args:
             store: path or URL of the store.
@@ -41,20 +49,17 @@ class Retrieval:
             workers: requests worked on at the same time.
             max_k: largest k of a request.
             cache: local folder for the generations of a URL.
+            poll_s: seconds between two looks at the pointer; 0 does not follow it.
 
         Raises:
-            ArtefactError: nothing is published, or what is published is damaged.
+            ArtefactError: nothing is published, or what is published is damaged or answers nonsense.
         """
-        found = store_at(store, cache)
-        generation_id = found.current(pointer)
-        if generation_id is None:
-            raise ArtefactError(
-                f"nothing is published: {store} has no pointer {pointer}; run jobs.pipeline first"
-            )
-        retriever = Retriever.open(found.fetch(generation_id), threads=threads)
-        retriever.warm_up()
+        load = functools.partial(Retriever.ready, threads=threads)
+        follower = Follower(store_at(store, cache), pointer, load, poll_s, log=logger)
         settings = serve_settings()
-        self._service = FusedService(retriever, max_k, workers, settings, threads)
+        self._service = FusedService(follower.open(), max_k, workers, settings, threads)
+        if poll_s:
+            self._service.follow(follower)
         warn_of_missing(settings, logger)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import orjson
 import torch
 
+from twotower.retrieval.follower import Follower
 from twotower.retrieval.front import Front
 from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.retriever import Retriever
@@ -50,7 +51,30 @@ class Service(ABC):
         self._pool = ThreadPoolExecutor(
             workers, "retrieve", initializer=functools.partial(torch.set_num_threads, threads)
         )
+        self._follower: Follower[Any] | None = None
         self.ready = True
+
+    def follow(self, follower: Follower[Any]) -> None:
+        """Let what a follower loads answer from now on."""
+
+        def use(front: Front) -> None:
+            # One assignment switches query tower, shards, user table and item table together.
+            self.front = front
+
+        self._follower = follower
+        follower.start(use)
+
+    def status(self) -> dict[str, Any]:
+        """Return which generations are in memory, and which one was refused and why, as plain JSON values."""
+        follower = self._follower
+        if follower is None:
+            return {"held": [self.front.generation_id], "refused": None, "pointer_problem": None}
+        refused = follower.refused
+        return {
+            "held": follower.held,
+            "refused": None if refused is None else {"id": refused.id, "reason": refused.reason},
+            "pointer_problem": follower.problem,
+        }
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Return what ``work`` returns, run in one of the threads."""
@@ -77,8 +101,8 @@ class Service(ABC):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Return the facts of the generation that answers now, as plain JSON values."""
-        return self.front.describe()
+        """Return the facts of the generation that answers now, and ``status``, as plain JSON values."""
+        return {**self.front.describe(), **self.status()}
 
 
 class FusedService(Service):

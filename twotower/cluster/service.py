@@ -72,6 +72,7 @@ def running(
                 store=config.storage.store or str(config.store),
                 cache=str(config.store),
                 pointer=pointer,
+                poll_s=serve.poll_s,
                 threads=serve.threads,
                 max_k=serve.max_k,
                 topology=serve.topology,

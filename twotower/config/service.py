@@ -145,6 +145,8 @@ class ServeConfig(Section):
     """Threads of the query tower and of a search."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
+    poll_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds between two looks at the pointer, whose new generation answers without a restart; 0 never."""
 
 
 class ClusterConfig(Section):
