@@ -35,7 +35,7 @@ _NICE = 10
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
 _RELEASE_S, _RELEASE_POLL_S = 30.0, 0.02
 """How long requests may go on with the generation that was replaced before this thread lets go of it."""
-_FOLDERS = re.compile(r"(?:\w+://)?(?:[\w.@+~-]*/)+(?=[\w.@+~-])")
+_FOLDERS = re.compile(r"(?<![\w./])(?:\w+:/)?/(?:[\w.@+~-]+/)*")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,9 @@ class Follower(Generic[T]):
         if sys.platform == "linux":
             # There, a thread has a priority of its own.
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+                thread = threading.get_native_id()
+                niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICE
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
         while not self._stop.wait(self._poll_s):
             name = self._named()
             if name == self.generation_id:
