@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -32,6 +32,7 @@ from twotower.retrieval.store import Store
 
 T = TypeVar("T")
 _NICE = 10
+_TURN_S = 0.0005
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
 _RELEASE_S, _RELEASE_POLL_S = 30.0, 0.02
 """How long requests may go on with the generation that was replaced before this thread lets go of it."""
@@ -158,7 +159,8 @@ class Follower(Generic[T]):
             if name == self.generation_id:
                 self._accept()
             elif name is not None and self._is_due(name):
-                self._change(name, use)
+                with _short_turns():
+                    self._change(name, use)
             self._forget_gone()
 
     def _named(self) -> str | None:
@@ -277,6 +279,17 @@ class Follower(Generic[T]):
         for name in dead:
             if self._gone is not None:
                 self._gone(name)
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let Python code that loads hold up that of requests for less than Python's usual 5 ms at a time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _return_memory() -> None:
