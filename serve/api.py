@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request, Response
 import twotower
 from serve import documentation as docs
 from serve.admission import INLINE_BODY_BYTES, Bodies, deadline_of
+from serve.demo import add_demo
 from serve.errors import add_error_handlers, json_response
 from serve.middleware import BearerToken, Failures, Measured, RequestIds
-from serve.page import add_demo
 from serve.schemas import (
     BadRequest,
     BatchAnswer,

@@ -5,51 +5,14 @@ With HAProxy on, Ray's own ``serve run MODULE:BUILDER`` listens on all interface
 """
 
 # No postponed annotations: Ray reads the type of build's argument from the annotation as it stands.
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
-from serve.settings import Intake
-from twotower.config import LimitsConfig
+from serve.arguments import BuildArgs
 
-
-class BuildArgs(BaseModel):
-    """Arguments of the application, from a command line or from ``serve/config.yaml``."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    store: str
-    """Path of the store, the same on every node, or its URL; its pointer names what is served."""
-    cache: str | None = None
-    """Folder of each node for the generations of a URL."""
-    pointer: str = "CURRENT"
-    """Pointer of the store to serve."""
-    threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads of the query tower and of a search."""
-    workers: Annotated[int, Field(ge=1)] = 2
-    """Requests that a replica works on at the same time; others wait."""
-    max_k: Annotated[int, Field(ge=1)] = 1000
-    """Largest k of a request."""
-    limits: LimitsConfig = LimitsConfig()
-    """Further limits of requests, and of what waits."""
-    token_file: str | None = None
-    """File with the bearer token that requests must bring; readable on every node. Null asks for none."""
-    log_user_ids: bool = False
-    """Whether the log of a failure holds its message, which may name users and items."""
-    topology: Literal["fused", "sharded"] = "fused"
-    """fused: every replica holds all shards; sharded: gateways ask groups of shards elsewhere."""
-    groups: Annotated[int, Field(ge=1)] = 2
-    """Sharded: groups that the shards of a generation are divided among."""
-    replicas_per_group: Annotated[int, Field(ge=1)] = 1
-    """Sharded: replicas of each group; with two a slow or dead one costs little."""
-    group_deadline_ms: Annotated[float, Field(gt=0)] = 200.0
-    """Sharded: milliseconds after which a group is left out of an answer, which then says so."""
-    num_replicas: Annotated[int, Field(ge=1)] = 1
-    """Replicas of the fused deployment, or of the gateway."""
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 0.25
-    """Logical CPUs that Ray reserves for a replica."""
+__all__ = ["BuildArgs", "build", "sharded"]
 
 
 def build(args: BuildArgs) -> Application:
@@ -62,16 +25,7 @@ def _fused(args: BuildArgs) -> Application:
 
     # Ray's decorators have no types: to a type checker this is still the class.
     retrieval: Any = deployments.Retrieval
-    deployment = retrieval.options(num_replicas=args.num_replicas, ray_actor_options=_actor_options(args))
-    application: Application = deployment.bind(
-        _place(args.store),
-        args.pointer,
-        args.threads,
-        args.workers,
-        args.max_k,
-        _local(args.cache),
-        _intake(args),
-    )
+    application: Application = retrieval.options(**_ingress_options(args)).bind(args.resolved())
     return application
 
 
@@ -86,49 +40,41 @@ def sharded(args: BuildArgs, shard_replica: Any = None) -> Application:
 
     shard_replica = shard_replica or deployments.ShardReplica
     gateway: Any = deployments.Gateway
-    options = _actor_options(args)
-    place, cache = _place(args.store), _local(args.cache)
+    options = {"ray_actor_options": _actor_options(args), "logging_config": _logging(args)}
     groups = [
         [
-            shard_replica.options(name=f"Group-{group}-{replica}", ray_actor_options=options).bind(
-                place, args.pointer, group, args.groups, args.threads, args.workers, cache
-            )
+            shard_replica.options(name=f"Group-{group}-{replica}", **options).bind(args.resolved(), group)
             for replica in range(args.replicas_per_group)
         ]
         for group in range(args.groups)
     ]
-    deployment = gateway.options(num_replicas=args.num_replicas, ray_actor_options=options)
-    application: Application = deployment.bind(
-        place,
-        args.pointer,
-        args.threads,
-        args.workers,
-        args.max_k,
-        cache,
-        args.group_deadline_ms,
-        groups,
-        _intake(args),
-    )
+    application: Application = gateway.options(**_ingress_options(args)).bind(args.resolved(), groups)
     return application
+
+
+def _ingress_options(args: BuildArgs) -> dict[str, Any]:
+    replicas: dict[str, Any] = {"num_replicas": args.num_replicas}
+    if args.max_replicas is not None:
+        scaling = {
+            "min_replicas": args.num_replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": args.target_ongoing_requests,
+        }
+        replicas = {"autoscaling_config": scaling}
+    return {**replicas, "ray_actor_options": _actor_options(args), "logging_config": _logging(args)}
+
+
+def _logging(args: BuildArgs) -> LoggingConfig:
+    # Serve's access log has the level INFO. Our own events are written at any level.
+    level = "INFO" if args.access_log else "WARNING"
+    return LoggingConfig(encoding="JSON", log_level=level, enable_access_log=args.access_log)
 
 
 def _actor_options(args: BuildArgs) -> dict[str, Any]:
     # OpenMP reads its variables when it is loaded, before any code of ours runs in the replica.
     variables = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": variables}}
-
-
-def _intake(args: BuildArgs) -> Intake:
-    return Intake(args.limits, _local(args.token_file), args.log_user_ids)
-
-
-def _place(store: str) -> str:
-    return store if "://" in store else _absolute(store)
-
-
-def _local(path: str | None) -> str | None:
-    return None if path is None else _absolute(path)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return {
+        "num_cpus": args.cpus_per_replica,
+        "num_gpus": args.gpus_per_replica,
+        "runtime_env": {"env_vars": variables},
+    }

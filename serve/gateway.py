@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from serve.service import Service, name_the_wrong_one
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
 from twotower.index.hits import Hits
+from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.front import Encoded, Front, allowed_items, timing
 from twotower.retrieval.groups import (
     GroupQuery,
@@ -144,14 +145,7 @@ class GatewayService(Service[Front]):
         if predicates:
             await self.run(front.generation.attributes.check, predicates, deadline=deadline)
         row = front.row_of(item_id)
-        answers = await asyncio.gather(
-            *(g.call(pack_vector_request(front.generation_id, row), self._deadline_s) for g in self.groups),
-            return_exceptions=True,
-        )
-        messages = [a for a in answers if isinstance(a, bytes)]
-        vector = next((v for v in map(unpack_vector, messages) if v is not None), None)
-        if vector is None:
-            raise NoGroupError
+        vector = await self._vector(front, row)
         encoded = time.perf_counter()
         query = GroupQuery(k, np.array([row], np.int64), predicates)
         message = pack_search(front.generation_id, vector[None, :], [query])
@@ -162,9 +156,47 @@ class GatewayService(Service[Front]):
         took = timing(start, encoded, searched)
         return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 
+    def probe(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        """Ask a generation that the groups hold questions whose answers can be checked.
+
+        Args:
+            front: of the generation.
+            wait: runs a coroutine in the event loop and returns what it returns; this is another thread.
+
+        Raises:
+            ArtefactError: it answers nonsense.
+        """
+        check_answers(front, lambda query: wait(self.answers(front, [query]))[0])
+        rows = sampled_rows(front)
+        stored = np.stack([wait(self._vector(front, row)) for row in rows.tolist()])
+
+        def best(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            none = np.zeros(0, np.int64)
+            message = pack_search(front.generation_id, vectors, [GroupQuery(1, none)] * len(vectors))
+            found, _ = wait(self._ask(message, front.generation_id))
+            scores = [[hits.scores.max(initial=-np.inf) for hits in group] for group in found]
+            return np.array(scores, np.float32).max(axis=0)
+
+        check_vectors(front.encode_items(rows), stored, best)
+
     def status(self) -> dict[str, Any]:
         """Return what ``Service`` does, and what was called and how it went, by group."""
         return {**super().status(), "groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
+
+    async def _vector(self, front: Front, row: int) -> npt.NDArray[np.float32]:
+        """Return the vector of an item, [D].
+
+        Raises:
+            NoGroupError: the group that holds it did not answer.
+        """
+        message = pack_vector_request(front.generation_id, row)
+        answers = await asyncio.gather(
+            *(group.call(message, self._deadline_s) for group in self.groups), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, bytes) and (vector := unpack_vector(answer)) is not None:
+                return vector
+        raise NoGroupError
 
     async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
         """Return what each group that answered found, and the names of the others."""

@@ -56,10 +56,12 @@ class GroupLinks:
         ]
         """The groups, to be called."""
 
+    def need(self, generation_ids: Collection[str]) -> None:
+        """Note which generations are needed; replicas are told within a second, and free all others."""
+        self._needed = frozenset(generation_ids)
+
     async def hold(self, generation_ids: Collection[str], timeout_s: float) -> None:
         """Have every replica of every group hold generations, and free all others.
-
-        Returns once all hold them, or when the time is up.
 
         Args:
             generation_ids: of the generations.
@@ -67,11 +69,14 @@ class GroupLinks:
 
         Raises:
             ArtefactError: a replica can not hold one, with the reason.
+            TimeoutError: a replica is away, or does not hold all of them in time.
         """
-        self._needed = frozenset(generation_ids)
+        self.need(generation_ids)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while not await self._refresh() and loop.time() < deadline:
+        while not await self._refresh():
+            if loop.time() >= deadline:
+                raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
             await asyncio.sleep(_STARTING_PERIOD_S)
 
     async def watch(self) -> None:

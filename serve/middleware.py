@@ -12,8 +12,8 @@ from pathlib import Path
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.demo import PAGE_PATHS
 from serve.metrics import Metrics
-from serve.page import PAGE_PATHS
 from serve.schemas import error_body
 from twotower.errors import ConfigError
 

@@ -1,29 +1,15 @@
-"""What a deployment that answers over HTTP is set to, and the Serve settings that its process runs with."""
+"""The Serve settings that a process runs with, and how many requests Serve hands to a replica at a time."""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
 
-from twotower.config import LimitsConfig
 from twotower.environment import read_settings
 
 MAX_ONGOING_REQUESTS = 2048
 """A request whose body is still on its way is ongoing too: this is more than slow clients may hold. What
 waits for work is bounded by the service itself (``serve.admission``)."""
-
-
-@dataclass(frozen=True)
-class Intake:
-    """Which requests are taken in, and what is said about them."""
-
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    """Of requests, and of what waits."""
-    token_file: str | None = None
-    """File with the bearer token that requests must bring; None asks for none."""
-    log_user_ids: bool = False
-    """Whether the log of a failure holds its message."""
 
 
 def serve_settings() -> dict[str, dict[str, str]]:

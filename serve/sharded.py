@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from serve.api import make_api
+from serve.arguments import BuildArgs
 from serve.frames import serve_frames
 from serve.gateway import GatewayService
 from serve.links import Ask, GroupLinks, Holding
+from serve.metrics import Metrics, RaySink
 from serve.middleware import read_token
-from serve.settings import MAX_ONGOING_REQUESTS, Intake, serve_settings, warn_of_missing
-from twotower.errors import ArtefactError
+from serve.settings import MAX_ONGOING_REQUESTS, serve_settings, warn_of_missing
+from twotower.retrieval.follower import Follower
 from twotower.retrieval.front import Front
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import answer
 from twotower.retrieval.holder import GroupHolder
-from twotower.retrieval.store import CURRENT, Store, store_at
+from twotower.retrieval.store import store_at
 
-_START_TIMEOUT_S = 120.0
+T = TypeVar("T")
+_START_TIMEOUT_S = 60.0
+_SWITCH_TIMEOUT_S = 600.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,46 +44,32 @@ logger = logging.getLogger("ray.serve")
 class ShardSearch:
     """Searches one group of shards, in each generation that a gateway needs."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it.
-        self,
-        store: str,
-        pointer: str,
-        group: int,
-        num_groups: int,
-        threads: int,
-        workers: int,
-        cache: str | None = None,
-    ) -> None:
-        """Load the group of the generation that a pointer names now.
+    async def __init__(self, args: BuildArgs, group: int) -> None:  # type: ignore[misc]  # Serve awaits it.
+        """Load the group of the generation that the pointer names now, and listen for the gateways.
 
         Args:
-            store: path or URL of the store.
-            pointer: name of the pointer.
-            group: 0 to num_groups - 1.
-            num_groups: groups of each generation.
-            threads: CPU threads of a search.
-            workers: calls worked on at the same time.
-            cache: local folder for the generations of a URL.
+            args: of the application, with absolute paths.
+            group: 0 to ``args.groups`` - 1.
 
         Raises:
             ArtefactError: nothing is published, or what is published is damaged or has too few shards.
         """
-        found = store_at(store, cache)
-        self._holder = GroupHolder(found, group, num_groups, threads)
-        self._holder.load(published(found, pointer))
-        self._pool = ThreadPoolExecutor(workers, "search")
+        store = store_at(args.store, args.cache)
+        self._holder = GroupHolder(store, group, args.groups, args.threads)
+        self._holder.load(store.published(args.pointer))
+        self._pool = ThreadPoolExecutor(args.workers, "search")
         self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
+
+    async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
+        """Note what a gateway needs, and return what is held and where calls are answered."""
+        self._holder.need(gateway, generation_ids)
+        return Holding(self._address, list(self._holder.held), self._holder.refused)
 
     async def _answer(self, message: bytes) -> bytes:
         """Return the answer to a message of the gateway."""
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, answer, message, self._holder.held
         )
-
-    async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
-        """Note what a gateway needs, and return what is held and where calls are answered."""
-        self._holder.need(gateway, generation_ids)
-        return Holding(self._address, list(self._holder.held), self._holder.refused)
 
 
 ShardReplica = serve.deployment(
@@ -95,80 +87,106 @@ ShardReplica = serve.deployment(
     max_queued_requests=256,
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
     max_constructor_retry_count=1,
+    # A replica that is to be replaced serves until the new one does, also where it is the only one.
+    max_surge_percent=100,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=5,
 )
 @serve.ingress()
 class Gateway:
-    """Answers requests from a query tower here and from shard groups elsewhere."""
+    """Answers requests from a query tower here and from shard groups elsewhere, and follows the pointer."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it.
-        self,
-        store: str,
-        pointer: str,
-        threads: int,
-        workers: int,
-        max_k: int,
-        cache: str | None,
-        deadline_ms: float,
-        groups: Sequence[Sequence[DeploymentHandle]],
-        intake: Intake | None = None,
+        self, args: BuildArgs, groups: Sequence[Sequence[DeploymentHandle]]
     ) -> None:
-        """Open the generation, and wait until every replica of every group holds it.
+        """Open the generation, wait until every replica of every group holds it, and answer first queries.
 
         Args:
-            store: path or URL of the store.
-            pointer: name of the pointer.
-            threads: CPU threads of the query tower.
-            workers: requests encoded or described at the same time.
-            max_k: largest k of a request.
-            cache: local folder for the generations of a URL.
-            deadline_ms: milliseconds after which a group is left out.
+            args: of the application, with absolute paths.
             groups: handles of the replicas of each group.
-            intake: which requests are taken in.
 
         Raises:
-            ArtefactError: nothing is published, or what is published is damaged.
+            ArtefactError: nothing is published, or what is published is damaged or answers nonsense.
             ConfigError: the file of the token holds none.
         """
-        self._intake = intake or Intake()
-        self._token = read_token(self._intake.token_file)
+        self._args = args
+        self._token = read_token(args.token_file)
+        self._loop = asyncio.get_running_loop()
         self._links = GroupLinks([[_ask(handle) for handle in replicas] for replicas in groups])
-        found = store_at(store, cache)
-        generation_id = published(found, pointer)
-        front = Front(Generation.open(found.fetch(generation_id)), threads)
+        self._service: GatewayService | None = None
+        follower = Follower(
+            store_at(args.store, args.cache), args.pointer, self._load, args.poll_s, self._gone, logger
+        )
+        front = await self._loop.run_in_executor(None, follower.open)
         settings = serve_settings()
-        self._service = GatewayService(
+        service = GatewayService(
             front,
             self._links.groups,
-            max_k,
-            workers,
+            args.max_k,
+            args.workers,
             settings,
-            threads,
-            deadline_ms / 1000,
-            self._intake.limits,
+            args.threads,
+            args.group_deadline_ms / 1000,
+            args.limits,
+            Metrics(RaySink()),
         )
-        await self._links.hold({generation_id}, _START_TIMEOUT_S)
+        try:
+            await self._links.hold({front.generation_id}, _START_TIMEOUT_S)
+        except TimeoutError as error:
+            # A gateway that is started again while a group is down answers from the others.
+            logger.warning("starting without every group: %s", error)
+        else:
+            await self._loop.run_in_executor(None, self._probe, service, front)
+        self._service = service
         self._watching = asyncio.ensure_future(self._links.watch())
+        if args.poll_s:
+            service.follow(follower)
         warn_of_missing(settings, logger)
+
+    def __del__(self) -> None:
+        """Stop the threads; called by Serve when the last request has ended."""
+        if service := getattr(self, "_service", None):
+            service.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        return make_api(self._service, False, self._token, self._intake.log_user_ids)
+        assert self._service is not None
+        return make_api(self._service, False, self._token, self._args.log_user_ids, self._args.demo)
 
+    def _load(self, generation: Generation) -> Front:
+        """Return the front of a generation that every group holds, after probing it.
 
-def published(store: Store, pointer: str = CURRENT) -> str:
-    """Return the id of the generation that a pointer names.
+        The follower calls it in a thread of its own.
 
-    Raises:
-        ArtefactError: there is none.
-    """
-    generation_id = store.current(pointer)
-    if generation_id is None:
-        raise ArtefactError(
-            f"nothing is published: {store.where} has no pointer {pointer}; run jobs.pipeline first"
-        )
-    return generation_id
+        Raises:
+            ArtefactError: a group can not hold it, or it answers nonsense.
+            TimeoutError: a replica is away.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        front = Front(generation, self._args.threads, device)
+        service = self._service
+        if service is None:
+            return front
+        current = service.front.generation_id
+        try:
+            self._wait(self._links.hold({current, generation.id}, _SWITCH_TIMEOUT_S))
+            self._probe(service, front)
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._links.need, {current})
+            raise
+        return front
+
+    def _probe(self, service: GatewayService, front: Front) -> None:
+        service.probe(front, self._wait)
+
+    def _gone(self, generation_id: str) -> None:
+        """Let the groups free a generation that no request here needs any more."""
+        assert self._service is not None
+        self._loop.call_soon_threadsafe(self._links.need, {self._service.front.generation_id})
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what a coroutine returns, run in the event loop; from another thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 def _ask(handle: DeploymentHandle) -> Ask:

@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api import make_api
-from serve.page import PAGE_PATHS
+from serve.demo import PAGE_PATHS
+from serve.fused import FusedService
 from serve.schemas import error_body
-from serve.service import FusedService
 from tests.browser.visit import Visit, answered, shown, visiting
 from tests.service import Client
 from tests.shop import HOSTILE_TITLES, NUM_ITEMS

@@ -14,8 +14,8 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import make_api
+from serve.fused import FusedService, Service
 from serve.middleware import MIN_TOKEN_LENGTH, OPEN, read_token
-from serve.service import FusedService, Service
 from tests.http.asgi import Answer, ask
 from twotower.config import LimitsConfig
 from twotower.errors import ConfigError

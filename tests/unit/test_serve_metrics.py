@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from serve.api import make_api
+from serve.fused import FusedService
 from serve.metrics import SPECS, Metrics
 from serve.probe import Probe
-from serve.service import FusedService
 from tests.shop import NUM_ITEMS, build_store
 from twotower.retrieval.query import Answer, HistoryItem, Query
 from twotower.retrieval.retriever import Retriever

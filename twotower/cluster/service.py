@@ -68,30 +68,12 @@ def running(
     def make() -> Application:
         from serve.app import BuildArgs, build
 
-        serve = config.serve
         return build(
             BuildArgs(
                 store=config.storage.store or str(config.store),
                 cache=str(config.store),
                 pointer=pointer,
-                threads=serve.threads,
-                max_k=serve.max_k,
-                topology=serve.topology,
-                groups=serve.groups,
-                replicas_per_group=serve.replicas_per_group,
-                group_deadline_ms=serve.group_deadline_ms,
-                limits=serve.limits,
-                token_file=serve.token_file,
-                log_user_ids=serve.log_user_ids,
-                demo=serve.demo,
-                num_replicas=serve.num_replicas,
-                max_replicas=serve.max_replicas,
-                target_ongoing_requests=serve.target_ongoing_requests,
-                cpus_per_replica=serve.cpus_per_replica,
-                gpus_per_replica=serve.gpus_per_replica,
-                batch_window_ms=serve.batch_window_ms,
-                probe_every=serve.probe_every,
-                access_log=serve.access_log,
+                **config.serve.model_dump(exclude={"host", "port"}),
             )
         )
 

@@ -16,9 +16,10 @@ from twotower.config.data import (
 from twotower.config.loading import load_config, parse_config
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
-from twotower.config.service import AttributeConfig, LimitsConfig
+from twotower.config.service import ApplicationConfig, AttributeConfig, LimitsConfig
 
 __all__ = [
+    "ApplicationConfig",
     "AttributeConfig",
     "Config",
     "DataConfig",

@@ -147,13 +147,9 @@ class LimitsConfig(Section):
     """Milliseconds after which work on a request no longer begins; its X-Deadline-Ms goes before this."""
 
 
-class ServeConfig(Section):
-    """The HTTP service."""
+class ApplicationConfig(Section):
+    """The service, wherever it listens: what ``serve.app:build`` takes beside the store."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    """Port to listen on."""
     topology: Literal["fused", "sharded"] = "fused"
     """fused: every replica holds all shards; sharded: gateways ask groups of shards elsewhere."""
     groups: PositiveInt = 2
@@ -173,9 +169,13 @@ class ServeConfig(Section):
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that Ray reserves for a replica."""
     threads: PositiveInt = 1
-    """Threads of the query tower and of a search."""
+    """CPU threads of the query tower and of a search."""
+    workers: PositiveInt = 2
+    """Requests that a replica works on at the same time; others wait."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
+    poll_s: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds between two looks at the pointer, whose new generation answers without a restart; 0 never."""
     limits: LimitsConfig = LimitsConfig()
     """Further limits of requests, and of what waits."""
     token_file: str | None = None
@@ -188,7 +188,7 @@ class ServeConfig(Section):
     batch_window_ms: Annotated[float, Field(ge=0, le=1)] | None = None
     """Milliseconds for which a query waits for others, to be answered together; when not given 1 with a GPU,
     0 without."""
-    probe_every: Annotated[int, Field(ge=0)] = 1_000
+    probe_every: NonNegativeInt = 1_000
     """Of so many answers one is compared with exact search, for the metric of index recall; 0: none."""
     access_log: bool = False
     """Write a log line for each request."""
@@ -200,6 +200,15 @@ class ServeConfig(Section):
                 f"max_replicas ({self.max_replicas}) must be at least num_replicas ({self.num_replicas})"
             )
         return self
+
+
+class ServeConfig(ApplicationConfig):
+    """The HTTP service."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
 
 
 class ClusterConfig(Section):

@@ -42,7 +42,9 @@ class Allowed:
         """Return the set of item rows in any order; those outside of [0, R) are passed over."""
         given = np.asarray(rows, dtype=np.int64).reshape(-1)
         if len(given) and not (np.diff(given) > 0).all():
-            given = np.unique(given)
+            # np.unique of integers holds on to the interpreter for a second with ten million of them.
+            given = np.sort(given)
+            given = given[np.concatenate([[True], given[1:] != given[:-1]])]
         if len(given) and (given[0] < 0 or given[-1] >= num_rows):
             given = given[(given >= 0) & (given < num_rows)]
         return cls(num_rows, rows=given)

@@ -56,6 +56,7 @@ _SCATTERED = 32
 """With a smaller share than this, setting single bits is faster than comparing a code of each item row."""
 _FEW_VALUES = 1 << 16
 """Values that are looked up in a dictionary; more are searched for."""
+_PIECE = 1 << 10
 _NO_ROWS = np.zeros(0, np.int32)
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -137,7 +138,11 @@ class AttributeColumn:
         """Codes of values with so many items that they are kept as bits, once asked for."""
         self._known: dict[Any, int] | None = None
         if num_values <= _FEW_VALUES:
-            self._known = {value: code for code, value in enumerate(self._values.to_pylist())}
+            # Piece by piece: one call for all would hold up every other thread of the interpreter.
+            self._known = {}
+            for start in range(0, num_values, _PIECE):
+                piece = self._values.slice(start, _PIECE).to_pylist()
+                self._known.update({value: start + place for place, value in enumerate(piece)})
         self._codes: npt.NDArray[np.unsignedinteger[Any]] | None = None
         """[R] the code of each item row; None where items have several."""
         if single:

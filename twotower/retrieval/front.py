@@ -21,10 +21,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from twotower.data.dataset import ITEM_ROW
 from twotower.errors import NotAllowedError
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
 from twotower.model.features import QueryFeatures, to_device
+from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
 from twotower.retrieval.query import Query, UnknownItemError
@@ -60,8 +62,8 @@ class Front:
         self._generation = generation
         self._threads = threads
         self._device = device
-        checkpoint = generation.checkpoint(device)
-        self._model = checkpoint.model
+        self._checkpoint = generation.checkpoint(device)
+        self._model = self._checkpoint.model
         self._item_ids = generation.item_ids
         self._items = generation.items
         self._answerable = generation.answerable_rows()
@@ -70,7 +72,7 @@ class Front:
             self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
         )
         self._inputs = make_inputs(generation)
-        self._features = QueryFeatures(checkpoint.schema, generation.profiles)
+        self._features = QueryFeatures(self._checkpoint.schema, generation.profiles)
         self.prepare_thread()
 
     @property
@@ -82,6 +84,11 @@ class Front:
     def generation_id(self) -> str:
         """Id of the generation."""
         return self._generation.id
+
+    @property
+    def answerable(self) -> npt.NDArray[np.int64]:
+        """Item rows that can be answered: ascending [num_items] int64."""
+        return self._answerable
 
     def prepare_thread(self) -> None:
         """Set the number of torch threads; call it once in each thread that retrieves."""
@@ -171,6 +178,11 @@ class Front:
             for name in fields:
                 table = table.append_column(found.schema.field(name), found.column(name))
         return table
+
+    def encode_items(self, item_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return the vectors that the item tower gives to items [m], from their stored columns, [m, D]."""
+        table = self._items.table(item_rows).append_column(ITEM_ROW, pa.array(item_rows))
+        return encode_table(self._checkpoint, table)
 
     def describe_hits(self, hits: Hits, fields: Sequence[str]) -> list[dict[str, Any]]:
         """Return item_id, score and fields of each hit, in order."""

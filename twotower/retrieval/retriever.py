@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
+from twotower.errors import ArtefactError, RequestError
 from twotower.index.allowed import Allowed
 from twotower.index.gpu import GpuUnit
 from twotower.index.hits import Hits
 from twotower.index.recall import index_recalls
+from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.front import Front, allowed_items, timing
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy
@@ -75,12 +78,47 @@ class Retriever(Front):
         """Whether the query tower or a shard is on a GPU."""
         return self._device != "cpu" or any(isinstance(unit, GpuUnit) for unit in self._searcher.units)
 
+    @classmethod
+    def ready(cls, generation: Generation, threads: int = 1, device: str = "cpu") -> Self:
+        """Return the retriever of an opened generation, warmed up and probed.
+
+        Args:
+            generation: an opened generation.
+            threads: CPU threads of the query tower and of a search.
+            device: of torch, for the query tower.
+
+        Raises:
+            ArtefactError: the generation answers nonsense.
+        """
+        retriever = cls(generation, threads, device)
+        try:
+            retriever.warm_up()
+        except RequestError as error:
+            raise ArtefactError(f"the generation does not answer: {error}") from None
+        retriever.probe()
+        return retriever
+
     def warm_up(self) -> None:
         """Answer queries from a history, so that the first real one finds everything loaded."""
         first = self._item_ids.id(0)
         self.retrieve(Query(k=10, history=[HistoryItem(first)], fields=self.item_fields))
         if self.attributes:
             self.retrieve(Query(k=10, history=[HistoryItem(first)], allow_items=[first]))
+
+    def probe(self) -> None:
+        """Ask questions whose answers can be checked.
+
+        Raises:
+            ArtefactError: the generation answers nonsense.
+        """
+        check_answers(self, self.retrieve)
+        rows = sampled_rows(self)
+
+        def best(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            hits = self._searcher.search(vectors, 1)
+            return np.array([each.scores.max(initial=-np.inf) for each in hits], np.float32)
+
+        check_vectors(self.encode_items(rows), self._searcher.vectors(rows), best)
 
     def retrieve(self, query: Query) -> Answer:
         """Return the best allowed items for one query.

@@ -136,6 +136,19 @@ class Store:
             return None
         return checked_name(text.strip(), f"the content of {path}")
 
+    def published(self, pointer: str = CURRENT) -> str:
+        """Return the id that a pointer names.
+
+        Raises:
+            ArtefactError: it was never set, or its file holds no id.
+        """
+        generation_id = self.current(pointer)
+        if generation_id is None:
+            raise ArtefactError(
+                f"nothing is published: {self.where} has no pointer {pointer}; run jobs.pipeline first"
+            )
+        return generation_id
+
     def publications(self) -> list[Publication]:
         """Return what was published and rolled back, in order."""
         return read_log(self.root / LOG)

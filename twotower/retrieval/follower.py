@@ -1,0 +1,298 @@
+"""Follows a pointer of a store: what answers is always of the generation that it names, or of the one before.
+
+A change is noticed by asking for the pointer every so often. The generation that it names then is brought
+here, every byte of it is verified, it is loaded beside the one in use and probed, and one call lets it
+answer. A generation that fails is refused and reported, and the one in use stays. All of this happens in one
+background thread of low priority; nothing else waits for it.
+
+How a generation is loaded is up to the caller, so that one process or many may hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from twotower.artefacts import has_manifest
+from twotower.errors import ArtefactError
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.store import Store
+
+T = TypeVar("T")
+_NICE = 10
+_TURN_S = 0.0005
+_FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
+_RELEASE_S, _RELEASE_POLL_S = 30.0, 0.02
+"""How long requests may go on with the generation that was replaced before this thread lets go of it."""
+_FOLDERS = re.compile(r"(?<![\w./])(?:\w+:/)?/(?:[\w.@+~-]+/)*")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A generation that the pointer names and that is not used."""
+
+    id: str
+    reason: str
+    """For people, without paths."""
+
+
+class Follower(Generic[T]):
+    """Keeps what answers at the generation that a pointer names."""
+
+    def __init__(
+        self,
+        store: Store,
+        pointer: str,
+        load: Callable[[Generation], T],
+        poll_s: float = 1.0,
+        gone: Callable[[str], None] | None = None,
+        log: logging.Logger | None = None,
+    ) -> None:
+        """Keep what to follow; nothing is read yet.
+
+        Args:
+            store: holds the pointer and the generations.
+            pointer: its name.
+            load: makes of a verified generation what answers, warmed up and probed. An ``ArtefactError``
+                refuses the generation for good; after any other error it is tried again later. What it
+                returns must take weak references, and nothing but requests may keep it once it is replaced.
+            poll_s: seconds between two looks at the pointer.
+            gone: called with the id of a generation once nothing in this process refers to what ``load``
+                made of it.
+            log: gets what happens.
+        """
+        self._store = store
+        self._pointer = pointer
+        self._load = load
+        self._poll_s = poll_s
+        self._gone = gone
+        self._log = log or logging.getLogger(__name__)
+        self._held: list[tuple[str, weakref.ref[Any]]] = []
+        self._path = Path()
+        self._refused: Refusal | None = None
+        self._retry_at: float | None = None
+        self._retry_s = _FIRST_RETRY_S
+        self._problem: str | None = None
+        self._passed_over = False
+        self._on_refused: Callable[[str, str], None] | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> T:
+        """Load the generation that the pointer names now.
+
+        Raises:
+            ArtefactError: it names none, or one that is damaged or answers nonsense.
+        """
+        name = self._store.published(self._pointer)
+        path = self._store.fetch(name)
+        opened = self._opened(name, path)
+        self._path = path
+        self._held = [(name, weakref.ref(opened))]
+        return opened
+
+    def start(self, use: Callable[[T], None], refused: Callable[[str, str], None] | None = None) -> None:
+        """Follow the pointer from now on, after ``open``.
+
+        Args:
+            use: called in the background with what is to answer from then on.
+            refused: called with the id of a generation that is not used, and the reason without paths.
+        """
+        self._on_refused = refused
+        self._thread = threading.Thread(target=self._run, args=(use,), name="follower", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop following and wait for the end of a change that is going on."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def pointer(self) -> str:
+        """Name of the pointer."""
+        return self._pointer
+
+    @property
+    def generation_id(self) -> str:
+        """Id of the generation in use."""
+        return self._held[-1][0]
+
+    @property
+    def held(self) -> list[str]:
+        """Ids of the generations in memory, the one in use last."""
+        return [name for name, reference in self._held if reference() is not None]
+
+    @property
+    def refused(self) -> Refusal | None:
+        """The generation that the pointer names, where it was refused."""
+        return self._refused
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not known what the pointer names, without paths; None where it is."""
+        return self._problem
+
+    def _run(self, use: Callable[[T], None]) -> None:
+        if sys.platform == "linux":
+            # There, a thread has a priority of its own.
+            with contextlib.suppress(OSError):
+                thread = threading.get_native_id()
+                niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICE
+                os.setpriority(os.PRIO_PROCESS, thread, niceness)
+        while not self._stop.wait(self._poll_s):
+            name = self._named()
+            if name == self.generation_id:
+                self._accept()
+            elif name is not None and self._is_due(name):
+                with _short_turns():
+                    self._change(name, use)
+            self._forget_gone()
+
+    def _named(self) -> str | None:
+        """Return the id that the pointer names; None where that can not be told now."""
+        try:
+            name = self._store.current(self._pointer)
+            problem = None if name is not None else "it is not set any more"
+        # Whatever a disk or a network has to say: the generation in use goes on answering.
+        except Exception as error:
+            name, problem = None, f"it can not be read ({type(error).__name__})"
+            if self._problem is None:
+                self._log.warning("pointer %s can not be read, asking again: %s", self._pointer, error)
+        else:
+            if problem is not None and self._problem is None:
+                self._log.warning("pointer %s of %s is not set any more", self._pointer, self._store.where)
+        if problem is None and self._problem is not None:
+            self._log.warning("pointer %s can be read again", self._pointer)
+        self._problem = problem
+        return name
+
+    def _is_due(self, name: str) -> bool:
+        if self._refused is None or self._refused.id != name:
+            self._retry_s = _FIRST_RETRY_S
+            return True
+        return self._retry_at is not None and time.monotonic() >= self._retry_at
+
+    def _change(self, name: str, use: Callable[[T], None]) -> None:
+        """Load a generation and let it answer, unless it fails or the pointer names another one by then."""
+        try:
+            path = self._store.fetch(name)
+        except Exception as error:
+            reason = "it can not be fetched from the store; the log says why. It is tried again"
+            self._refuse(name, reason, str(error), again=True)
+            return
+        if self._is_outdated(name):
+            return
+        try:
+            new = self._opened(name, path)
+        except ArtefactError as error:
+            self._refuse(name, self._without_paths(str(error), path), str(error), again=False)
+        except Exception as error:
+            # As text: a record of the log that kept the stack would keep what was loaded.
+            reason = f"it can not be loaded ({type(error).__name__}); the log says why. It is tried again"
+            self._refuse(name, reason, traceback.format_exc(), again=True)
+        else:
+            if not self._is_outdated(name):
+                self._switch(name, path, new, use)
+                return
+        _return_memory()
+
+    def _opened(self, name: str, path: Path) -> T:
+        known = self._path if self._held and has_manifest(self._path) else None
+        try:
+            generation = Generation.open(path, verify=True, verified=known)
+        except ArtefactError:
+            if known is None or has_manifest(known):
+                raise
+            # A prune took the one in use away meanwhile.
+            generation = Generation.open(path, verify=True)
+        if generation.id != name:
+            raise ArtefactError(f"{path} holds generation {generation.id}, not {name}; publish it again")
+        return self._load(generation)
+
+    def _is_outdated(self, name: str) -> bool:
+        """Return whether the pointer names another generation by now, which is to be loaded instead."""
+        latest = self._named()
+        if latest in (name, None):
+            return False
+        # Where it is set faster than generations load, every second one is used.
+        self._passed_over = latest == self.generation_id or not self._passed_over
+        return self._passed_over
+
+    def _switch(self, name: str, path: Path, new: T, use: Callable[[T], None]) -> None:
+        old = self._held[-1][1]()
+        before = self.generation_id
+        self._held = [*self._held, (name, weakref.ref(new))]
+        use(new)
+        self._path = path
+        self._passed_over = False
+        self._accept()
+        self._log.info("generation %s answers now, before %s", name, before)
+        # Whoever lets go of it last frees it, which takes a while: this thread, not one that answers.
+        deadline = time.monotonic() + _RELEASE_S
+        while old is not None and sys.getrefcount(old) > 2 and time.monotonic() < deadline:
+            if self._stop.wait(_RELEASE_POLL_S):
+                break
+        del old
+        _return_memory()
+
+    def _accept(self) -> None:
+        self._refused = self._retry_at = None
+
+    def _refuse(self, name: str, reason: str, details: str, again: bool) -> None:
+        if self._named() not in (name, None):
+            # It may have been removed since.
+            return
+        if self._refused is None or self._refused.id != name or self._refused.reason != reason:
+            self._log.error(
+                "generation %s is refused, %s goes on answering: %s", name, self.generation_id, details
+            )
+            if self._on_refused is not None:
+                self._on_refused(name, reason)
+        self._refused = Refusal(name, reason)
+        self._retry_at = None
+        if again:
+            self._retry_at = time.monotonic() + self._retry_s
+            self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+
+    def _without_paths(self, message: str, path: Path) -> str:
+        for place in (str(path), str(self._store.root), self._store.where):
+            message = message.replace(f"{place}/", "").replace(place, "the store")
+        return _FOLDERS.sub("", message)
+
+    def _forget_gone(self) -> None:
+        """Say of which generations nothing is left."""
+        dead = [name for name, reference in self._held[:-1] if reference() is None]
+        self._held = [*(h for h in self._held[:-1] if h[1]() is not None), self._held[-1]]
+        for name in dead:
+            if self._gone is not None:
+                self._gone(name)
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let Python code that loads hold up that of requests for less than Python's usual 5 ms at a time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def _return_memory() -> None:
+    """Give memory that was freed back to the system, where the C library has a way."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
