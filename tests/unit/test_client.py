@@ -1,0 +1,481 @@
+"""The client against a real server on this machine that misbehaves in every way the client must bear."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twotower.client import Client, Item, ServiceError
+from twotower.errors import ConfigError
+
+GOOD = {
+    "generation": "g7",
+    "items": [
+        {"item_id": "5", "score": 0.5, "title": "Heat"},
+        {"item_id": "a/b", "score": 0.25, "title": None},
+    ],
+    "strategy": "personal",
+    "partial": True,
+    "missing_groups": ["1"],
+    "timing_ms": {"encode": 0.1, "search": 0.2, "total": 0.3},
+}
+BUSY = {"error": {"code": "overloaded", "message": "too busy", "allowed": "try again", "details": []}}
+
+
+@dataclass
+class Received:
+    """One request as the server saw it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    peer: tuple[str, int]
+    at: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+Script = Callable[[BaseHTTPRequestHandler, int], None]
+
+
+@dataclass
+class Server:
+    """A server that answers as a script of (handler, number of the request) says."""
+
+    url: str
+    script: Script | None = None
+    received: list[Received] = field(default_factory=list)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            # The client breaks connections on purpose.
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                super().handle_one_request()
+                return
+            self.close_connection = True
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            with lock:
+                number = len(state.received)
+                state.received.append(
+                    Received(self.command, self.path, headers, body, self.client_address, time.monotonic())
+                )
+            assert state.script is not None
+            state.script(self, number)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        http_server.daemon_threads = False
+        state = Server(f"http://127.0.0.1:{http_server.server_port}")
+        thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield state
+        finally:
+            http_server.shutdown()
+            thread.join()
+
+
+def send(
+    handler: BaseHTTPRequestHandler, content: Any = GOOD, status: int = 200, length: int = 0, **headers: str
+) -> None:
+    """Send an answer; ``length`` is how many bytes more than there are its header promises."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body) + length))
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def then(*scripts: Script) -> Script:
+    """Answer each request by the next script, and the rest by the last."""
+    return lambda handler, number: scripts[min(number, len(scripts) - 1)](handler, number)
+
+
+def good(handler: BaseHTTPRequestHandler, number: int) -> None:
+    send(handler)
+
+
+def busy(handler: BaseHTTPRequestHandler, number: int) -> None:
+    send(handler, BUSY, 503)
+
+
+def drop(handler: BaseHTTPRequestHandler, number: int) -> None:
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut(handler: BaseHTTPRequestHandler, number: int) -> None:
+    send(handler, length=10)
+    drop(handler, number)
+
+
+def test_a_request_and_its_answer(server):
+    server.script = good
+    at = datetime(2026, 1, 31, 10, tzinfo=UTC)
+    with Client(server.url + "/some/path/", token="secret") as client:
+        answer = client.retrieve(
+            user_id=np.int64(42),
+            k=2,
+            history=["1", {"item_id": 50, "time": at, "weight": 0.75}],
+            at=at,
+            filter={"year": {"gte": 1990}},
+            fields=["title"],
+            request_id="mine",
+        )
+    assert answer.items == [Item("5", 0.5, {"title": "Heat"}), Item("a/b", 0.25, {"title": None})]
+    assert (answer.generation, answer.strategy, answer.partial) == ("g7", "personal", True)
+    assert (answer.missing_groups, answer.timing_ms["total"], answer.request_id) == (["1"], 0.3, "mine")
+    (request,) = server.received
+    assert (request.method, request.path) == ("POST", "/some/path/v1/retrieve")
+    assert request.json == {
+        "user_id": 42,
+        "k": 2,
+        "history": ["1", {"item_id": 50, "time": "2026-01-31T10:00:00+00:00", "weight": 0.75}],
+        "at": "2026-01-31T10:00:00+00:00",
+        "filter": {"year": {"gte": 1990}},
+        "fields": ["title"],
+    }
+    assert request.headers["authorization"] == "Bearer secret"
+    assert request.headers["x-request-id"] == "mine"
+    assert request.headers["content-type"] == "application/json"
+    assert "secret" not in repr(client)
+
+
+def test_similar_items_and_the_generation(server):
+    server.script = then(good, lambda handler, _: send(handler, {"id": "g7", "num_items": 3}))
+    with Client(server.url) as client:
+        answer = client.similar("a/b c", k=3, fields=["title", "year"], filter={"year": {"gte": 1990}})
+        assert client.generation() == {"id": "g7", "num_items": 3}
+    assert [item.item_id for item in answer.items] == ["5", "a/b"]
+    similar, generation = server.received
+    path, _, query = similar.path.partition("?")
+    assert (similar.method, path) == ("GET", "/v1/items/a%2Fb%20c/similar")
+    assert query == "k=3&fields=title%2Cyear&filter=%7B%22year%22%3A%7B%22gte%22%3A1990%7D%7D"
+    assert (generation.method, generation.path) == ("GET", "/v1/generation")
+    assert "authorization" not in generation.headers
+
+
+def test_a_batch_has_an_answer_for_each_request(server):
+    other = {**GOOD, "strategy": "popular"}
+    server.script = lambda handler, _: send(handler, {"answers": [GOOD, other]})
+    with Client(server.url) as client:
+        answers = client.retrieve_batch([{"k": 2, "user_id": "1"}, {"k": 3}])
+        assert [a.strategy for a in answers] == ["personal", "popular"]
+        assert server.received[0].json == {"requests": [{"k": 2, "user_id": "1"}, {"k": 3}]}
+        assert server.received[0].path == "/v1/retrieve/batch"
+        with pytest.raises(ServiceError, match="no list of 1 answers"):
+            client.retrieve_batch([{"k": 2}])
+
+
+def test_calls_share_a_connection_and_have_ids_of_their_own(server):
+    server.script = good
+    with Client(server.url) as client:
+        answers = [client.retrieve(k=2) for _ in range(4)]
+    assert len({request.peer for request in server.received}) == 1
+    ids = [request.headers["x-request-id"] for request in server.received]
+    assert len(set(ids)) == 4
+    assert [answer.request_id for answer in answers] == ids
+
+
+def test_threads_share_a_client(server):
+    def own(handler: BaseHTTPRequestHandler, number: int) -> None:
+        send(handler, {**GOOD, "generation": server.received[number].json["user_id"]})
+
+    server.script = own
+    with Client(server.url, timeout_s=20, connections=8) as client, ThreadPoolExecutor(8) as pool:
+        names = [f"user {n}" for n in range(200)]
+        answers = list(pool.map(lambda name: client.retrieve(k=1, user_id=name).generation, names))
+    assert answers == names
+    assert len({request.peer for request in server.received}) <= 8
+
+
+def test_a_busy_service_is_asked_again_with_the_same_id(server):
+    server.script = then(busy, busy, good)
+    with Client(server.url) as client:
+        assert client.retrieve(k=2).generation == "g7"
+    assert len(server.received) == 3
+    assert len({request.headers["x-request-id"] for request in server.received}) == 1
+
+
+def test_a_service_that_stays_busy_is_left_alone(server):
+    server.script = busy
+    with Client(server.url, retries=2) as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=2)
+    assert len(server.received) == 3
+    error = raised.value
+    assert (error.status, error.code, error.message, error.allowed) == (
+        503,
+        "overloaded",
+        "too busy",
+        "try again",
+    )
+    with Client(server.url, retries=0) as client, pytest.raises(ServiceError):
+        client.retrieve(k=2)
+    assert len(server.received) == 4
+
+
+def test_retry_after_is_waited_for(server):
+    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After="1"), good)
+    with Client(server.url, timeout_s=20) as client:
+        assert client.retrieve(k=2).generation == "g7"
+    first, second = server.received
+    assert second.at - first.at >= 1.0
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_wait_longer_than_the_client_has_ends_the_call_at_once(server, kind):
+    value = (
+        "30" if kind == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    )
+    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After=value), good)
+    began = time.monotonic()
+    with Client(server.url, timeout_s=20) as client, pytest.raises(ServiceError, match="too busy"):
+        client.retrieve(k=2)
+    assert len(server.received) == 1
+    assert time.monotonic() - began < 20
+
+
+def test_nonsense_in_retry_after_changes_nothing(server):
+    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After="soon"), good)
+    with Client(server.url) as client:
+        assert client.retrieve(k=2).generation == "g7"
+
+
+@pytest.mark.parametrize("script", [drop, cut], ids=["before the answer", "in the middle of it"])
+def test_a_broken_connection_is_tried_again(server, script):
+    server.script = then(good, script, script, good)
+    with Client(server.url) as client:
+        client.retrieve(k=2)
+        assert client.retrieve(k=2).generation == "g7"
+    assert len(server.received) == 4
+    server.script = script
+    with Client(server.url, retries=1) as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=2)
+    assert (raised.value.code, raised.value.status) == ("no_connection", None)
+    assert len(server.received) == 6
+
+
+def test_nobody_listens():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with Client(url) as client:
+            assert client.ready() is False
+            with pytest.raises(
+                ServiceError, match=r"no_connection: the connection to http://127.0.0.1:\d+ failed"
+            ):
+                client.generation()
+
+
+def wait_for_the_client(handler: BaseHTTPRequestHandler) -> None:
+    """Wait until the client has closed the connection."""
+    handler.connection.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        assert handler.connection.recv(1) == b""
+    handler.close_connection = True
+
+
+def silent(handler: BaseHTTPRequestHandler, number: int) -> None:
+    wait_for_the_client(handler)
+
+
+def stuck(handler: BaseHTTPRequestHandler, number: int) -> None:
+    send(handler, length=10)
+    wait_for_the_client(handler)
+
+
+def dripping(handler: BaseHTTPRequestHandler, number: int) -> None:
+    send(handler, b"{", length=1_000_000)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(2_000):
+            handler.wfile.write(b" ")
+            time.sleep(0.01)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("script", [silent, stuck, dripping])
+def test_a_slow_answer_ends_the_call_after_its_time_and_is_not_asked_for_again(server, script):
+    server.script = then(script, good)
+    began = time.monotonic()
+    with Client(server.url, timeout_s=0.2) as client:
+        with pytest.raises(ServiceError) as raised:
+            client.retrieve(k=2)
+        assert (raised.value.code, raised.value.status) == ("timeout", None)
+        assert "no answer within 0.2 s" in str(raised.value)
+        assert time.monotonic() - began < 15
+        assert len(server.received) == 1
+        # The rest of the slow answer must not be read as the next one.
+        assert client.retrieve(k=2).generation == "g7"
+
+
+def test_the_service_is_told_how_long_the_client_waits(server):
+    def slowly_busy(handler: BaseHTTPRequestHandler, number: int) -> None:
+        time.sleep(0.1)
+        busy(handler, number)
+
+    server.script = then(slowly_busy, good)
+    with Client(server.url, timeout_s=20) as client:
+        client.retrieve(k=2)
+    first, second = (int(request.headers["x-deadline-ms"]) for request in server.received)
+    assert 15_000 < first <= 20_000
+    assert second <= first - 100
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>a proxy's page</html>",
+        b"\xff\xfe\x00",
+        b"",
+        [GOOD],
+        {},
+        {**GOOD, "items": None},
+        {**GOOD, "items": [{"item_id": "5"}]},
+        {**GOOD, "items": [{"item_id": "5", "score": "high"}]},
+        {**GOOD, "timing_ms": 3},
+    ],
+)
+def test_garbage_is_no_answer(server, content):
+    server.script = lambda handler, _: send(handler, content)
+    with Client(server.url) as client, pytest.raises(ServiceError, match="no answer of twotower") as raised:
+        client.retrieve(k=2)
+    assert (raised.value.code, raised.value.status) == ("bad_answer", 200)
+    assert len(server.received) == 1
+
+
+def test_what_is_no_http_is_no_answer(server):
+    def babble(handler: BaseHTTPRequestHandler, number: int) -> None:
+        handler.wfile.write(b"220 mail ready\r\n\r\n")
+        drop(handler, number)
+
+    server.script = babble
+    with Client(server.url) as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=2)
+    assert raised.value.code == "no_connection"
+
+
+def test_a_chunked_answer_is_read_whole(server):
+    def chunked(handler: BaseHTTPRequestHandler, number: int) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        body = json.dumps(GOOD).encode()
+        for start in range(0, len(body), 7):
+            part = body[start : start + 7]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    server.script = chunked
+    with Client(server.url) as client:
+        assert [client.retrieve(k=2).items[1].item_id for _ in range(3)] == ["a/b"] * 3
+    assert len({request.peer for request in server.received}) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 500, 504])
+def test_a_refusal_says_what_the_service_says_and_is_final(server, status):
+    details = [{"where": "k", "message": "0 is out of range", "allowed": "an integer from 1 to 9"}]
+    content = {
+        "error": {
+            "code": "invalid_request",
+            "message": "k: 0 is out of range",
+            "allowed": "1 to 9",
+            "details": details,
+        }
+    }
+    server.script = lambda handler, _: send(handler, content, status, X_Request_ID="theirs")
+    with Client(server.url) as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=0)
+    error = raised.value
+    assert (error.status, error.details, error.request_id) == (status, details, "theirs")
+    assert str(error) == f"{status} invalid_request: k: 0 is out of range; allowed: 1 to 9 (request theirs)"
+    assert len(server.received) == 1
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.details) == (str(error), details)
+
+
+@pytest.mark.parametrize("content", [b"<html>Bad gateway</html>", {"detail": "no"}, {"error": "no"}])
+def test_an_error_of_another_shape(server, content):
+    server.script = lambda handler, _: send(handler, content, 502)
+    with Client(server.url) as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=2)
+    assert (raised.value.code, raised.value.status) == ("bad_answer", 502)
+
+
+def test_redirects_are_not_followed_with_the_token(server):
+    server.script = lambda handler, _: send(handler, b"", 307, Location="http://127.0.0.1:9/")
+    with Client(server.url, token="secret") as client, pytest.raises(ServiceError) as raised:
+        client.retrieve(k=2)
+    assert (raised.value.code, raised.value.status) == ("bad_answer", 307)
+
+
+def test_ready(server):
+    refused = {"error": {"code": "unauthorised", "message": "no token", "allowed": "a token", "details": []}}
+    server.script = then(
+        busy,
+        drop,
+        lambda handler, _: send(handler, {"status": "ready"}),
+        lambda handler, _: send(handler, refused, 401),
+    )
+    with Client(server.url) as client:
+        assert [client.ready() for _ in range(3)] == [False, False, True]
+        with pytest.raises(ServiceError, match="401 unauthorised"):
+            client.ready()
+    assert [request.path for request in server.received] == ["/readyz"] * 4
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://host/?k=1"])
+def test_what_is_no_address(url):
+    with pytest.raises(ConfigError, match="no address of a service"):
+        Client(url)
+
+
+@pytest.mark.parametrize(
+    "values", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"retries": -1}, {"connections": 0}]
+)
+def test_numbers_that_are_not_allowed(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        Client("http://127.0.0.1:8000", **values)
+
+
+def test_the_client_is_light():
+    heavy = "{'torch', 'faiss', 'ray', 'numpy', 'pyarrow', 'pandas', 'pydantic'}"
+    code = f"import sys, twotower.client; print(sorted({heavy} & set(sys.modules)), 'urllib3' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[] True"
