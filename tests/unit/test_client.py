@@ -328,11 +328,20 @@ def dripping(handler: BaseHTTPRequestHandler, number: int) -> None:
     handler.close_connection = True
 
 
-@pytest.mark.parametrize("script", [silent, stuck, dripping])
+def flooding(handler: BaseHTTPRequestHandler, number: int) -> None:
+    block = b" " * 100_000
+    send(handler, b"{", length=10_000_000_000)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            handler.wfile.write(block)
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("script", [silent, stuck, dripping, flooding])
 def test_a_slow_answer_ends_the_call_after_its_time_and_is_not_asked_for_again(server, script):
     server.script = then(script, good)
     began = time.monotonic()
-    with Client(server.url, timeout_s=0.2) as client:
+    with Client(server.url, timeout_s=0.2, retries=0) as client:
         with pytest.raises(ServiceError) as raised:
             client.retrieve(k=2)
         assert (raised.value.code, raised.value.status) == ("timeout", None)
@@ -424,6 +433,7 @@ def test_a_refusal_says_what_the_service_says_and_is_final(server, status):
     assert (error.status, error.details, error.request_id) == (status, details, "theirs")
     assert str(error) == f"{status} invalid_request: k: 0 is out of range; allowed: 1 to 9 (request theirs)"
     assert len(server.received) == 1
+    assert len({error, error}) == 1
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.details) == (str(error), details)
 
