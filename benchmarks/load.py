@@ -83,20 +83,13 @@ class LoadResult:
         """Good answers for each second of the run."""
         return sum(arrival.error is None for arrival in self.arrivals) / self.wall_s
 
-    def percentile_ms(self, percent: float, begin_s: float = 0.0, end_s: float = float("inf")) -> float:
-        """Return the latency that a share of the answered and the timed-out requests stayed within.
+    def due_between(self, begin_s: float, end_s: float) -> list[Arrival]:
+        """Return the requests due from ``begin_s`` to before ``end_s`` that were answered or timed out."""
+        return [a for a in self.arrivals if begin_s <= a.due_s < end_s and a.error in (None, TIMEOUT)]
 
-        Args:
-            percent: such as 99.
-            begin_s: count requests due from here on, in seconds after the start,
-            end_s: and before this.
-        """
-        times = [
-            arrival.latency_s
-            for arrival in self.arrivals
-            if arrival.error in (None, TIMEOUT) and begin_s <= arrival.due_s < end_s
-        ]
-        return percentile(times, percent) * 1e3
+    def percentile_ms(self, percent: float) -> float:
+        """Return the latency that a share of the answered and the timed-out requests stayed within."""
+        return percentile([a.latency_s for a in self.due_between(0.0, math.inf)], percent) * 1e3
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -117,6 +110,7 @@ def run_load(
     on_answer: OnAnswer | None = None,
     timeout: float = 5.0,
     headers: Sequence[tuple[str, str]] = (),
+    until: Callable[[], bool] | None = None,
 ) -> LoadResult:
     """Send requests at a constant rate, one body after the other, and wait for the last answer.
 
@@ -129,6 +123,7 @@ def run_load(
         on_answer: called with each answer; it takes the generator's time, so it must be quick.
         timeout: seconds from when a request is due after which it has failed.
         headers: further headers of each request.
+        until: asked before each request; once it says true, no further one is due.
 
     Raises:
         ValueError: the URL or a number is not allowed.
@@ -144,7 +139,7 @@ def run_load(
     gc.disable()
     try:
         generator = _Generator(url, bodies, on_answer, timeout, headers)
-        return loop.run_until_complete(generator.run(rate, duration, connections))
+        return loop.run_until_complete(generator.run(rate, duration, connections, until))
     finally:
         loop.close()
         if collects:
@@ -189,25 +184,30 @@ class _Generator:
         self.open: set[_Connection] = set()
         self.opening: set[asyncio.Task[None]] = set()
         self.unfinished = 0
+        self.all_due = False
         self.finished = asyncio.Event()
         self.failure: Exception | None = None
 
-    async def run(self, rate: float, duration: float, connections: int) -> LoadResult:
+    async def run(
+        self, rate: float, duration: float, connections: int, until: Callable[[], bool] | None
+    ) -> LoadResult:
         for _ in range(connections):
             await self._connect()
-        self.unfinished = count = max(1, round(rate * duration))
         cpu = time.thread_time()
         begin = self.result.begin = time.monotonic()
         expiring = asyncio.create_task(self._expire())
-        for number in range(count):
+        for number in range(max(1, round(rate * duration))):
             due = begin + number / rate
             # Behind its schedule it must still read answers.
             await asyncio.sleep(max(0.0, due - time.monotonic()))
+            if self.failure is not None or (until is not None and until()):
+                break
             self.result.late_s.append(time.monotonic() - due)
+            self.unfinished += 1
             self.waiting.append(_Request(due, number % len(self.messages)))
             self.send_next()
-            if self.failure is not None:
-                break
+        self.all_due = True
+        self._check_finished()
         await self.finished.wait()
         self.result.wall_s = time.monotonic() - begin
         self.result.cpu_s = time.thread_time() - cpu
@@ -236,7 +236,10 @@ class _Generator:
         latency = time.monotonic() - request.due
         self.result.arrivals.append(Arrival(request.due - self.result.begin, latency, error))
         self.unfinished -= 1
-        if self.unfinished == 0:
+        self._check_finished()
+
+    def _check_finished(self) -> None:
+        if self.all_due and self.unfinished == 0:
             self.finished.set()
 
     def answered(self, request: _Request, status: int, content: bytes) -> None:
