@@ -27,8 +27,9 @@ import orjson
 import torch
 
 from benchmarks import measure
+from benchmarks.arrivals import LoadResult, percentile
 from benchmarks.clients import closed_loop, require_wrk
-from benchmarks.load import LoadResult, percentile, run_load
+from benchmarks.load import run_load
 from twotower.environment import apply_environment
 from twotower.retrieval.store import CURRENT
 
