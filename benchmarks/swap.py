@@ -18,7 +18,8 @@ import multiprocessing
 import statistics
 import time
 import urllib.request
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ import orjson
 import torch
 
 from benchmarks import measure
+from benchmarks.arrivals import LoadResult, percentile
 from benchmarks.clients import closed_loop, require_wrk
-from benchmarks.load import LoadResult, percentile, run_load
+from benchmarks.load import run_load
 from twotower.environment import apply_environment
 from twotower.retrieval.store import CURRENT
 
@@ -79,6 +81,8 @@ class Known:
 
     ids: dict[str, list[list[str]]]
     scores: dict[str, list[list[float]]]
+    answered: Counter[str] = field(default_factory=Counter)
+    """Answers that were right, by generation."""
 
     def judge(self, number: int, status: int, content: bytes) -> str | None:
         """Return what is wrong with an answer to a body; None where nothing is, or there is none."""
@@ -92,7 +96,10 @@ class Known:
         near = all(
             abs(item["score"] - score) < 1e-5 for item, score in zip(answer["items"], scores, strict=True)
         )
-        return None if near else MIXED
+        if not near:
+            return MIXED
+        self.answered[answer["generation"]] += 1
+        return None
 
 
 def main() -> None:
@@ -117,6 +124,8 @@ def main() -> None:
     before = _latencies(result, [(swap.quiet, swap.publishing) for swap in swaps])
     if min(len(during), len(before)) < 100:
         raise SystemExit(f"{len(during)} requests during swaps and {len(before)} before are too few")
+    if len(known.answered) != 2:
+        raise SystemExit(f"both generations should have answered in turn, and these did: {known.answered}")
     mixed = result.errors[MIXED]
     figures = {
         "failed_requests": result.errors.total() - mixed,
@@ -133,6 +142,8 @@ def main() -> None:
     for name, times in (("before", before), ("during", during)):
         cells = [f"{percentile(times, percent) * 1e3:.2f}" for percent in (50, 99, 99.9)]
         rows.append([name, len(times), *cells])
+    answers = ", ".join(f"{name}: {count}" for name, count in known.answered.items())
+    rows.append(["right answers", answers, "", "", ""])
     rows.append([f"at {rate:.0f} requests/s", result.count, str(dict(result.errors)), "", ""])
     for name, begin, end in (("switched", "written", "switched"), ("freed", "switched", "freed")):
         seconds = [getattr(swap, end) - getattr(swap, begin) for swap in swaps]

@@ -24,6 +24,8 @@ import urllib3
 from twotower.errors import ConfigError, TwotowerError
 
 _FIRST_WAIT_S, _MOST_DOUBLINGS = 0.025, 5
+_MOST_DEADLINE_MS = 600_000
+"""The longest that the service takes."""
 _BLOCK_BYTES = 1 << 16
 _SHOWN_CHARACTERS = 200
 
@@ -206,8 +208,7 @@ class Client:
         """
         call = _Call(self._timeout_s, request_id)
         found = self._send(call, "POST", "/v1/retrieve/batch", _to_json({"requests": requests}))
-        answers = found.get("answers")
-        if not isinstance(answers, list) or len(answers) != len(requests):
+        if not isinstance(answers := found.get("answers"), list) or len(answers) != len(requests):
             call.bad_answer(f"it has no list of {len(requests)} answers", orjson.dumps(found))
         return [call.answer(answer) for answer in answers]
 
@@ -276,7 +277,8 @@ class Client:
     def _try(self, call: _Call, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         call.status, call.retry_after_s = None, 0.0
         left_s = max(call.left_s, 0.001)
-        own = {"X-Request-ID": call.request_id, "X-Deadline-Ms": str(max(1, int(left_s * 1e3)))}
+        deadline_ms = min(max(1, int(left_s * 1e3)), _MOST_DEADLINE_MS)
+        own = {"X-Request-ID": call.request_id, "X-Deadline-Ms": str(deadline_ms)}
         try:
             response = self._pool.urlopen(
                 method,
@@ -306,15 +308,14 @@ class Client:
 
     def _read(self, call: _Call, response: urllib3.BaseHTTPResponse) -> bytes:
         """Return the content of an answer; one that comes in drops does not take longer than the call may."""
-        parts = list[bytes]()
+        content = bytearray()
         while True:
             socket = getattr(response.connection, "sock", None)
             if socket is not None:
                 socket.settimeout(max(call.left_s, 0.001))
-            part = response.read1(_BLOCK_BYTES)
-            if not part:
-                return b"".join(parts)
-            parts.append(part)
+            if not (part := response.read1(_BLOCK_BYTES)):
+                return bytes(content)
+            content += part
             if call.left_s <= 0:
                 # What is still to come must not be taken for the next answer.
                 response.close()

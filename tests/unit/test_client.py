@@ -365,6 +365,13 @@ def test_the_service_is_told_how_long_the_client_waits(server):
     assert second <= first - 100
 
 
+def test_a_very_patient_client_says_no_more_than_the_service_takes(server):
+    server.script = good
+    with Client(server.url, timeout_s=3_600) as client:
+        client.retrieve(k=2)
+    assert server.received[0].headers["x-deadline-ms"] == "600000"
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import main, percentile, run_load
+from benchmarks.arrivals import percentile
+from benchmarks.load import main, run_load
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nRetry-After: 1\r\n\r\nbusy"
