@@ -56,7 +56,7 @@ def main() -> None:
     import uvicorn
 
     from serve.api import make_api
-    from serve.service import FusedService
+    from serve.fused import FusedService
     from twotower.retrieval.retriever import Retriever
 
     generation, port, threads, workers, max_k = sys.argv[1], *map(int, sys.argv[2:])

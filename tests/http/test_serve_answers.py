@@ -99,6 +99,42 @@ def test_the_answer_is_the_librarys(
     assert answer["timing_ms"]["total"] >= answer["timing_ms"]["search"] >= 0
 
 
+def test_a_batch_has_the_answers_of_its_requests(client: Client) -> None:
+    bodies = [body for body, _ in QUERIES]
+    assert len(bodies) > 15
+    reply = client.send("POST", "/v1/retrieve/batch", {"requests": bodies})
+    assert reply.status == 200, reply.content
+    assert set(reply.json) == {"answers"}
+    answers = reply.json["answers"]
+    assert len(answers) == len(bodies)
+    for body, answer in zip(bodies, answers, strict=True):
+        single = client.retrieve(**body).json
+        assert {name: answer[name] for name in ("generation", "strategy", "partial", "missing_groups")} == {
+            name: single[name] for name in ("generation", "strategy", "partial", "missing_groups")
+        }
+        assert [i["score"] for i in answer["items"]] == pytest.approx(
+            [i["score"] for i in single["items"]], abs=1e-6
+        )
+        assert [i["item_id"] for i in answer["items"]] == [i["item_id"] for i in single["items"]]
+        assert [set(i) for i in answer["items"]] == [set(i) for i in single["items"]]
+    assert len({json.dumps(answer["items"]) for answer in answers}) == len(bodies)
+
+
+def test_as_many_requests_as_a_batch_may_hold(client: Client) -> None:
+    requests = [{"user_id": str(user % NUM_USERS), "k": 1 + user % 5} for user in range(64)]
+    reply = client.send("POST", "/v1/retrieve/batch", {"requests": requests})
+    assert [len(answer["items"]) for answer in reply.json["answers"]] == [r["k"] for r in requests]
+
+
+def test_a_body_of_a_mebibyte_of_ids(client: Client) -> None:
+    ids = [f"no such item {n:020d}" for n in range(28_000)]
+    body = json.dumps({"k": 5, "user_id": "1", "exclude_items": ids, "allow_items": None}).encode()
+    assert 1_000_000 < len(body) <= 1 << 20
+    reply = client.send("POST", "/v1/retrieve", body)
+    assert reply.status == 200, reply.content[:500]
+    assert reply.json["items"] == client.items(k=5, user_id="1")
+
+
 def test_users_get_different_items_in_falling_order(client: Client) -> None:
     lists = [client.items(user_id=u, k=10) for u in USERS]
     for items in lists:
@@ -265,8 +301,13 @@ def test_generation_health_and_docs(client: Client, shop: Shop) -> None:
     assert client.get("/docs").status == 200
     document = client.get("/openapi.json").json
     assert set(document["paths"]) == {
-        "/v1/retrieve", "/v1/items/{item_id}/similar", "/v1/generation", "/healthz", "/readyz"
-    }  # fmt: skip
+        "/v1/retrieve",
+        "/v1/retrieve/batch",
+        "/v1/items/{item_id}/similar",
+        "/v1/generation",
+        "/healthz",
+        "/readyz",
+    }
 
 
 def test_request_ids_are_echoed_or_made(client: Client) -> None:

@@ -116,6 +116,60 @@ def test_values_that_are_not_allowed(
     check(client.retrieve(**body), shop, 422, message, allowed)
 
 
+BATCHES: list[tuple[Any, list[str], str, str]] = [
+    ({}, ["requests"], "requests: is missing", "a list of 1 to 64 requests"),
+    ({"requests": None}, ["requests"], "requests: null is not allowed", "a list of 1 to 64 requests"),
+    ({"requests": {"k": 5}}, ["requests"], 'requests: {"k":5} is not allowed', "a list of 1 to 64 requests"),
+    ({"requests": []}, ["requests"], "requests: has 0 requests", "a list of 1 to 64 requests"),
+    ({"requests": [{"k": 1}] * 65}, ["requests"], "requests: has 65 requests", "a list of 1 to 64 requests"),
+    (
+        {"request": [{"k": 1}]},
+        ["request"],
+        "request: there is no such key; did you mean 'requests'?",
+        "requests",
+    ),
+    ({"requests": [{"k": 1}], "k": 5}, ["k"], "k: there is no such key", "requests"),
+    ({"requests": [{"k": 1}, 5]}, ["requests[1]"], "requests[1]: 5 is not an object", "a request such as"),
+    ({"requests": [[]]}, ["requests[0]"], "requests[0]: [] is not an object", "a request such as"),
+    ({"requests": [{"k": 1}] * 3 + [{"k": 0}]}, ["requests[3].k"], "requests[3].k: 0 is out of range", K),
+    ({"requests": [{"k": 1}, {"user_id": "1"}]}, ["requests[1].k"], "requests[1].k: is missing", K),
+    (
+        {"requests": [{"k": 1, "history": [1.5]}, {"k": 1, "K": 1}]},
+        ["requests[0].history[0].item_id", "requests[1].K"],
+        "requests[0].history[0].item_id: 1.5 is no id; requests[1].K: there is no such key",
+        ID,
+    ),
+    (
+        {"requests": [{"k": 1}, {"k": 1, "fields": ["colour"]}]},
+        ["requests[1]"],
+        "requests[1]: fields: items have no column 'colour'",
+        "title",
+    ),
+    (
+        {"requests": [{"k": 1}, {"k": 1}, {"k": 1, "filter": {"colour": {"gte": 1}}}]},
+        ["requests[2]"],
+        "requests[2]: filter: items have no attribute",
+        "genres, year",
+    ),
+    (
+        {"requests": [{"k": 1, "features": {"shoe_size": 9}}]},
+        ["requests[0]"],
+        "requests[0]: features: the model has no user column 'shoe_size'",
+        "age, group",
+    ),
+    ({"requests": [{"k": 200}] * 51}, ["requests"], "requests: the sum of k is 10200", "at most 10000 items"),
+]
+
+
+@pytest.mark.parametrize(("body", "where", "message", "allowed"), BATCHES, ids=range(len(BATCHES)))
+def test_batches_that_are_not_allowed(
+    client: Client, shop: Shop, body: Any, where: list[str], message: str, allowed: str
+) -> None:
+    reply = client.send("POST", "/v1/retrieve/batch", body)
+    check(reply, shop, 422, message, allowed)
+    assert [d["where"] for d in reply.json["error"]["details"]] == where
+
+
 RAW: list[tuple[bytes, int, str]] = [
     (b"", 400, "the body is not JSON"),
     (b"{", 400, "the body is not JSON"),
@@ -138,7 +192,8 @@ def test_bodies_that_are_no_requests(
     client: Client, shop: Shop, body: bytes, status: int, message: str
 ) -> None:
     allowed = "at most 1048576 bytes" if status == 413 else "a JSON object such as"
-    check(client.send("POST", "/v1/retrieve", body), shop, status, message, allowed)
+    for path in ("/v1/retrieve", "/v1/retrieve/batch"):
+        check(client.send("POST", path, body), shop, status, message, allowed)
 
 
 PATHS: list[tuple[str, str, int, str, str]] = [
@@ -163,6 +218,22 @@ PATHS: list[tuple[str, str, int, str, str]] = [
     ("GET", "/v1/items/1003/similar?filter=year", 422, 'filter: is "year"', "an object such as"),
     ("GET", "/v1/items/1003/similar?filter=[]", 422, 'filter: is "[]"', "an object such as"),
     ("GET", "/v1/items/1003/similar?filter=%7B%22a%22:1%7D", 422, "no attribute 'a'", "genres, year"),
+    ("GET", "/v1/items/1003/similar?fields=" + "title," * 65, 422, "fields: has 65 entries", "at most 64"),
+    ("GET", "/v1/items/1003/similar?filter=" + "%5B" * 9, 422, "filter: is", "an object such as"),
+    (
+        "GET",
+        "/v1/items/1003/similar?filter=%7B%22year%22:" + "%5B" * 9 + "%5D" * 9 + "%7D",
+        422,
+        "filter: is nested more than 4 deep",
+        "at most 4 levels",
+    ),
+    ("GET", "/v1/items/%00/similar", 404, "is not known", "catalogue"),
+    ("GET", "/v1/items/" + "x" * 2000 + "/similar", 404, "is not known", "catalogue"),
+    ("GET", "/v1/items//similar", 404, "item '' is not known", "catalogue"),
+    ("GET", "/v1/retrieve/batch", 405, "Method Not Allowed", "POST /v1/retrieve/batch"),
+    ("PUT", "/v1/retrieve", 405, "Method Not Allowed", "POST /v1/retrieve"),
+    ("POST", "/readyz", 405, "Method Not Allowed", "GET /readyz"),
+    ("GET", "/v1/generation/", 404, "Not Found", "GET /v1/generation"),
     ("GET", "/v1/items/1003", 404, "GET /v1/items/1003: Not Found", "POST /v1/retrieve"),
     ("GET", "/v2/retrieve", 404, "GET /v2/retrieve: Not Found", "POST /v1/retrieve"),
     ("GET", "/nothing", 404, "Not Found", "POST /v1/retrieve"),
@@ -205,6 +276,40 @@ def test_paths_and_parameters(
     client: Client, shop: Shop, method: str, path: str, status: int, message: str, allowed: str
 ) -> None:
     check(client.send(method, path), shop, status, message, allowed)
+
+
+HEADERS: list[tuple[dict[str, str], int, str, str]] = [
+    ({"X-Deadline-Ms": "0"}, 422, 'X-Deadline-Ms: is "0"', "integer from 1 to 600000"),
+    ({"X-Deadline-Ms": "1e3"}, 422, 'X-Deadline-Ms: is "1e3"', "integer from 1 to 600000"),
+    ({"X-Deadline-Ms": "-5"}, 422, 'X-Deadline-Ms: is "-5"', "integer from 1 to 600000"),
+    ({"X-Deadline-Ms": "600001"}, 422, 'X-Deadline-Ms: is "600001"', "integer from 1 to 600000"),
+    ({"Content-Type": "text/plain"}, 415, 'Content-Type is "text/plain"', "application/json"),
+    ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "Content-Type is", "application/json"),
+    ({"Content-Type": "application/json; charset=latin-1"}, 415, "charset=latin-1", "UTF-8"),
+    ({"Content-Encoding": "gzip"}, 415, 'Content-Encoding is "gzip"', "identity"),
+    ({"Content-Encoding": "br, identity"}, 415, "Content-Encoding is", "identity"),
+]
+
+
+@pytest.mark.parametrize(("headers", "status", "message", "allowed"), HEADERS, ids=range(len(HEADERS)))
+def test_headers_that_are_not_allowed(
+    client: Client, shop: Shop, headers: dict[str, str], status: int, message: str, allowed: str
+) -> None:
+    for path, body in (("/v1/retrieve", {"k": 5}), ("/v1/retrieve/batch", {"requests": [{"k": 5}]})):
+        check(client.send("POST", path, body, headers), shop, status, message, allowed)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "application/json"},
+        {"Content-Type": "Application/JSON; charset=UTF-8"},
+        {"Content-Encoding": "identity", "X-Deadline-Ms": "600000"},
+    ],
+    ids=range(3),
+)
+def test_headers_that_are_allowed(client: Client, headers: dict[str, str]) -> None:
+    assert client.send("POST", "/v1/retrieve", {"k": 5}, headers).status == 200
 
 
 def test_every_problem_is_listed(client: Client) -> None:

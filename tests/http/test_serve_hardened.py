@@ -19,7 +19,7 @@ import yaml
 
 from tests.http.conftest import Client, Reply, Shop
 from tests.http.test_serve_stop import Command, command_line, listening
-from twotower.cluster.processes import Process, free_port
+from twotower.cluster.processes import Process, descendants, free_port
 
 TOKEN = "only-for-this-test-0123456789"
 MARKER = "marker-user-4711"
@@ -50,7 +50,8 @@ class Guarded:
             return read_answer(connection)
 
     def processes(self, name: str) -> list[Process]:
-        """Return the processes whose command line holds a text."""
+        """Return the processes whose command line holds a text; HAProxy is started anew now and then."""
+        self.command.started |= descendants(self.command.process.pid)
         return [p for p in self.command.started if p.alive and name in command_line(p.pid)]
 
 
@@ -113,12 +114,12 @@ def test_a_token_is_asked_for(guarded: Guarded) -> None:
 
 
 def test_what_listens_where(guarded: Guarded) -> None:
-    (haproxy,) = guarded.processes("haproxy -db")
+    haproxy = guarded.processes("haproxy -db")
     (replica,) = guarded.processes("ServeReplica")
     (fallback,) = guarded.processes("ProxyActor")
     # The service itself: HAProxy's HTTP port, its metrics and statistics; the replica's own HTTP port; and
     # the proxy that Serve keeps beside HAProxy.
-    front = listening({haproxy})
+    front = listening(set(haproxy))
     assert {address for address, _ in front} == {LOOPBACK}
     assert (LOOPBACK, guarded.port) in front
     assert len(front) == 3
@@ -139,7 +140,7 @@ def test_what_listens_where(guarded: Guarded) -> None:
         "IDLE",
     )
     seen, ports = set(), set()
-    for process in guarded.command.started:
+    for process in guarded.processes(""):
         wide = {port for address, port in listening({process}) if address != LOOPBACK}
         if wide:
             names = [name for name in ray if name in command_line(process.pid)]
@@ -157,7 +158,7 @@ def answers_as_the_service(port: int) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            return b'{"status":"ok"}' in connection.recv(1 << 16)
+            return b'{"status":"ok"}' in read_answer(connection)
     except OSError:
         return False
 
@@ -342,8 +343,8 @@ def test_no_log_names_a_user_or_an_item(guarded: Guarded) -> None:
     # So many that whatever is buffered on its way to a file is written.
     for _ in range(30):
         guarded.ask({"k": 0, "user_id": MARKER})
-    (haproxy,) = guarded.processes("haproxy -db")
-    arguments = command_line(haproxy.pid).split()
+    haproxy = guarded.processes("haproxy -db")
+    arguments = command_line(haproxy[0].pid).split()
     configuration = Path(arguments[arguments.index("-f") + 1])
     assert "option httplog" not in configuration.read_text()
     folders = [guarded.folder, configuration.parent]
