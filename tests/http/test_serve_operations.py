@@ -57,20 +57,24 @@ class Cluster:
         self.side_ports = [dashboard_port, *ports.values()]
         self.environment = {**os.environ, **{name: str(port) for name, port in ports.items()}}
         self.environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", RAY, str(dashboard_port), str(self.port)],
-            cwd=ROOT,
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
+        with open(self.printed, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", RAY, str(dashboard_port), str(self.port)],
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+            )
         self.started: set[Process] = set()
-        gcs_address, session_dir = self.process.stdout.readline().decode().split()
-        self.environment["RAY_ADDRESS"] = gcs_address
-        self.session_dir = Path(session_dir)
+
+    def wait_until_started(self) -> None:
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().decode().split()
+        assert len(words) == 2, self.printed.read_text()
+        self.environment["RAY_ADDRESS"] = words[0]
+        self.session_dir = Path(words[1])
 
     def serve(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Begin a command of Serve's command line."""
@@ -131,12 +135,15 @@ def command_line(pid: int) -> str:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path)
-    yield cluster
-    if cluster.process.poll() is None:
-        cluster.close()
-    for process in cluster.started:
-        if process.alive:
-            os.kill(process.pid, signal.SIGKILL)
+    try:
+        cluster.wait_until_started()
+        yield cluster
+    finally:
+        if cluster.process.poll() is None:
+            cluster.close()
+        for process in cluster.started:
+            if process.alive:
+                os.kill(process.pid, signal.SIGKILL)
 
 
 def wait_until(holds: Callable[[], Any], what: Callable[[], str] = str) -> Any:
