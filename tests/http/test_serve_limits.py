@@ -216,7 +216,7 @@ def test_a_body_that_does_not_arrive_is_given_up(api: FastAPI) -> None:
         # Slow clients hold no worker.
         assert (await retrieve(api)).status == 200
         assert not any(task.done() for task in slow)
-        for answer in await asyncio.gather(*slow):
+        for answer in await asyncio.wait_for(asyncio.gather(*slow), 20):
             assert answer.status == 408
             assert answer.error["code"] == "body_timeout"
             assert answer.headers["connection"] == "close"
@@ -331,8 +331,9 @@ def test_values_that_can_not_be_shown(api: FastAPI, body: bytes) -> None:
         {"k": 3, "features": {"x" * 30_000: 1}},
         {"k": 3, "filter": {"x" * 30_000: {"gte": 1}}},
         {"k": "x" * 30_000},
+        {"k": 0.5, "user_id": 1.5, "at": 1, "fields": 1, "features": 1, **{f"key{i}": 1 for i in range(19)}},
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_answers_to_large_bad_requests_are_small(api: FastAPI, body: dict[str, Any]) -> None:
     answer = asyncio.run(retrieve(api, parts=[json.dumps(body).encode()]))
