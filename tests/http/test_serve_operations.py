@@ -196,7 +196,7 @@ class Load:
 
 
 def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path) -> None:
-    """Both commands serve and leave nothing; a deploy replaces every replica without a failed request."""
+    """Both commands serve and leave nothing; two replicas become one, and a new one, without a failure."""
     port, store = cluster.port, str(shop.config.store)
     client = Client(f"http://127.0.0.1:{port}")
 
@@ -225,8 +225,12 @@ def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path
     first = cluster.replicas()
     load = Load(port)
     try:
+        deploy(1, 100)
+        wait_until(lambda: len(cluster.replicas()) == 1)
+        assert cluster.replicas() < first
+        # The only replica is replaced, and the new one answers before the old one goes.
         deploy(1, 90)
-        wait_until(lambda: len(cluster.replicas() - first) == 1 and not cluster.replicas() & first)
+        wait_until(lambda: len(cluster.replicas()) == 1 and not cluster.replicas() & first)
         before = len(load.statuses)
         wait_until(lambda: len(load.statuses) > before + 20)
     finally:
@@ -249,6 +253,11 @@ def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path
         assert {line["generation"] for line in of_one if "event" in line} == {"g1"}
         requests = [line["message"] for line in of_one if "/v1/retrieve" in line["message"]]
         assert bool(requests) == ("default" in name), name
+    deployed = [line for name in lines if "twotower" in name for line in lines[name]]
+    begun = sorted(line["asctime"] for line in deployed if line.get("event") == "started")
+    ended = sorted(line["asctime"] for line in deployed if line.get("event") == "stopped")
+    # Else requests would have waited for the new replica, for as long as it takes to load.
+    assert begun[2] < ended[1]
 
 
 def scrape(name: str) -> dict[tuple[str, ...], float]:
