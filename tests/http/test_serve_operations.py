@@ -77,7 +77,6 @@ class Cluster:
         self.session_dir = Path(words[1])
 
     def serve(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Begin a command of Serve's command line."""
         with open(self.printed, "ab") as file:
             return subprocess.Popen(
                 [sys.executable, str(Path(sys.executable).parent / "serve"), *arguments],
@@ -92,11 +91,9 @@ class Cluster:
         assert self.serve(*arguments).wait(PATIENCE_S) == 0, self.printed.read_text()
 
     def haproxies(self) -> set[Process]:
-        """Return the HAProxy processes of this Ray."""
         return self._alive("haproxy.cfg")
 
     def replicas(self) -> set[Process]:
-        """Return the processes of our replicas."""
         return self._alive("Retrieval")
 
     def log_lines(self) -> dict[str, list[dict[str, Any]]]:
@@ -105,7 +102,6 @@ class Cluster:
         return {f.name: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
 
     def close(self) -> None:
-        """Stop Ray."""
         self.started |= descendants(self.process.pid)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
