@@ -29,7 +29,8 @@ logger = logging.getLogger("ray.serve")
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
     # A replica that can not open its generation will not do so at a later try either.
     max_constructor_retry_count=1,
-    # A replica that is to be replaced serves until the new one does, also where it is the only one.
+    # A replica that is to be replaced serves until the new one does. Where it is the only one, requests would
+    # wait in between.
     max_surge_percent=100,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=5,

@@ -77,7 +77,6 @@ class Cluster:
         self.session_dir = Path(words[1])
 
     def serve(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Begin a command of Serve's command line."""
         with open(self.printed, "ab") as file:
             return subprocess.Popen(
                 [sys.executable, str(Path(sys.executable).parent / "serve"), *arguments],
@@ -92,11 +91,9 @@ class Cluster:
         assert self.serve(*arguments).wait(PATIENCE_S) == 0, self.printed.read_text()
 
     def haproxies(self) -> set[Process]:
-        """Return the HAProxy processes of this Ray."""
         return self._alive("haproxy.cfg")
 
     def replicas(self) -> set[Process]:
-        """Return the processes of our replicas."""
         return self._alive("Retrieval")
 
     def log_lines(self) -> dict[str, list[dict[str, Any]]]:
@@ -105,7 +102,6 @@ class Cluster:
         return {f.name: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
 
     def close(self) -> None:
-        """Stop Ray."""
         self.started |= descendants(self.process.pid)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -196,7 +192,7 @@ class Load:
 
 
 def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path) -> None:
-    """Both commands serve and leave nothing; a deploy replaces every replica without a failed request."""
+    """Both commands serve and leave nothing; two replicas become one, and a new one, without a failure."""
     port, store = cluster.port, str(shop.config.store)
     client = Client(f"http://127.0.0.1:{port}")
 
@@ -225,8 +221,12 @@ def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path
     first = cluster.replicas()
     load = Load(port)
     try:
+        deploy(1, 100)
+        wait_until(lambda: len(cluster.replicas()) == 1)
+        assert cluster.replicas() < first
+        # The only replica is replaced, and the new one answers before the old one goes.
         deploy(1, 90)
-        wait_until(lambda: len(cluster.replicas() - first) == 1 and not cluster.replicas() & first)
+        wait_until(lambda: len(cluster.replicas()) == 1 and not cluster.replicas() & first)
         before = len(load.statuses)
         wait_until(lambda: len(load.statuses) > before + 20)
     finally:
@@ -249,6 +249,11 @@ def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path
         assert {line["generation"] for line in of_one if "event" in line} == {"g1"}
         requests = [line["message"] for line in of_one if "/v1/retrieve" in line["message"]]
         assert bool(requests) == ("default" in name), name
+    deployed = [line for name in lines if "twotower" in name for line in lines[name]]
+    begun = sorted(line["asctime"] for line in deployed if line.get("event") == "started")
+    ended = sorted(line["asctime"] for line in deployed if line.get("event") == "stopped")
+    # Else requests would have waited for the new replica, for as long as it takes to load.
+    assert begun[2] < ended[1]
 
 
 def scrape(name: str) -> dict[tuple[str, ...], float]:
