@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import logging
 import os
 import shutil
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from serve.service import FusedService
 from tests.buckets import change, hashes
 from tests.generations import edit_manifest
 from twotower.artefacts import sha256_file, write_bytes
@@ -442,3 +445,30 @@ def test_closing_ends_the_thread(store: Store, make: Make) -> None:
     store.publish("a")
     user.wait_a_few_polls()
     assert user.retriever.generation_id == "b"
+
+
+def test_a_service_says_what_it_follows(store: Store) -> None:
+    store.publish("b")
+    plain = FusedService(Retriever.open(store.path("b")), max_k=10, workers=1, settings={})
+    assert plain.status() == {"held": ["b"], "refused": None, "pointer_problem": None}
+
+    follower = Follower(store, CURRENT, Retriever.ready, 0.01)
+    service = FusedService(follower.open(), max_k=10, workers=1, settings={})
+    service.follow(follower)
+    try:
+        damage(store.path("a") / "popularity.npy")
+        point(store, "a")
+        deadline = time.monotonic() + 60
+        while service.status()["refused"] is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        described = service.describe()
+        assert described["id"] == "b"
+        assert described["held"] == ["b"]
+        assert described["refused"]["id"] == "a"
+        store.publish("c", expected="a")
+        while service.front.generation_id != "c" and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert json.loads(asyncio.run(service.retrieve(Query(k=3))))["generation"] == "c"
+        assert service.status()["refused"] is None
+    finally:
+        follower.close()
