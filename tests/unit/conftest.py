@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.following import Make, User
 from tests.generations import edit_manifest, plain_generation, untrained_checkpoint
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -90,3 +91,17 @@ def here(store: Store, bucket: str) -> RemoteStore:
 def elsewhere(bucket: str, tmp_path: Path) -> RemoteStore:
     """The same bucket from a machine that has nothing."""
     return RemoteStore(bucket, tmp_path / "elsewhere" / "store")
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes a user of a store's pointer, whose follower ends with the test."""
+    users: list[User] = []
+
+    def start(store: Store, **arguments: Any) -> User:
+        users.append(User(store, **arguments))
+        return users[-1]
+
+    yield start
+    for user in users:
+        user.follower.close()

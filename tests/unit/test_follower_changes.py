@@ -1,0 +1,143 @@
+"""Following a pointer that changes while something loads, and trying again what may pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from tests.buckets import change, hashes
+from tests.following import Make
+from twotower.errors import ArtefactError
+from twotower.retrieval import follower as module
+from twotower.retrieval.generation import Generation
+from twotower.retrieval.objects import Objects
+from twotower.retrieval.remote import RemoteStore
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.store import Store
+
+
+def held_up(names: list[str]) -> tuple[Callable[[Generation], Retriever], dict[str, threading.Event]]:
+    """A way of loading that waits, for each of some generations, until it may go on."""
+    may = {name: threading.Event() for name in names}
+
+    def load(generation: Generation) -> Retriever:
+        if generation.id in may:
+            assert may[generation.id].wait(60)
+        return Retriever.ready(generation)
+
+    return load, may
+
+
+def test_the_newest_wins(store: Store, make: Make) -> None:
+    store.publish("b")
+    load, may = held_up(["a"])
+    user = make(store, load=load)
+    store.publish("a")
+    user.wait(lambda: user.loaded == ["b", "a"])
+    store.publish("c")
+    may["a"].set()
+    user.wait_for("c")
+    assert user.used == ["c"]
+
+
+def test_what_is_rolled_back_while_it_loads_is_not_used(store: Store, make: Make) -> None:
+    store.publish("b")
+    load, may = held_up(["a"])
+    user = make(store, load=load)
+    store.publish("a")
+    user.wait(lambda: user.loaded == ["b", "a"])
+    store.rollback()
+    may["a"].set()
+    user.wait_a_few_polls()
+    assert user.used == []
+    assert user.follower.held == ["b"]
+    store.publish("a")
+    user.wait_for("a")
+
+
+def test_a_pointer_that_is_set_faster_than_generations_load_is_followed(store: Store, make: Make) -> None:
+    store.publish("b")
+    load, may = held_up(["a", "c"])
+    user = make(store, load=load)
+    store.publish("a")
+    user.wait(lambda: user.loaded == ["b", "a"])
+    store.publish("c")
+    may["a"].set()
+    user.wait(lambda: user.loaded == ["b", "a", "c"])
+    store.publish("a")
+    may["c"].set()
+    # The first was passed over, the second is used although it is not the newest any more.
+    user.wait_for("a")
+    assert user.used == ["c", "a"]
+
+
+def test_what_may_pass_is_tried_again(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr(module, "_LAST_RETRY_S", 0.04)
+    store.publish("b")
+    failures: list[int] = []
+
+    def load(generation: Generation) -> Retriever:
+        if generation.id == "a" and len(failures) < 3:
+            failures.append(1)
+            raise MemoryError(f"no room for {generation.path}")
+        return Retriever.ready(generation)
+
+    user = make(store, load=load)
+    store.publish("a")
+    user.wait(lambda: user.follower.refused)
+    refused = user.follower.refused
+    assert refused is not None
+    assert refused.id == "a"
+    assert "MemoryError" in refused.reason
+    assert str(store.root) not in refused.reason
+    user.wait_for("a")
+    assert user.loaded == ["b", "a", "a", "a", "a"]
+    assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+    # The stack of an error holds what had been loaded.
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_nonsense_is_not_tried_again(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_RETRY_S", 0.0)
+    store.publish("b")
+
+    def load(generation: Generation) -> Retriever:
+        if generation.id == "a":
+            raise ArtefactError("the canary query of nobody failed")
+        return Retriever.ready(generation)
+
+    user = make(store, load=load)
+    store.publish("a")
+    user.wait(lambda: user.follower.refused)
+    user.wait_a_few_polls()
+    assert user.loaded == ["b", "a"]
+
+
+def test_a_bucket_that_lacks_a_file_is_asked_again(
+    here: RemoteStore, elsewhere: RemoteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_RETRY_S", 0.02)
+    here.publish("b")
+    user = make(elsewhere)
+    assert user.retriever.generation_id == "b"
+    change(here, "a", "users/history_times.npy")
+    here.publish("a", "CANDIDATE")
+    (key,) = hashes(here, "a") - hashes(here, "b")
+    objects = Objects(here.where)
+    content, pointer = objects.get(key), objects.get("pointers/CANDIDATE")
+    assert content is not None
+    assert pointer is not None
+    objects.delete([key])
+    objects.put("pointers/CURRENT", pointer.data.replace(b"CANDIDATE", b"CURRENT"))
+    user.wait(lambda: user.follower.refused or user.used)
+    assert user.follower.refused is not None
+    assert "can not be fetched" in user.follower.refused.reason
+    assert user.retriever.generation_id == "b"
+    objects.put(key, content.data)
+    user.wait_for("a")
+    assert user.follower.refused is None
