@@ -429,7 +429,7 @@ def test_a_failure_says_nothing_about_the_request(
         def retrieve(self, query: Any) -> Any:
             raise RuntimeError(f"no row for user {query.user_id}") from KeyError(query.user_id)
 
-    monkeypatch.setattr(service, "front", Broken())
+    monkeypatch.setattr(service, "_front", Broken())
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("ray.serve"), "level", logging.WARNING)
     answer = asyncio.run(retrieve(api, parts=[b'{"k": 3, "user_id": "marker-7781"}']))
