@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from serve.batching import Batcher
-from serve.fused import FusedService, to_json
+from serve.fused import FusedService
+from serve.service import to_json
 from tests.shop import NUM_USERS, build_store
 from twotower.errors import NotAllowedError
 from twotower.retrieval.query import HistoryItem, Query

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from serve.service import FusedService
+from serve.fused import FusedService
 from tests.following import Make, damage, point
 from tests.generations import edit_manifest
 from twotower.artefacts import sha256_file
