@@ -49,6 +49,7 @@ LATE_S, LATE_SHARE = 0.05, 0.02
 K, NUM_USERS = 100, 200
 IN_A_ROW = 100
 CONNECTIONS = 8
+_NOTHING = [""] * 4
 
 
 class LateShardSearch(ShardSearch):
@@ -113,7 +114,7 @@ def _measured(
     rate = saturation / 3
     rows: list[list[object]] = [
         ["what", "answers", "partial", "p50 ms", "p99 ms"],
-        [f"saturated by 8 connections: {saturation:.0f}/s; rate below: {rate:.0f}/s"],
+        [f"saturated by {CONNECTIONS} connections: {saturation:.0f}/s; rate below: {rate:.0f}/s", *_NOTHING],
     ]
     wrong = unflagged = 0
     times: dict[str, list[float]] = {"undisturbed": [], "late": []}
@@ -143,7 +144,7 @@ def _measured(
         rows.append([f"{name} ({recovered[-1]:.1f} s)", *_row(seen, bad)])
         if victims == REPLICAS and not bad[2]:
             raise SystemExit("a whole group was killed and no answer was partial: nothing was measured")
-    rows.append([f"CPU share of the client: {seen.load.cpu_share:.2f}"])
+    rows.append([f"CPU share of the client: {seen.load.cpu_share:.2f}", *_NOTHING])
     figures = {
         "wrong_answers": wrong,
         "unflagged_partials": unflagged,
