@@ -131,7 +131,8 @@ class Service(ABC, Generic[F]):
         """Stop the threads; requests have ended before."""
         self.ready = False
         if self._follower is not None:
-            self._follower.close()
+            # A change that is going on may itself wait for this thread.
+            self._follower.close(wait=False)
         self._pool.shutdown(wait=False, cancel_futures=True)
         log_event("stopped", "no request is left", generation=self.front.generation_id)
         self.metrics.close()

@@ -14,8 +14,13 @@ import yaml
 from tests.http.test_serve_answers import QUERIES
 from tests.http.test_serve_stop import Command, command_line
 from tests.service import Client, Shop
+from tests.updates import copied, table_of
 from twotower.cluster.processes import Process, descendants, free_port
+from twotower.config import parse_config
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.retriever import Query, Retriever
+from twotower.retrieval.store import Store
+from twotower.retrieval.update import update_items
 
 RECOVERY_S = 60
 GROUPS, REPLICAS = 2, 2
@@ -25,12 +30,14 @@ GROUPS, REPLICAS = 2, 2
 def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Command]]:
     """``jobs.serve`` with two groups of two replicas."""
     folder = tmp_path_factory.mktemp("sharded")
-    values = shop.config.to_json()
+    # A store of its own, that may change.
+    values = copied(shop.config, folder / "runs").to_json()
     values["serve"] |= {"topology": "sharded", "groups": GROUPS, "replicas_per_group": REPLICAS}
     values["serve"]["port"] = port = free_port()
     path = folder / "shop.yaml"
     path.write_text(yaml.safe_dump(values))
     command = Command(folder, "--config", str(path))
+    command.config_path = path
     try:
         command.wait_until_ready()
         yield Client(f"http://127.0.0.1:{port}"), command
@@ -62,6 +69,44 @@ def test_the_answers_are_those_of_the_library(service: tuple[Client, Command], l
     found = client.get("/v1/items/1003/similar?k=5").json["items"]
     assert [i["item_id"] for i in found] == [i["item_id"] for i in library.similar("1003", 5).items]
     assert client.retrieve(k=5, filter={"colour": {"any_of": [1]}}).status == 422
+
+
+def test_a_new_generation_answers_from_all_groups_at_once(
+    service: tuple[Client, Command], shop: Shop
+) -> None:
+    client, command = service
+    store = Store(parse_config(yaml.safe_load(command.config_path.read_text())).store)
+    items = Generation.open(shop.generation).items.table([0, 1]).to_pylist()
+    new = [{**items[0], "title": "changed"}, {**items[1], "item_id": "new", "title": "new"}]
+    with Asking(client) as asking:
+        asking.wait_for(30)
+        update = update_items(store, table_of(new, shop.generation), ["1005"], force=True)
+        deadline = time.monotonic() + RECOVERY_S
+        while (ready := client.get("/readyz").json)["generation"] != update.generation:
+            assert time.monotonic() < deadline, ready
+            time.sleep(0.05)
+        asking.wait_for(30)
+    libraries = {"g1": Retriever.open(shop.generation)}
+    libraries[update.generation] = Retriever.open(store.path(update.generation))
+    expected = {
+        (name, u): [i["item_id"] for i in library.retrieve(Query(k=12, user_id=u)).items]
+        for name, library in libraries.items()
+        for u in map(str, range(36))
+    }
+    # No request failed, none was partial, and each is the answer of the generation that it names.
+    for user, status, answer in asking.answers:
+        assert (status, answer["partial"]) == (200, False)
+        assert [i["item_id"] for i in answer["items"]] == expected[answer["generation"], user]
+    assert {a["generation"] for _, _, a in asking.answers} == {"g1", update.generation}
+    assert client.get("/v1/items/new/similar?k=3").status == 200
+    assert client.get("/v1/items/1005/similar?k=3").status == 404
+    found = client.items(user_id="3", k=1, allow_items=["1000"], exclude_seen=False, fields=["title"])
+    assert found[0]["title"] == "changed"
+    # Back to the first, for the tests that follow; the groups free the other.
+    store.publish("g1", force=True)
+    while (ready := client.get("/readyz").json)["held"] != ["g1"]:
+        assert time.monotonic() < deadline + RECOVERY_S, ready
+        time.sleep(0.05)
 
 
 class Asking:

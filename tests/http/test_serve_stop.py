@@ -28,6 +28,8 @@ START_S, STOP_S = 180, 60
 class Command:
     """A running ``python -m jobs.serve``, with everything that it started."""
 
+    config_path: Path
+
     def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.printed = folder / "printed.txt"
         with open(self.printed, "wb") as file:

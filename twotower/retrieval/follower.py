@@ -114,10 +114,14 @@ class Follower(Generic[T]):
         self._thread = threading.Thread(target=self._run, args=(use,), name="follower", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop following and wait for the end of a change that is going on."""
+    def close(self, wait: bool = True) -> None:
+        """Stop following.
+
+        Args:
+            wait: for the end of a change that is going on.
+        """
         self._stop.set()
-        if self._thread is not None:
+        if wait and self._thread is not None:
             self._thread.join()
 
     @property
