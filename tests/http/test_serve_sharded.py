@@ -69,6 +69,14 @@ def test_the_answers_are_those_of_the_library(service: tuple[Client, Command], l
     found = client.get("/v1/items/1003/similar?k=5").json["items"]
     assert [i["item_id"] for i in found] == [i["item_id"] for i in library.similar("1003", 5).items]
     assert client.retrieve(k=5, filter={"colour": {"any_of": [1]}}).status == 422
+    batch = client.send("POST", "/v1/retrieve/batch", {"requests": [{"k": 4, "user_id": "3"}, {"k": 2}]})
+    expected = [library.retrieve(Query(k=4, user_id="3")), library.retrieve(Query(k=2))]
+    for one, other in zip(batch.json["answers"], expected, strict=True):
+        assert [i["item_id"] for i in one["items"]] == [i["item_id"] for i in other.items]
+    # The demo page asks the gateway.
+    assert client.get("/").status == 200
+    assert client.get("/demo/users/3/history").json["user_id"] == "3"
+    assert client.get("/demo/users/nobody/history").status == 404
 
 
 def test_a_new_generation_answers_from_all_groups_at_once(
