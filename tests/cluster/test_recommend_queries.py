@@ -171,7 +171,7 @@ def test_answers_are_those_of_brute_force(answered: Path, store: tuple[Config, D
     items = dataset.item_table().to_pylist()
     war = np.array(["War" in item["genres"].split("|") for item in items])
     query = Query(k=NUM_ITEMS, user_id="5", exclude_seen=False)
-    embedding = opened._encode([opened._inputs.resolve(query, 2**60)])[0]
+    embedding = opened.encode([query]).vectors[0]
     scores = vectors @ embedding
     seen = Generation.open(path).seen(5)
     out = np.isin(np.arange(NUM_ITEMS), seen) | np.isin(
