@@ -179,7 +179,8 @@ def _serve(
 
     names = [each.generation.name for each in made]
     config = made[0].config
-    Store(config.store).publish(names[0])
+    # What an index of this size finds is not the matter here.
+    Store(config.store).publish(names[0], force=True)
     arguments = BuildArgs(store=str(config.store), threads=THREADS, workers=WORKERS, max_k=K)
     served = config.model_copy(update={"serve": config.serve.model_copy(update={"port": free_port()})})
     with serving(lambda: build(arguments), served) as url:
@@ -209,7 +210,7 @@ def _alternate(url: str, store_path: str, names: list[str], count: int, quiet_s:
         quiet = time.monotonic()
         time.sleep(quiet_s)
         publishing = time.monotonic()
-        store.publish(name)
+        store.publish(name, force=True)
         changed = (store.root / CURRENT).stat().st_mtime
         written = time.monotonic() - (time.time() - changed)
         switched = _wait(url, written, {"generation": name})
