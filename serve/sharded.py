@@ -45,18 +45,17 @@ class ShardSearch:
     """Searches one group of shards, in each generation that a gateway needs."""
 
     async def __init__(self, args: BuildArgs, group: int) -> None:  # type: ignore[misc]  # Serve awaits it.
-        """Load the group of the generation that the pointer names now, and listen for the gateways.
+        """Hold nothing yet, and listen for the gateways, which say what they need.
+
+        The pointer is not asked: what it names may be damaged, and a replica that is started again must
+        hold what the gateways answer from.
 
         Args:
             args: of the application, with absolute paths.
             group: 0 to ``args.groups`` - 1.
-
-        Raises:
-            ArtefactError: nothing is published, or what is published is damaged or has too few shards.
         """
         store = store_at(args.store, args.cache)
         self._holder = GroupHolder(store, group, args.groups, args.threads)
-        self._holder.load(store.published(args.pointer))
         self._pool = ThreadPoolExecutor(args.workers, "search")
         self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
 
