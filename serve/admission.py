@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TypeVar
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -18,8 +17,6 @@ from starlette.requests import ClientDisconnect
 from serve.schemas import BadRequest
 from twotower.config import LimitsConfig
 from twotower.retrieval.request import InvalidQueryError, shown
-
-T = TypeVar("T")
 
 DEADLINE_HEADER = "X-Deadline-Ms"
 MAX_DEADLINE_MS = 600_000
@@ -69,11 +66,11 @@ class Admission:
             self._count -= 1
 
 
-def in_time(work: Callable[[], T], deadline: float) -> T:
-    """Return what ``work`` returns, unless a reading of ``time.monotonic`` has passed.
+def check_deadline(deadline: float) -> None:
+    """Check that a reading of ``time.monotonic`` is not there yet.
 
     Raises:
-        BadRequest: it has (504).
+        BadRequest: it has passed (504).
     """
     if time.monotonic() >= deadline:
         raise BadRequest(
@@ -82,7 +79,6 @@ def in_time(work: Callable[[], T], deadline: float) -> T:
             504,
             "deadline_exceeded",
         )
-    return work()
 
 
 def deadline_of(request: Request, default_ms: int) -> float:

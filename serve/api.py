@@ -69,7 +69,7 @@ def make_api(
                 if len(body) <= INLINE_BODY_BYTES:
                     query = parse(body, service.max_k, limits)
                 else:
-                    query = await service.run(parse, body, service.max_k, limits, deadline=deadline)
+                    query = await service.workers.run(parse, body, service.max_k, limits, deadline=deadline)
                 return json_response(await answer(query, deadline))
 
     @api.post(

@@ -94,7 +94,7 @@ def add_demo(api: FastAPI, service: Service) -> None:
         """Return what is found in the generation that answers now, as JSON with its id."""
         generation = service.front.generation
         return json_response(
-            await service.run(lambda: orjson.dumps({"generation": generation.id, **find(generation)}))
+            await service.workers.run(lambda: orjson.dumps({"generation": generation.id, **find(generation)}))
         )
 
 

@@ -60,7 +60,9 @@ class FusedService(Service[Retriever]):
         if self._batcher is not None:
             return await self._batcher.answer(query)
         retriever = self.front
-        return await self.run(self._answer, retriever, query, deadline=deadline)
+        run = self.runner(retriever, query)
+        answer: bytes = await run(self._answer, retriever, query, deadline=deadline)
+        return answer
 
     async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
         """Return the answers to queries as JSON, as in ``Service``."""
@@ -73,7 +75,7 @@ class FusedService(Service[Retriever]):
                 name_the_wrong_one(retriever, queries)
                 raise
 
-        return await self.run(answer, deadline=deadline)
+        return await self.workers.run(answer, deadline=deadline)
 
     async def similar(
         self,
@@ -85,9 +87,11 @@ class FusedService(Service[Retriever]):
     ) -> bytes:
         """Return the items most similar to an item as JSON, as in ``Service``."""
         retriever = self.front
-        return await self.run(
+        run = self.runner(retriever, Query(k=k, fields=fields, filter=predicates))
+        answer: bytes = await run(
             lambda: self.noted(retriever.similar(item_id, k, fields, predicates)), deadline=deadline
         )
+        return answer
 
     def _answer(self, retriever: Retriever, query: Query) -> bytes:
         return self._probed(retriever, query, retriever.retrieve(query))
@@ -110,4 +114,4 @@ class FusedService(Service[Retriever]):
                 return answer(some[:middle]) + answer(some[middle:])
             return [self._probed(retriever, q, a) for q, a in zip(some, answers, strict=True)]
 
-        return await self.run(answer, queries)
+        return await self.workers.run(answer, queries)

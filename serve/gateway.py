@@ -95,7 +95,7 @@ class GatewayService(Service[Front]):
         try:
             return self.noted_batch(await self.answers(front, queries, deadline))
         except NotAllowedError:
-            await self.run(name_the_wrong_one, front, queries)
+            await self.workers.run(name_the_wrong_one, front, queries)
             raise
 
     async def answers(
@@ -114,16 +114,17 @@ class GatewayService(Service[Front]):
             NoGroupError: no group answered.
         """
         start = time.perf_counter()
-        encoded, hits, message = await self.run(_encoded, front, queries, deadline=deadline)
+        run = self.runner(front, queries[0]) if len(queries) == 1 else self.workers.run
+        encoded, hits, message = await run(_encoded, front, queries, deadline=deadline)
         done = time.perf_counter()
         missing: list[str] = []
         found: list[list[Hits]] = []
         if encoded.searched:
             found, missing = await self._ask(message, front.generation_id)
         searched = time.perf_counter()
-        return await self.run(
-            _described, front, encoded, hits, found, tuple(missing), (start, done, searched)
-        )
+        times = start, done, searched
+        answers: list[Answer] = await run(_described, front, encoded, hits, found, tuple(missing), times)
+        return answers
 
     async def similar(
         self,
@@ -143,7 +144,7 @@ class GatewayService(Service[Front]):
         front = self.front
         front.check(k, fields)
         if predicates:
-            await self.run(front.generation.attributes.check, predicates, deadline=deadline)
+            await self.workers.run(front.generation.attributes.check, predicates, deadline=deadline)
         row = front.row_of(item_id)
         vector = await self._vector(front, row)
         encoded = time.perf_counter()
@@ -152,7 +153,7 @@ class GatewayService(Service[Front]):
         found, missing = await self._ask(message, front.generation_id)
         searched = time.perf_counter()
         hits = merge_groups([group[0] for group in found], k)
-        items = await self.run(front.describe_hits, hits, fields)
+        items = await self.workers.run(front.describe_hits, hits, fields)
         took = timing(start, encoded, searched)
         return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 

@@ -43,7 +43,7 @@ SPECS = {
     ),
     "twotower_stage_ms": Spec(
         "histogram",
-        "Milliseconds of each stage of an answer: wait (for a thread), encode, search; total is all but wait",
+        "Milliseconds of each stage of an answer: wait (for its turn), encode, search; total is all but wait",
         ("stage",),
     ),
     "twotower_answers": Spec(

@@ -1,27 +1,19 @@
-"""What the routes call: the generation that answers now, and the threads that work for it.
-
-Work is done in a few fixed threads, so that FAISS and torch do not hold up the event loop and keep one
-OpenMP pool each.
-"""
+"""What the routes call: the generation that answers now, and what does the work."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import logging
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import orjson
-import torch
 
-from serve.admission import Admission, in_time
+from serve.admission import Admission
 from serve.log import log_event
 from serve.metrics import Metrics
+from serve.workers import Workers
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
 from twotower.retrieval.follower import Follower
@@ -29,7 +21,6 @@ from twotower.retrieval.front import Front
 from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.request import InvalidQueryError
 
-T = TypeVar("T")
 F = TypeVar("F", bound=Front)
 
 
@@ -64,9 +55,7 @@ class Service(ABC, Generic[F]):
         self.settings = settings
         self.limits = limits or LimitsConfig()
         self.admission = Admission(workers + self.limits.max_queued)
-        self._pool = ThreadPoolExecutor(
-            workers, "retrieve", initializer=functools.partial(torch.set_num_threads, threads)
-        )
+        self.workers = Workers(workers, threads, self.metrics.waited)
         self._follower: Follower[F] | None = None
         self.ready = True
 
@@ -108,24 +97,9 @@ class Service(ABC, Generic[F]):
             reason=reason,
         )
 
-    async def run(self, work: Callable[..., T], *arguments: Any, deadline: float = math.inf) -> T:
-        """Return what ``work`` returns, run in one of the threads.
-
-        Args:
-            work: a function.
-            arguments: its arguments.
-            deadline: reading of ``time.monotonic`` from which on work does not begin.
-
-        Raises:
-            BadRequest: the deadline has passed (504).
-        """
-        asked = time.perf_counter()
-
-        def timed() -> T:
-            self.metrics.waited((time.perf_counter() - asked) * 1e3)
-            return in_time(functools.partial(work, *arguments), deadline)
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+    def runner(self, front: F, query: Query) -> Callable[..., Any]:
+        """Return what does the work on a query: ``workers.run_short`` where a front is quick about it."""
+        return self.workers.run_short if front.quick(query) else self.workers.run
 
     def close(self) -> None:
         """Stop the threads; requests have ended before."""
@@ -133,7 +107,7 @@ class Service(ABC, Generic[F]):
         if self._follower is not None:
             # A change that is going on may itself wait for this thread.
             self._follower.close(wait=False)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.workers.close()
         log_event("stopped", "no request is left", generation=self.front.generation_id)
         self.metrics.close()
 

@@ -163,6 +163,7 @@ class Gateway:
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         front = Front(generation, self._args.threads, device)
+        front.warm_up()
         service = self._service
         if service is None:
             return front

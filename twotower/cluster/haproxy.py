@@ -38,6 +38,8 @@ _RULES = f"""
     # Bytes that are not ASCII are no headers to the servers behind.
     http-request return status 400 content-type application/json string '{_NOT_ASCII}' \
 if {{ req.hdrs -m reg [\\x80-\\xff] }}
+    # Ray spends two tasks a request on noticing a client that has gone; here a deadline ends what waits.
+    http-request set-header X-Request-Disconnect-Disabled ?1
     http-request set-var(txn.twotower_id) req.fhdr(x-request-id),bytes(0,200)
     http-after-response set-header X-Request-ID %[var(txn.twotower_id)] \
 if {{ var(txn.twotower_id) -m found }} !{{ res.hdr(x-request-id) -m found }}

@@ -168,7 +168,12 @@ def first_not_before(times: IntArray, begin: IntArray, end: IntArray, when: IntA
         end: [B] int64, the position behind each segment.
         when: [B] int64.
     """
-    low, high = begin.copy(), end.copy()
+    last = end - 1
+    late = (last >= begin) & (times[np.maximum(last, 0)] >= when) if len(times) else np.zeros(len(end), bool)
+    if not late.any():
+        # What serving asks nearly always: now is later than all that is known.
+        return end
+    low, high = np.where(late, begin, end), end.copy()
     while (open_ := low < high).any():
         middle = (low + high) // 2
         earlier = np.zeros(len(low), bool)

@@ -22,6 +22,8 @@ from twotower.data.hashing import hash64, table_hash
 from twotower.errors import ArtefactError, DataError
 
 IntArray = npt.NDArray[np.int64]
+_FEW = 32
+"""Ids that are read one by one in less time than a call of Arrow takes to begin."""
 FORGOTTEN = ""
 """What stands in the place of an id that was forgotten. No source can hold it: an id there is not blank."""
 
@@ -121,7 +123,10 @@ class Vocabulary:
         found = np.flatnonzero(positions < len(hashes))
         found = found[hashes[positions[found]] == values[found]] if len(found) else found
         candidates = np.asarray(order)[positions[found]]
-        texts = self._ids.take(pa.array(candidates)).to_pylist() if len(found) else []
+        if len(found) <= _FEW:
+            texts = [self._ids[row].as_py() for row in candidates.tolist()]
+        else:
+            texts = self._ids.take(pa.array(candidates)).to_pylist()
         for at, row, text in zip(found.tolist(), candidates.tolist(), texts, strict=True):
             # Two ids may share a hash, so the text decides; the slow path walks the run of equal hashes.
             exact = row if text == wanted[at] != FORGOTTEN else self.row(wanted[at])

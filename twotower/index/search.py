@@ -277,7 +277,10 @@ class Searcher:
         scores, rows = unit.search(query, min(fetch, len(unit.item_rows)), effort, allowed, by_selector)
         found_scores, found_rows = scores[0], rows[0]
         if len(out):
-            kept = ~np.isin(found_rows, out)
+            # NumPy's isin takes several times as long for so few.
+            ordered = np.sort(out)
+            at = np.minimum(np.searchsorted(ordered, found_rows), len(ordered) - 1)
+            kept = ordered[at] != found_rows
             found_scores, found_rows = found_scores[kept], found_rows[kept]
         hits = in_order(found_scores, found_rows, k)
         return hits if len(hits.item_rows) == k else None

@@ -254,7 +254,7 @@ def _static_input(
 ) -> Bag | torch.Tensor:
     spec = feature.spec
     if isinstance(spec, IdFeature):
-        return _id_bag(spec, torch.tensor(rows))
+        return _id_bag(spec, rows)
     values = columns[spec.name]
     if values.dtype == np.float32:
         return torch.from_numpy(np.ascontiguousarray(values))
@@ -263,21 +263,14 @@ def _static_input(
     return Bag(ids, valid / valid.sum(1, keepdim=True).clamp(min=1))
 
 
-def _id_bag(spec: IdFeature, rows_B: torch.Tensor) -> Bag:
-    ids = _embedding_rows(spec, rows_B)
-    return forget(Bag(ids, torch.ones(ids.shape)), rows_B < 0)
-
-
-def _embedding_rows(spec: IdFeature | None, rows: torch.Tensor) -> torch.Tensor:
-    """Return the embedding rows that users or items read, [..., hashes].
-
-    Args:
-        spec: the id feature that declares the table; none where each row has an embedding of its own.
-        rows: [...] int64; what -1 reads has no meaning.
-    """
-    if spec is None or spec.buckets is None:
-        return rows[..., None] + 1
-    return hashed_rows(rows, spec.buckets, spec.hashes)
+def _id_bag(spec: IdFeature, rows_B: npt.NDArray[np.int64]) -> Bag:
+    if spec.buckets is None:
+        # Row -1, the unknown id, reads the first row of the table.
+        ids = torch.from_numpy(rows_B[:, None] + (UNKNOWN_ROW + 1))
+        return Bag(ids, torch.ones(ids.shape))
+    rows = torch.tensor(rows_B)
+    ids = hashed_rows(rows, spec.buckets, spec.hashes)
+    return forget(Bag(ids, torch.ones(ids.shape)), rows < 0)
 
 
 def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, npt.NDArray[np.float32]]:
@@ -376,7 +369,7 @@ class QueryFeatures:
         """sum(w x) / max(count, 1) over the history, w clipped to [0, 1]."""
         values = self._profiles[spec.name]
         valid = items >= 0
-        clipped = np.clip(np.where(valid, weights, 0), 0, 1).astype(np.float32)
+        clipped = np.where(valid, np.minimum(np.maximum(weights, 0), 1), np.float32(0))
         if items.shape[1] == 0:
             return torch.zeros(len(items), values.shape[1])
         x = values[np.where(valid, items, 0)]
@@ -399,6 +392,8 @@ def _history(
         w = (valid * spec.decay ** np.arange(items.shape[1])).astype(np.float32)
     total = w.sum(1, keepdims=True)
     pooled = torch.from_numpy(w / np.where(total > 0, total, 1).astype(np.float32))
-    ids = _embedding_rows(table, torch.tensor(items))
+    if table is None or table.buckets is None:
+        return Bag(torch.from_numpy(np.where(valid, items + (UNKNOWN_ROW + 1), -1)), pooled)
+    ids = hashed_rows(torch.tensor(items), table.buckets, table.hashes)
     ids = ids.masked_fill(torch.from_numpy(~valid)[..., None], -1)
     return Bag(ids.flatten(1), pooled[..., None].expand(ids.shape).flatten(1))

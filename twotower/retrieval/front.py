@@ -10,9 +10,10 @@ Shapes: B queries, R of them that are searched, D embedding_dim, K results, N ca
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,14 @@ from twotower.model.features import QueryFeatures, to_device
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
-from twotower.retrieval.query import Query, UnknownItemError
+from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 
 _BLOCK_ROWS = 1 << 22
+_QUICK_MS = 2.0
+_WARM_UP_QUERIES = 12
+_FEW_IDS = 200
+_FEW_SEEN = 1_000
+_FEW_FIELDS = 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Front:
         )
         self._inputs = make_inputs(generation)
         self._features = QueryFeatures(self._checkpoint.schema, generation.profiles)
+        self._usual_ms = math.inf
         self.prepare_thread()
 
     @property
@@ -93,6 +100,37 @@ class Front:
     def prepare_thread(self) -> None:
         """Set the number of torch threads; call it once in each thread that retrieves."""
         torch.set_num_threads(self._threads)
+
+    def warm_up(self) -> None:
+        """Do what answers do, so that the first one finds everything loaded, and see how long it takes."""
+        self._measure(lambda query: self.encode([query]))
+
+    def quick(self, query: Query) -> bool:
+        """Return whether what is done here for a query takes a millisecond or two: ``_QUICK_MS`` at most.
+
+        That is so where ``warm_up`` found it to be, and nothing that the query names or its user has had is
+        long, or has to be read for a whole catalogue, as a filter has.
+        """
+        return (
+            self._usual_ms <= _QUICK_MS
+            and not query.filter
+            and query.allow_items is None
+            and query.k <= _FEW_IDS
+            and len(query.fields) <= _FEW_FIELDS
+            and len(query.exclude_items) <= _FEW_IDS
+            and (query.history is None or len(query.history) <= _FEW_IDS)
+            and self._inputs.num_seen(query.user_id) <= _FEW_SEEN
+        )
+
+    def _measure(self, work: Callable[[Query], object]) -> None:
+        """Note how long work on a query takes when nothing else runs: the least of a few times."""
+        query = Query(k=100, history=[HistoryItem(self._item_ids.id(0))])
+        times = []
+        for _ in range(_WARM_UP_QUERIES):
+            start = time.perf_counter()
+            work(query)
+            times.append(time.perf_counter() - start)
+        self._usual_ms = min(times) * 1e3
 
     @property
     def item_fields(self) -> list[str]:

@@ -121,12 +121,22 @@ class Inputs:
         if named:
             ids = [query.user_id for query in queries if query.user_id is not None]
             user_rows[named] = self.users.ids.rows(ids, missing="negative")
-        moments = np.array([now if query.at is None else query.at for query in queries], np.int64)
-        rows, weights = self.users.histories.before(user_rows, moments, self.schema.max_history)
+        moments = [now if query.at is None else query.at for query in queries]
+        if any(query.history is None and row >= 0 for query, row in zip(queries, user_rows, strict=True)):
+            histories = self.users.histories
+            stored = histories.before(user_rows, np.array(moments, np.int64), self.schema.max_history)
+        else:
+            shape = len(queries), self.schema.max_history
+            stored = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
         return [
-            self._resolved(query, int(user_rows[i]), int(moments[i]), rows[i], weights[i])
-            for i, query in enumerate(queries)
+            self._resolved(query, row, moments[i], stored[0][i], stored[1][i])
+            for i, (query, row) in enumerate(zip(queries, user_rows.tolist(), strict=True))
         ]
+
+    def num_seen(self, user_id: str | None) -> int:
+        """Return how many items a user has had; 0 for an unknown user."""
+        row = None if user_id is None else self.users.ids.row(user_id)
+        return 0 if row is None else int(self.users.seen_offsets[row + 1] - self.users.seen_offsets[row])
 
     def _resolved(
         self, query: Query, row: int, at: int, stored_rows: IntArray, stored_weights: FloatArray
@@ -171,17 +181,16 @@ class Inputs:
         """Return the latest items of a history that count at a moment: rows [H] and weights [H]."""
         length = self.schema.max_history
         counted = [
-            (int(row), item.weight)
-            for row, item in zip(listed, history, strict=True)
+            (row, item.weight)
+            for row, item in zip(listed.tolist(), history, strict=True)
             # The query tower has no embedding of what an update added.
             if 0 <= row < self.schema.num_items and (item.time is None or item.time < at)
         ]
         latest = counted[::-1][:length]
-        rows = np.full(length, -1, np.int64)
-        weights = np.zeros(length, np.float32)
-        rows[: len(latest)] = [row for row, _ in latest]
-        weights[: len(latest)] = [weight for _, weight in latest]
-        return rows, weights
+        missing = length - len(latest)
+        rows = [row for row, _ in latest] + [-1] * missing
+        weights = [weight for _, weight in latest] + [0.0] * missing
+        return np.array(rows, np.int64), np.array(weights, np.float32)
 
     def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:
         seen = np.zeros(0, np.int64)

@@ -99,11 +99,12 @@ class Retriever(Front):
         return retriever
 
     def warm_up(self) -> None:
-        """Answer queries from a history, so that the first real one finds everything loaded."""
+        """Answer queries from a history, as ``Front.warm_up`` says."""
         first = self._item_ids.id(0)
         self.retrieve(Query(k=10, history=[HistoryItem(first)], fields=self.item_fields))
         if self.attributes:
             self.retrieve(Query(k=10, history=[HistoryItem(first)], allow_items=[first]))
+        self._measure(self.retrieve)
 
     def probe(self) -> None:
         """Ask questions whose answers can be checked.
