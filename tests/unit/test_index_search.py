@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from twotower.errors import ArtefactError, ConfigError, RequestError
+from twotower.index.allowed import Allowed
 from twotower.index.build import build_shard, train_index
 from twotower.index.recall import index_recall_at_k
 from twotower.index.search import Hits, Searcher, Shard, exact_top_k
@@ -223,6 +224,36 @@ def test_exact_search_over_blocks_equals_brute_force(rng: np.random.Generator) -
     queries = unit_vectors(rng, 5)
     for q, hits in enumerate(exact_top_k(queries, 12, iter(blocks))):
         assert hits.item_rows.tolist() == brute_force(vectors, queries[q], 12, [])
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8,SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF8,PQ4"])
+def test_exact_search_scores_every_vector_as_the_index_holds_it(
+    factory: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, queries = unit_vectors(rng, 900), unit_vectors(rng, 7)
+    parts = [(build_shard(vectors[at], factory, item_rows=at), at) for at in np.split(np.arange(900), 3)]
+    # Trained apart, and with the least effort: neither may matter.
+    effort = Effort(nprobe=1, ef_search=1)
+    searchers = [
+        Searcher([Shard(faiss.clone_index(index), at, at[:dead]) for index, at in parts], effort)
+        for dead in (0, 40)
+    ]
+    gathered = []
+    monkeypatch.setattr(Searcher, "_gather", lambda *a, _of=Searcher._gather: gathered.append(1) or _of(*a))
+    for searcher in searchers:
+        alive = np.flatnonzero(searcher.contains(np.arange(900)))
+        for allowed in (None, Allowed.of_rows(alive[::2], 900)):
+            held = alive if allowed is None else alive[::2]
+            exclude = [held[q::5] for q in range(len(queries))]
+            hits = searcher.search_exactly(queries, 25, exclude, allowed)
+            for q, each in enumerate(hits):
+                left = np.setdiff1d(held, exclude[q])
+                scores = searcher.vectors(left) @ queries[q]
+                assert np.isin(each.item_rows, left).all()
+                np.testing.assert_allclose(each.scores, np.sort(scores)[::-1][:25], atol=1e-5)
+    assert [searcher.num_items for searcher in searchers] == [900, 780]
+    # Graphs alone can not be searched as a whole.
+    assert bool(gathered) == factory.startswith("HNSW")
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "IVF8,PQ4"])

@@ -175,9 +175,17 @@ class Searcher:
         exclude: Sequence[npt.ArrayLike] | None = None,
         allowed: Allowed | None = None,
     ) -> list[Hits]:
-        """Return the best items by the vectors that the indexes hold, each of which is scored."""
+        """Return the best items by the vectors that the indexes hold, each of which is scored.
+
+        Inverted lists are scanned as a whole, at a fraction of the time of decoding their vectors.
+        """
         queries = self._check(queries, k, exclude)
-        return self._gather(queries, k, exclude, allowed)
+        whole = {unit.exhaustive for unit in self.units}
+        # Lists of different numbers need the effort of the longest.
+        effort = max((e for e in whole if e is not None), key=lambda e: e.nprobe, default=None)
+        if None in whole or effort is None:
+            return self._gather(queries, k, exclude, allowed)
+        return self._search_block(queries, k, exclude, effort, False, allowed, True)
 
     def vectors(self, item_rows: npt.ArrayLike) -> FloatArray:
         """Return the vectors of items as the indexes hold them (some round), [m, D] float32.

@@ -76,6 +76,13 @@ class Unit:
         self._lock = threading.Lock()
         self._mine = threading.local()
 
+    @property
+    def exhaustive(self) -> Effort | None:
+        """The effort at which a search scores every vector as the index holds it; None where none does."""
+        if self._plain_ivf:
+            return Effort(nprobe=int(self.index.nlist))
+        return Effort() if isinstance(self.index, faiss.IndexFlat) else None
+
     def search(
         self,
         queries: FloatArray,
