@@ -65,6 +65,7 @@ class Retrieval:
             Metrics(RaySink()),
             args.probe_every,
             args.batch_window_ms,
+            args.inline_ms,
         )
         if args.poll_s:
             self._service.follow(follower)

@@ -30,6 +30,7 @@ class FusedService(Service[Retriever]):
         metrics: Metrics | None = None,
         probe_every: int = 0,
         batch_window_ms: float | None = None,
+        inline_ms: float = 2.0,
     ) -> None:
         """Start the threads.
 
@@ -44,8 +45,9 @@ class FusedService(Service[Retriever]):
             probe_every: compare one of so many answers with exact search, aside; 0 compares none.
             batch_window_ms: milliseconds for which a query waits for others to be answered together; when
                 not given 1 with a GPU, which takes a batch in the time of one query, and 0 without.
+            inline_ms: as of ``Service``.
         """
-        super().__init__(front, max_k, workers, settings, threads, limits, metrics)
+        super().__init__(front, max_k, workers, settings, threads, limits, metrics, inline_ms)
         self._probe = Probe(probe_every, self.metrics.probed)
         window_ms = (1.0 if front.on_gpu else 0.0) if batch_window_ms is None else batch_window_ms
         self._batcher = Batcher(self._answer_together, window_ms) if window_ms else None

@@ -55,6 +55,7 @@ class GatewayService(Service[Front]):
         deadline_s: float = 0.2,
         limits: LimitsConfig | None = None,
         metrics: Metrics | None = None,
+        inline_ms: float = 2.0,
     ) -> None:
         """Start the threads.
 
@@ -68,8 +69,9 @@ class GatewayService(Service[Front]):
             deadline_s: seconds after which a group is left out.
             limits: of requests and of what waits.
             metrics: counts and measures; nothing when not given.
+            inline_ms: as of ``Service``.
         """
-        super().__init__(front, max_k, workers, settings, threads, limits, metrics)
+        super().__init__(front, max_k, workers, settings, threads, limits, metrics, inline_ms)
         self.groups = groups
         self._deadline_s = deadline_s
 

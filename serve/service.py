@@ -36,6 +36,7 @@ class Service(ABC, Generic[F]):
         threads: int = 1,
         limits: LimitsConfig | None = None,
         metrics: Metrics | None = None,
+        inline_ms: float = 2.0,
     ) -> None:
         """Start the threads.
 
@@ -47,6 +48,7 @@ class Service(ABC, Generic[F]):
             threads: CPU threads of the query tower.
             limits: of requests and of what waits; those of the configuration when not given.
             metrics: counts and measures; nothing when not given.
+            inline_ms: milliseconds of the longest usual query that the event loop answers itself.
         """
         self.metrics = metrics or Metrics()
         self._front: F | None = None
@@ -56,6 +58,7 @@ class Service(ABC, Generic[F]):
         self.limits = limits or LimitsConfig()
         self.admission = Admission(workers + self.limits.max_queued)
         self.workers = Workers(workers, threads, self.metrics.waited)
+        self._inline_ms = inline_ms
         self._follower: Follower[F] | None = None
         self.ready = True
 
@@ -98,8 +101,9 @@ class Service(ABC, Generic[F]):
         )
 
     def runner(self, front: F, query: Query) -> Callable[..., Any]:
-        """Return what does the work on a query: ``workers.run_short`` where a front is quick about it."""
-        return self.workers.run_short if front.quick(query) else self.workers.run
+        """Return what does the work on a query: ``workers.run_short`` where it takes little, or ``run``."""
+        short = front.usual_ms <= self._inline_ms and front.usual(query)
+        return self.workers.run_short if short else self.workers.run
 
     def close(self) -> None:
         """Stop the threads; requests have ended before."""

@@ -128,6 +128,7 @@ class Gateway:
             args.group_deadline_ms / 1000,
             args.limits,
             Metrics(RaySink()),
+            args.inline_ms,
         )
         try:
             await self._links.hold({front.generation_id}, _START_TIMEOUT_S)

@@ -40,7 +40,7 @@ def quick(shop: Any) -> Retriever:
     """A retriever that is quick on any machine."""
     retriever = Retriever.open(shop.generation)
     retriever.warm_up()
-    assert math.isfinite(retriever._usual_ms)
+    assert math.isfinite(retriever.usual_ms)
     retriever._usual_ms = 0.0
     return retriever
 
@@ -119,17 +119,31 @@ def test_requests_that_come_at_once_are_bounded_though_none_of_them_needs_a_thre
 def test_what_is_quick(quick: Retriever, shop: Any) -> None:
     item = quick._item_ids.id(0)
     user = quick.generation.user_ids.id(0)
-    assert quick.quick(Query(k=100, user_id=user))
-    assert quick.quick(Query(k=100, history=[HistoryItem(item)] * 20, exclude_items=[item], filter={}))
-    assert not quick.quick(Query(k=1_000))
-    assert not quick.quick(Query(k=10, history=[HistoryItem(item)] * 5_000))
-    assert not quick.quick(Query(k=10, exclude_items=[item] * 5_000))
-    assert not quick.quick(Query(k=10, allow_items=[item]))
-    assert not quick.quick(Query(k=10, filter={"genres": {"any_of": ["Comedy"]}}))
-    quick._usual_ms = 50.0
-    assert not quick.quick(Query(k=10))
-    # Nothing is known of one that has not answered yet.
-    assert not Retriever.open(shop.generation).quick(Query(k=10))
+    assert quick.usual(Query(k=100, user_id=user))
+    assert quick.usual(Query(k=100, history=[HistoryItem(item)] * 20, exclude_items=[item], filter={}))
+    assert not quick.usual(Query(k=1_000))
+    assert not quick.usual(Query(k=10, history=[HistoryItem(item)] * 5_000))
+    assert not quick.usual(Query(k=10, exclude_items=[item] * 5_000))
+    assert not quick.usual(Query(k=10, allow_items=[item]))
+    assert not quick.usual(Query(k=10, filter={"genres": {"any_of": ["Comedy"]}}))
+
+
+@pytest.mark.parametrize(
+    ("usual_ms", "inline_ms", "inline"), [(1.5, 2.0, True), (1.5, 1.0, False), (0.1, 0.0, False)]
+)
+def test_only_where_queries_are_quick_does_the_loop_answer(
+    quick: Retriever, usual_ms: float, inline_ms: float, inline: bool
+) -> None:
+    quick._usual_ms = usual_ms
+    service = FusedService(quick, 40, WORKERS, {"active": {}, "missing": {}}, inline_ms=inline_ms)
+    assert (service.runner(quick, Query(k=10)) == service.workers.run_short) == inline
+    # Whatever the catalogue, these take longer.
+    assert service.runner(quick, Query(k=1_000)) == service.workers.run
+    service.close()
+
+
+def test_before_the_first_answers_nothing_is_known_to_be_quick(shop: Any) -> None:
+    assert Retriever.open(shop.generation).usual_ms == math.inf
 
 
 def test_a_user_who_has_had_much_is_not_quick(quick: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +152,5 @@ def test_a_user_who_has_had_much_is_not_quick(quick: Retriever, monkeypatch: pyt
     assert had > 0
     assert quick._inputs.num_seen(None) == quick._inputs.num_seen("nobody") == 0
     monkeypatch.setattr("twotower.retrieval.front._FEW_SEEN", had - 1)
-    assert not quick.quick(Query(k=10, user_id=user))
-    assert quick.quick(Query(k=10, user_id="nobody"))
+    assert not quick.usual(Query(k=10, user_id=user))
+    assert quick.usual(Query(k=10, user_id="nobody"))

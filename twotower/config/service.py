@@ -171,7 +171,10 @@ class ApplicationConfig(Section):
     threads: PositiveInt = 1
     """CPU threads of the query tower and of a search."""
     workers: PositiveInt = 2
-    """Requests that a replica works on at the same time; others wait."""
+    """Requests that threads of a replica work on at the same time; others wait."""
+    inline_ms: Annotated[float, Field(ge=0)] = 2.0
+    """Queries that usually take at most so many milliseconds are answered in the event loop, one after the
+    other, without a change of threads; 0 has threads answer all."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
     poll_s: Annotated[float, Field(ge=0)] = 1.0

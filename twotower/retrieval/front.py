@@ -33,7 +33,6 @@ from twotower.retrieval.inputs import Input, Inputs, UserTable
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 
 _BLOCK_ROWS = 1 << 22
-_QUICK_MS = 2.0
 _WARM_UP_QUERIES = 12
 _FEW_IDS = 200
 _FEW_SEEN = 1_000
@@ -105,15 +104,19 @@ class Front:
         """Do what answers do, so that the first one finds everything loaded, and see how long it takes."""
         self._measure(lambda query: self.encode([query]))
 
-    def quick(self, query: Query) -> bool:
-        """Return whether what is done here for a query takes a millisecond or two: ``_QUICK_MS`` at most.
+    @property
+    def usual_ms(self) -> float:
+        """Milliseconds that a usual query takes when nothing else runs; infinite before ``warm_up``."""
+        return self._usual_ms
 
-        That is so where ``warm_up`` found it to be, and nothing that the query names or its user has had is
-        long, or has to be read for a whole catalogue, as a filter has.
+    def usual(self, query: Query) -> bool:
+        """Return whether a query takes about as long as most do.
+
+        One does not that names much, whose user has had much, or whose answers are restricted to a part of
+        the catalogue.
         """
         return (
-            self._usual_ms <= _QUICK_MS
-            and not query.filter
+            not query.filter
             and query.allow_items is None
             and query.k <= _FEW_IDS
             and len(query.fields) <= _FEW_FIELDS
