@@ -14,7 +14,9 @@ so. ``recovered_s``: from the kill to the first of 100 complete answers in a row
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -33,7 +35,7 @@ from benchmarks.delta import configuration
 from benchmarks.load import LoadResult, percentile, run_load
 from serve.sharded import ShardReplica, ShardSearch
 from twotower.cluster.build import build_generation
-from twotower.cluster.processes import Process, descendants, free_port
+from twotower.cluster.processes import Guard, Process, descendants, free_port
 from twotower.cluster.service import serving
 from twotower.cluster.session import session
 from twotower.cluster.train import train
@@ -160,11 +162,38 @@ def made_service(root: Path, num_items: int) -> tuple[Config, Path]:
     values = configuration(root, num_items).to_json()
     values["serve"]["port"] = free_port()
     config = parse_config(values)
-    with session(config):
+    # In a process of its own: what training and building leave running would hold up the clients of this one.
+    maker = multiprocessing.get_context("spawn").Process(target=_make, args=(config,))
+    maker.start()
+    try:
+        maker.join()
+    finally:
+        # Where this one is interrupted; the end of one that has ended.
+        maker.terminate()
+        maker.join()
+    if maker.exitcode:
+        raise SystemExit(f"no generation was made: exit code {maker.exitcode}; see above")
+    store = Store(config.store)
+    return config, store.path(store.published())
+
+
+def _make(config: Config) -> None:
+    """Publish the generation of a configuration; the main function of a process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.closing(Guard()) as guard, session(config):
+        guard.add_processes(descendants(os.getpid()))
         dataset = prepare(config)
         built = build_generation(config, dataset, train(config, dataset, fit="all", epochs=1))
-        Store(config.store).publish(built.name)
-    return config, built
+        # What an index of this size finds is not the matter here.
+        Store(config.store).publish(built.name, force=True)
+
+
+def _end_with_parent() -> None:
+    """End this process, and so its Ray, when the one that started it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def user_bodies(generation: Path) -> list[bytes]:
