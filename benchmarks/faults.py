@@ -13,10 +13,10 @@ so. ``recovered_s``: from the kill to the first of 100 complete answers in a row
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
+import multiprocessing
 import os
-import random
 import signal
 import tempfile
 import threading
@@ -29,42 +29,22 @@ from typing import Any
 import orjson
 
 from benchmarks import measure
-from benchmarks.delta import configuration
 from benchmarks.load import LoadResult, percentile, run_load
-from serve.sharded import ShardReplica, ShardSearch
-from twotower.cluster.build import build_generation
-from twotower.cluster.processes import Process, descendants, free_port
+from twotower.cluster.processes import Guard, Process, descendants, free_port
 from twotower.cluster.service import serving
-from twotower.cluster.session import session
-from twotower.cluster.train import train
 from twotower.config import Config, parse_config
-from twotower.data.prepare import prepare
+from twotower.environment import apply_environment
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import GroupQuery, ShardGroup
 from twotower.retrieval.retriever import Query, Retriever
 from twotower.retrieval.store import Store
 
 GROUPS, REPLICAS = 2, 2
-LATE_S, LATE_SHARE = 0.05, 0.02
+LATE_SHARE = 0.02
 K, NUM_USERS = 100, 200
 IN_A_ROW = 100
 CONNECTIONS = 8
 _NOTHING = [""] * 4
-
-
-class LateShardSearch(ShardSearch):
-    """A replica of a group that can be told to be late."""
-
-    _late_share = 0.0
-
-    async def be_late(self, share: float) -> None:
-        """Be late in a share of all calls from now on."""
-        self._late_share = share
-
-    async def _answer(self, message: bytes) -> bytes:
-        if random.random() < self._late_share:
-            await asyncio.sleep(LATE_S)
-        return await super()._answer(message)
 
 
 @dataclass
@@ -91,7 +71,12 @@ def main() -> None:
     """Measure, print and write."""
     quick = measure.start(__doc__ or "", threads=1)
     num_items, rounds, seconds = (20_000, 1, 6.0) if quick else (200_000, 4, 20.0)
+    # Before anything imports Ray.
+    apply_environment()
+    from benchmarks.late import LateShardSearch
     from serve.app import BuildArgs, sharded
+    from serve.sharded import ShardReplica
+    from twotower.cluster.session import session
 
     with tempfile.TemporaryDirectory() as folder:
         config, built = made_service(Path(folder), num_items)
@@ -102,6 +87,7 @@ def main() -> None:
             )
             replica: Any = ShardReplica.options(func_or_class=LateShardSearch)
             with serving(lambda: sharded(args, replica), config) as url:
+                check_settings(url)
                 figures, rows = _measured(url, known, rounds, seconds)
     measure.finish("faults", figures, rows, quick)
 
@@ -157,14 +143,58 @@ def _measured(
 
 def made_service(root: Path, num_items: int) -> tuple[Config, Path]:
     """Return a configuration on a free port, and its published generation: trained towers in four shards."""
+    from benchmarks.delta import configuration
+
     values = configuration(root, num_items).to_json()
     values["serve"]["port"] = free_port()
     config = parse_config(values)
-    with session(config):
+    # In a process of its own: what training and building leave running would hold up the clients of this one.
+    maker = multiprocessing.get_context("spawn").Process(target=_make, args=(config,))
+    maker.start()
+    try:
+        maker.join()
+    finally:
+        # Where this one is interrupted; the end of one that has ended.
+        maker.terminate()
+        maker.join()
+    if maker.exitcode:
+        raise SystemExit(f"no generation was made: exit code {maker.exitcode}; see above")
+    store = Store(config.store)
+    return config, store.path(store.published())
+
+
+def _make(config: Config) -> None:
+    """Publish the generation of a configuration; the main function of a process."""
+    from twotower.cluster.build import build_generation
+    from twotower.cluster.session import session
+    from twotower.cluster.train import train
+    from twotower.data.prepare import prepare
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.closing(Guard()) as guard, session(config):
+        guard.add_processes(descendants(os.getpid()))
         dataset = prepare(config)
         built = build_generation(config, dataset, train(config, dataset, fit="all", epochs=1))
-        Store(config.store).publish(built.name)
-    return config, built
+        # What an index of this size finds is not the matter here.
+        Store(config.store).publish(built.name, force=True)
+
+
+def _end_with_parent() -> None:
+    """End this process, and so its Ray, when the one that started it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_settings(url: str) -> None:
+    """End the benchmark where the service runs without the settings of ``deploy/ray.env``."""
+    with urllib.request.urlopen(f"{url}/readyz") as answer:
+        missing = json.load(answer)["settings"]["missing"]
+    if missing:
+        raise SystemExit(
+            f"the service runs without {', '.join(missing)}: Ray was started before they were set"
+        )
 
 
 def user_bodies(generation: Path) -> list[bytes]:
@@ -285,10 +315,14 @@ def _row(seen: Seen, bad: tuple[int, int, int]) -> list[object]:
 
 
 def _be_late(group: str, share: float) -> None:
+    """Have the replicas of a group be late in a share of all calls from now on."""
     from ray import serve
 
     for replica in range(REPLICAS):
         handle = serve.get_deployment_handle(f"{group}-{replica}", "twotower")
+        if not handle.is_initialized:
+            # The service's settings let handles work inside an event loop only. Ray has no public way around.
+            handle._init(_run_router_in_separate_loop=True)
         handle.be_late.remote(share).result(timeout_s=30)
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.faults import CONNECTIONS, made_service, user_bodies
+from benchmarks.faults import CONNECTIONS, check_settings, made_service, user_bodies
 from benchmarks.load import run_load
 from twotower.cluster.processes import descendants
 from twotower.cluster.service import running
-from twotower.cluster.session import session
+from twotower.environment import apply_environment
 
 WARM_UP_S = 120.0
 SAMPLE_S = 5.0
@@ -30,9 +30,14 @@ def main() -> None:
     """Measure, print and write."""
     quick = measure.start(__doc__ or "", threads=1)
     num_items, seconds, warm_up = (20_000, 30.0, 10.0) if quick else (100_000, 600.0, WARM_UP_S)
+    # Before anything imports Ray.
+    apply_environment()
+    from twotower.cluster.session import session
+
     with tempfile.TemporaryDirectory() as folder:
         config, generation = made_service(Path(folder), num_items)
         with session(config), running(config) as url:
+            check_settings(url)
             bodies = user_bodies(generation)
             run_load(url, bodies, 50, 5, CONNECTIONS)
             saturation = run_load(url, bodies, 3000, 5, CONNECTIONS, timeout=60).achieved_rate

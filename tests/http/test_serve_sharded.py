@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import yaml
 
+from tests.following import damage, point
+from tests.generations import edit_manifest
 from tests.http.test_serve_answers import QUERIES
 from tests.http.test_serve_stop import Command, command_line
 from tests.service import Client, Shop
@@ -33,6 +37,8 @@ def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     # A store of its own, that may change.
     values = copied(shop.config, folder / "runs").to_json()
     values["serve"] |= {"topology": "sharded", "groups": GROUPS, "replicas_per_group": REPLICAS}
+    # A group that is late because the machine is busy is not what is asked for here.
+    values["serve"]["group_deadline_ms"] = 5_000
     values["serve"]["port"] = port = free_port()
     path = folder / "shop.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -52,6 +58,40 @@ def replicas(command: Command, group: int) -> list[Process]:
     """Return the living processes of a group."""
     found = [p for p in descendants(command.process.pid) if f":Group-{group}-" in command_line(p.pid)]
     return [p for p in found if p.alive]
+
+
+def store_of(command: Command) -> Store:
+    return Store(parse_config(yaml.safe_load(command.config_path.read_text())).store)
+
+
+def wait_until(client: Client, true: Callable[[dict[str, Any]], Any]) -> None:
+    """Wait until /readyz says what it should."""
+    deadline = time.monotonic() + RECOVERY_S
+    while not true(state := client.get("/readyz").json):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.05)
+
+
+def all_replicas(command: Command, group: int) -> list[Process]:
+    """Wait until a group has all of its processes, and return them."""
+    deadline = time.monotonic() + RECOVERY_S
+    while len(found := replicas(command, group)) < REPLICAS:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def kill_group(command: Command, group: int, asking: Asking) -> None:
+    """Kill every replica of a group, and wait until answers lacked it and are complete again."""
+    for process in all_replicas(command, group):
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + RECOVERY_S
+    # Not before the kill has been felt.
+    while not any(a["partial"] for _, _, a in asking.answers) or any(
+        a["partial"] for _, _, a in asking.answers[-60:]
+    ):
+        assert time.monotonic() < deadline, asking.answers[-1]
+        time.sleep(0.05)
 
 
 def test_the_answers_are_those_of_the_library(service: tuple[Client, Command], library: Retriever) -> None:
@@ -83,16 +123,13 @@ def test_a_new_generation_answers_from_all_groups_at_once(
     service: tuple[Client, Command], shop: Shop
 ) -> None:
     client, command = service
-    store = Store(parse_config(yaml.safe_load(command.config_path.read_text())).store)
+    store = store_of(command)
     items = Generation.open(shop.generation).items.table([0, 1]).to_pylist()
     new = [{**items[0], "title": "changed"}, {**items[1], "item_id": "new", "title": "new"}]
     with Asking(client) as asking:
         asking.wait_for(30)
         update = update_items(store, table_of(new, shop.generation), ["1005"], force=True)
-        deadline = time.monotonic() + RECOVERY_S
-        while (ready := client.get("/readyz").json)["generation"] != update.generation:
-            assert time.monotonic() < deadline, ready
-            time.sleep(0.05)
+        wait_until(client, lambda s: s["generation"] == update.generation)
         asking.wait_for(30)
     libraries = {"g1": Retriever.open(shop.generation)}
     libraries[update.generation] = Retriever.open(store.path(update.generation))
@@ -112,9 +149,7 @@ def test_a_new_generation_answers_from_all_groups_at_once(
     assert found[0]["title"] == "changed"
     # Back to the first, for the tests that follow; the groups free the other.
     store.publish("g1", force=True)
-    while (ready := client.get("/readyz").json)["held"] != ["g1"]:
-        assert time.monotonic() < deadline + RECOVERY_S, ready
-        time.sleep(0.05)
+    wait_until(client, lambda s: s["held"] == ["g1"])
 
 
 class Asking:
@@ -180,10 +215,7 @@ def test_a_killed_replica_is_not_noticed(service: tuple[Client, Command], librar
         os.kill(before[0].pid, signal.SIGKILL)
         asking.wait_for(150)
     assert check(asking, library) == 0
-    deadline = time.monotonic() + RECOVERY_S
-    while len(replicas(command, 0)) < REPLICAS:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    all_replicas(command, 0)
 
 
 def test_a_killed_group_is_missing_until_it_is_back(
@@ -192,16 +224,38 @@ def test_a_killed_group_is_missing_until_it_is_back(
     client, command = service
     with Asking(client) as asking:
         asking.wait_for(50)
-        for process in replicas(command, 1):
-            os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + RECOVERY_S
-        complete = 0
-        while complete < 60:
-            assert time.monotonic() < deadline, asking.answers[-1]
-            time.sleep(0.05)
-            complete = 0 if any(a["partial"] for _, _, a in asking.answers[-60:]) else 60
-            # Not before the kill has been felt.
-            if not any(a["partial"] for _, _, a in asking.answers):
-                complete = 0
+        kill_group(command, 1, asking)
     assert check(asking, library) > 0
     assert all(a["missing_groups"] in ([], ["group-1"]) for _, _, a in asking.answers)
+
+
+def test_a_group_is_back_while_what_is_published_is_damaged(
+    service: tuple[Client, Command], library: Retriever
+) -> None:
+    """Replicas that are started again hold what the gateway answers from, whatever the pointer names."""
+    client, command = service
+    store = store_of(command)
+    for name in ("damaged", "whole"):
+        shutil.copytree(store.path("g1"), store.path(name))
+        edit_manifest(store.path(name), id=name)
+    (shard, *_) = Generation.open(store.path("damaged"), verify=False).shard_groups(GROUPS)[1]
+    damage(store.path("damaged") / "shards" / shard / "index.faiss")
+    point(store, "damaged")
+    wait_until(client, lambda s: s["refused"])
+    with Asking(client) as asking:
+        asking.wait_for(30)
+        # All of them: complete answers are then of replicas that were started again.
+        kill_group(command, 1, asking)
+    assert check(asking, library) > 0
+    assert {a["generation"] for _, _, a in asking.answers} == {"g1"}
+    state = client.get("/readyz").json
+    assert (state["generation"], state["refused"]["id"]) == ("g1", "damaged")
+    assert "index.faiss is damaged" in state["refused"]["reason"]
+    # What is published next is taken, by these replicas too.
+    for name in ("whole", "g1"):
+        store.publish(name, force=True)
+        wait_until(client, lambda s, name=name: s["held"] == [name] and not s["refused"])
+        with Asking(client) as asking:
+            asking.wait_for(30)
+        assert check(asking, library) == 0
+        assert {a["generation"] for _, _, a in asking.answers} == {name}
