@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        # No test takes a node away, so no process need look out for that in each training.
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
         # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
         RAY_metrics_report_interval_ms="500",
         MPLBACKEND="Agg",
