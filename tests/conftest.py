@@ -6,6 +6,7 @@ published generation ``shop`` with its one real service ``client`` and the same 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        # No test takes a node away, so no process need look out for that in each training.
+        RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
         # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
         RAY_metrics_report_interval_ms="500",
         MPLBACKEND="Agg",
@@ -199,15 +202,21 @@ def small_dataset(small_config: Any) -> Any:
 def ray_local() -> Iterator[None]:
     """One local Ray with four logical CPUs for the whole run; it joins no other cluster."""
     import ray
+    from ray._private import parameter
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Every Ray wants the same port for its agent and tries for more than three seconds where it is taken.
+        # This one takes any other, for the sake of those that tests start beside it.
+        any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
+        patch.setattr(parameter, "RayParams", any_port)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     try:
         yield
     finally:

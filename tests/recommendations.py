@@ -13,11 +13,13 @@ from typing import Any
 from twotower.config import Config, parse_config
 
 
-def recommend_config(config: Config, root: Path | str, k: int, **sections: dict[str, Any]) -> Config:
-    """Return a configuration that writes several parts with two actors."""
+def recommend_config(
+    config: Config, root: Path | str, k: int, actors: int = 1, **sections: dict[str, Any]
+) -> Config:
+    """Return a configuration that writes several parts, the same with any number of actors."""
     values = copy.deepcopy(config.to_json())
     values["storage"]["root"] = str(root)
-    values["cluster"] |= {"num_encoders": 2, "encode_batch_size": 8}
+    values["cluster"] |= {"num_encoders": actors, "encode_batch_size": 8}
     values["recommend"]["k"] = k
     for name, changes in sections.items():
         values[name] |= changes

@@ -14,10 +14,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def metrics_of(name: str, root: Path, *overrides: str) -> dict[str, float]:
-    config = load_config(
-        CONFIGS / name,
-        [f"storage.root={root}", "train.fit=train", "train.epochs=3", "evaluation.map_items=10", *overrides],
-    )
+    small = ["train.fit=train", "train.epochs=3", "evaluation.map_items=10", "cluster.num_encoders=1"]
+    config = load_config(CONFIGS / name, [f"storage.root={root}", *small, *overrides])
     dataset = prepare(config)
     report = evaluate(config, dataset, train(config, dataset), None)
     metrics: dict[str, float] = read_manifest(report, "report")["metrics"]

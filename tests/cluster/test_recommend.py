@@ -31,7 +31,7 @@ def variant(config, root, **sections):
 
 @pytest.fixture(scope="module")
 def config(store, tmp_path_factory):
-    return variant(store[0], tmp_path_factory.mktemp("out"))
+    return variant(store[0], tmp_path_factory.mktemp("out"), actors=2)
 
 
 @pytest.fixture(scope="module")

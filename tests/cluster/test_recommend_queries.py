@@ -58,7 +58,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset, Pa
 
 @pytest.fixture(scope="module")
 def config(store: tuple[Config, Dataset, Path], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return recommend_config(store[0], tmp_path_factory.mktemp("out"), K)
+    return recommend_config(store[0], tmp_path_factory.mktemp("out"), K, actors=2)
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +205,10 @@ def test_files_of_all_kinds_and_many_files_give_the_same(
         write_parquet(tmp_path / "queries.parquet", ROWS, row_group_size=11),
         tmp_path / "many",
     ]
+    mine = recommend_config(config, config.storage.root, K)
     expected = table_of(answered).sort_by([("query_id", "ascending"), ("rank", "ascending")])
     for path in paths:
-        directory = recommend(config, store[2], str(path))
+        directory = recommend(mine, store[2], str(path))
         assert directory != answered
         found = table_of(directory).sort_by([("query_id", "ascending"), ("rank", "ascending")])
         assert found.drop_columns("score").equals(expected.drop_columns("score")), path

@@ -173,7 +173,7 @@ class Load:
 
     def _run(self, port: int, number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        while not self._end.wait(0.01):
+        while not self._end.wait(0.03):
             body = json.dumps({"user_id": str(number), "k": 5})
             try:
                 connection.request("POST", "/v1/retrieve", body)

@@ -166,6 +166,7 @@ def test_a_port_that_is_taken(config_path: Path, tmp_path: Path) -> None:
     assert command.process.returncode == 2
     assert f"port {port} on 127.0.0.1 is taken" in output
     assert "Traceback" not in output
+    assert "Ray:" not in output, "Ray was started in vain"
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,12 @@ def serving(
         connected: called once Ray is there.
     """
     apply_environment()
+    from twotower.cluster.session import would_start
+
     host, port = config.serve.host, config.serve.port
+    if would_start():
+        # No Serve to join can be what listens there, so the seconds of Ray's start are saved.
+        _check_port(host, port)
     opened: list[tuple[str, int]] = []
     try:
         with _ray(config) as ray_runs:
@@ -215,11 +220,7 @@ def _serve(
             with contextlib.suppress(Exception):
                 serve.delete(APP_NAME)
         return
-    if not port_is_free(host, port):
-        raise ConfigError(
-            f"port {port} on {host} is taken; stop what listens there, or choose another port with "
-            "--set serve.port="
-        )
+    _check_port(host, port)
     ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
     opened += [(host, port), *(("", side_port) for side_port in ports.values())]
     node_ids = [node["NodeID"] for node in ray.nodes()]
@@ -240,6 +241,14 @@ def _serve(
         if ray_runs():
             _shut_down_serve()
         end_haproxy(node_ids)
+
+
+def _check_port(host: str, port: int) -> None:
+    if not port_is_free(host, port):
+        raise ConfigError(
+            f"port {port} on {host} is taken; stop what listens there, or choose another port with "
+            "--set serve.port="
+        )
 
 
 def _is_on_head() -> bool:

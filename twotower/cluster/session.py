@@ -43,7 +43,7 @@ def connect(config: Config) -> bool:
     if ray.is_initialized():
         return False
     quiet()
-    address = os.environ.get("RAY_ADDRESS") or _running_cluster() or "local"
+    address = _address()
     if address != "local":
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -64,6 +64,15 @@ def connect(config: Config) -> bool:
     )
     say(f"Ray: started on this machine with {cpus} logical CPUs")
     return True
+
+
+def would_start() -> bool:
+    """Return whether ``connect`` would start Ray here: neither connected yet, nor a cluster to join."""
+    return not ray.is_initialized() and _address() == "local"
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or _running_cluster() or "local"
 
 
 def _running_cluster() -> str | None:
