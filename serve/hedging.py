@@ -18,7 +18,7 @@ Call = Callable[[bytes], Awaitable[bytes]]
 _WINDOW = 500
 """Calls whose times decide when to hedge."""
 _QUANTILE = 0.95
-_BURST = 10.0
+_BURST = 20.0
 """Hedges that may come at once after a quiet time."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
 
@@ -44,7 +44,7 @@ class Counts:
 class Replicas:
     """The replicas of one shard group; belongs to one event loop."""
 
-    def __init__(self, name: str, calls: Sequence[Call], hedge_share: float = 0.06) -> None:
+    def __init__(self, name: str, calls: Sequence[Call], hedge_share: float = 0.07) -> None:
         """Take the ways to call each replica.
 
         Args:
