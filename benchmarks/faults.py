@@ -7,7 +7,7 @@ with those of the library.
 ``wrong_answers``: complete answers that are not the library's, partial ones that are not the best of the
 groups that are there, and failed requests. ``unflagged_partials``: answers that lack a group and do not say
 so. ``recovered_s``: from the kill to the first of 100 complete answers in a row, the worse of (b) and (c).
-``hedged_p99_over_undisturbed``: p99 of a round of (a) over that of the undisturbed round before it, the median.
+``hedged_p99_over_undisturbed``: p99 of a round of (a) over that of the round before it, the median.
 ``hedge_extra_calls``: second calls to a group over all calls, in (a).
 """
 
