@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from serve.frames import Address, Connection
@@ -33,6 +33,8 @@ class Holding:
     """Ids of the generations in memory."""
     refused: dict[str, str]
     """Why a generation that is needed can not be held, by its id."""
+    failed: dict[str, str]
+    """Why one could not be loaded a moment ago, by its id; the replica tries again."""
 
 
 Ask = Callable[[str, list[str]], Awaitable[Holding]]
@@ -70,6 +72,7 @@ class GroupLinks:
         Raises:
             ArtefactError: a replica can not hold one, with the reason.
             TimeoutError: a replica is away, or does not hold all of them in time.
+            OSError: a replica could not load one now, with the reason, and no other is still loading.
         """
         self.need(generation_ids)
         loop = asyncio.get_running_loop()
@@ -85,18 +88,32 @@ class GroupLinks:
             await asyncio.sleep(_PERIOD_S)
             try:
                 await self._refresh()
-            except ArtefactError:
+            except (ArtefactError, OSError):
                 logger.exception("a shard group can not hold what is served")
 
     async def _refresh(self) -> bool:
-        """Ask every replica once; return whether each holds all that is needed."""
+        """Ask every replica once; return whether each holds all that is needed.
+
+        Raises:
+            ArtefactError: a replica can not hold something.
+            OSError: a replica could not load something, and there is nothing else to wait for.
+        """
         links = [link for links in self._links for link in links]
         holdings = await asyncio.gather(*(link.refresh(self._name, sorted(self._needed)) for link in links))
-        for holding in holdings:
-            refused = self._needed & holding.refused.keys() if holding else frozenset()
-            if holding and refused:
-                raise ArtefactError("; ".join(holding.refused[i] for i in sorted(refused)))
-        return all(holding is not None and self._needed <= set(holding.held) for holding in holdings)
+        there = [holding for holding in holdings if holding is not None]
+        if refused := self._reasons(holding.refused for holding in there):
+            raise ArtefactError(refused)
+        ended = all(self._needed <= {*holding.held, *holding.failed} for holding in there)
+        failed = self._reasons(holding.failed for holding in there)
+        if len(there) < len(links) or not ended:
+            return False
+        if failed:
+            raise OSError(failed)
+        return True
+
+    def _reasons(self, by_id: Iterable[dict[str, str]]) -> str:
+        """Return why something that is needed is not held."""
+        return "; ".join(reason for each in by_id for i, reason in sorted(each.items()) if i in self._needed)
 
 
 class _Link:

@@ -61,8 +61,9 @@ class ShardSearch:
 
     async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
         """Note what a gateway needs, and return what is held and where calls are answered."""
-        self._holder.need(gateway, generation_ids)
-        return Holding(self._address, list(self._holder.held), self._holder.refused)
+        holder = self._holder
+        holder.need(gateway, generation_ids)
+        return Holding(self._address, list(holder.held), holder.refused, holder.failed)
 
     async def _answer(self, message: bytes) -> bytes:
         """Return the answer to a message of the gateway."""
@@ -132,7 +133,7 @@ class Gateway:
         )
         try:
             await self._links.hold({front.generation_id}, _START_TIMEOUT_S)
-        except TimeoutError as error:
+        except OSError as error:
             # A gateway that is started again while a group is down answers from the others.
             logger.warning("starting without every group: %s", error)
         else:
@@ -160,7 +161,7 @@ class Gateway:
 
         Raises:
             ArtefactError: a group can not hold it, or it answers nonsense.
-            TimeoutError: a replica is away.
+            OSError: a replica is away, or can not load it now.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         front = Front(generation, self._args.threads, device)

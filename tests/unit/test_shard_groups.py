@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from twotower.retrieval.groups import (
     unpack_hits,
     unpack_search,
 )
-from twotower.retrieval.holder import LEASE_S, GroupHolder
+from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
@@ -250,10 +251,16 @@ class Clock:
         return self.now
 
 
-def wait_for(holder: GroupHolder, held: set[str], refused: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def wait_for(
+    holder: GroupHolder,
+    held: Collection[str],
+    refused: Collection[str] = (),
+    failed: Collection[str] = (),
+) -> None:
     deadline = time.monotonic() + 20
-    while (set(holder.held), set(holder.refused)) != (held, set(refused)):
-        assert time.monotonic() < deadline, (holder.held, holder.refused)
+    wanted = set(held), set(refused), set(failed)
+    while (set(holder.held), set(holder.refused), set(holder.failed)) != wanted:
+        assert time.monotonic() < deadline, (holder.held, holder.refused, holder.failed)
         time.sleep(0.01)
 
 
@@ -305,3 +312,54 @@ def test_a_holder_says_what_it_can_not_hold(store: Store) -> None:
     other = GroupHolder(store, 1, 2)
     other.load("g3")
     assert set(other.held) == {"g3"}
+
+
+class FailingStore(Store):
+    """A store whose disk may fail."""
+
+    error: Exception | None = None
+    fetched = 0
+
+    def fetch(self, generation_id: str) -> Path:
+        self.fetched += 1
+        if self.error is not None:
+            raise self.error
+        return super().fetch(generation_id)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_holder_tries_again_what_could_not_be_read(store: Store, error: Exception) -> None:
+    clock = Clock()
+    disk = FailingStore(store.root)
+    holder = GroupHolder(disk, 0, 2, clock=clock)
+    disk.error = error
+    holder.need("a", ["g1", "g3"])
+    wait_for(holder, set(), failed={"g1", "g3"})
+    assert type(error).__name__ in holder.failed["g1"]
+    disk.error = None
+    # Not at once: whoever asks meanwhile is told.
+    clock.now = RETRY_S - 1
+    holder.need("a", ["g1", "g3"])
+    assert set(holder.failed) == {"g1", "g3"}
+    assert disk.fetched == 2
+    clock.now = RETRY_S
+    holder.need("a", ["g1", "g3"])
+    wait_for(holder, {"g1"}, {"g3"})
+    # What was damaged is not read again.
+    fetched = disk.fetched
+    clock.now = 3 * RETRY_S
+    holder.need("a", ["g1", "g3"])
+    assert set(holder.refused) == {"g3"}
+    assert disk.fetched == fetched
+
+
+def test_a_holder_forgets_a_failure_that_nobody_waits_for(store: Store) -> None:
+    disk = FailingStore(store.root)
+    holder = GroupHolder(disk, 0, 2, clock=Clock())
+    disk.error = OSError(errno.EIO, "Input/output error")
+    holder.need("a", ["g1"])
+    wait_for(holder, set(), failed={"g1"})
+    holder.need("a", [])
+    disk.error = None
+    holder.need("a", ["g1"])
+    wait_for(holder, {"g1"})

@@ -1,7 +1,8 @@
 """Holds one group's shards of every generation that somebody needs, loading and freeing them as asked.
 
 Gateways say again and again which generations they need. What one of them needs is loaded in a background
-thread; what none has asked for in a while is freed.
+thread; what none has asked for in a while is freed. What is damaged is refused; what can not be read or has
+no room now is tried again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from twotower.retrieval.store import Store
 
 LEASE_S = 60.0
 """How long what a gateway needs is kept after it last said so (seconds)."""
+RETRY_S = 10.0
+"""How long after an error that may pass a generation is tried again (seconds)."""
 
 
 class GroupHolder:
@@ -44,6 +47,9 @@ class GroupHolder:
         """The group in each generation in memory, by the generation's id; replaced as a whole."""
         self.refused: dict[str, str] = {}
         """Why a generation that is needed can not be held, by its id."""
+        self.failed: dict[str, str] = {}
+        """Why a generation that is needed could not be loaded a moment ago, by its id; it is tried again."""
+        self._retry_at: dict[str, float] = {}
         self._store = store
         self._group = group
         self._num_groups = num_groups
@@ -58,6 +64,7 @@ class GroupHolder:
 
         Raises:
             ArtefactError: a file of the group is missing or damaged, or there are too few shards.
+            OSError: a file can not be read now.
         """
         generation = Generation.open(self._store.fetch(generation_id), verify=False)
         names = generation.shard_groups(self._num_groups)[self._group]
@@ -82,6 +89,8 @@ class GroupHolder:
             needed = self._needed()
             self.held = {i: part for i, part in self.held.items() if i in needed}
             self.refused = {i: reason for i, reason in self.refused.items() if i in needed}
+            self._retry_at = {i: at for i, at in self._retry_at.items() if i in needed and at > now}
+            self.failed = {i: reason for i, reason in self.failed.items() if i in self._retry_at}
             if self._loader is None and self._next() is not None:
                 self._loader = threading.Thread(target=self._load_all, name="holder", daemon=True)
                 self._loader.start()
@@ -90,7 +99,7 @@ class GroupHolder:
         return {i for ids, _ in self._leases.values() for i in ids}
 
     def _next(self) -> str | None:
-        missing = self._needed() - self.held.keys() - self.refused.keys()
+        missing = self._needed() - self.held.keys() - self.refused.keys() - self.failed.keys()
         return min(missing, default=None)
 
     def _load_all(self) -> None:
@@ -102,9 +111,15 @@ class GroupHolder:
                     return
             try:
                 self.load(generation_id)
-            except (TwotowerError, OSError, RuntimeError) as error:
+            except TwotowerError as error:
                 with self._lock:
                     self.refused = {**self.refused, generation_id: str(error)}
+            # FAISS raises RuntimeError where it can not read or has no memory; the bytes were right before.
+            except (OSError, MemoryError, RuntimeError) as error:
+                reason = f"generation {generation_id} can not be loaded now ({type(error).__name__}: {error})"
+                with self._lock:
+                    self.failed = {**self.failed, generation_id: reason}
+                    self._retry_at[generation_id] = self._clock() + RETRY_S
             except BaseException:
                 with self._lock:
                     self._loader = None

@@ -1,0 +1,88 @@
+"""What a gateway makes of what the replicas of its groups say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from serve.frames import Address, serve_frames
+from serve.links import GroupLinks, Holding
+from twotower.errors import ArtefactError
+
+Says = dict[str, dict[str, str]]
+"""By name of the field of a ``Holding``."""
+LOADING: Says = {}
+HOLDS: Says = {"held": {"g1": ""}}
+FAILED: Says = {"failed": {"g1": "a disk failed"}}
+REFUSED: Says = {"refused": {"g1": "it is damaged"}}
+TIMEOUT_S = 5
+
+
+class Replica:
+    """Says one thing after the other, and then the last again and again."""
+
+    def __init__(self, *says: Says | None) -> None:
+        self.says = list(says)
+        self.address: Address | None = None
+
+    async def ask(self, gateway: str, generation_ids: list[str]) -> Holding:
+        now = self.says.pop(0) if len(self.says) > 1 else self.says[0]
+        if now is None:
+            raise ConnectionError
+        assert self.address is not None
+        return Holding(self.address, list(now.get("held", {})), now.get("refused", {}), now.get("failed", {}))
+
+
+def run(replicas: list[Replica], work: Callable[[GroupLinks], Awaitable[None]]) -> None:
+    """Do something with links to replicas, each of a group of its own."""
+
+    async def never(message: bytes) -> bytes:
+        raise AssertionError
+
+    async def main() -> None:
+        server, address = await serve_frames(never, "127.0.0.1")
+        async with server:
+            for replica in replicas:
+                replica.address = address
+            links = GroupLinks([[replica.ask] for replica in replicas])
+            try:
+                await work(links)
+            finally:
+                for link in (link for group in links._links for link in group):
+                    link.close()
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def hold(links: GroupLinks) -> Awaitable[None]:
+    return links.hold({"g1"}, TIMEOUT_S)
+
+
+def test_holding_waits_for_every_replica() -> None:
+    replicas = [Replica(HOLDS), Replica(None, LOADING, LOADING, HOLDS)]
+    run(replicas, hold)
+    assert replicas[1].says == [HOLDS]
+
+
+def test_what_is_refused_is_refused_at_once() -> None:
+    with pytest.raises(ArtefactError, match="it is damaged"):
+        run([Replica(LOADING), Replica(REFUSED)], hold)
+    # Also beside a failure that may pass.
+    with pytest.raises(ArtefactError, match="it is damaged"):
+        run([Replica(FAILED), Replica(REFUSED)], hold)
+
+
+def test_a_failure_is_told_when_nothing_else_is_loading() -> None:
+    replicas = [Replica(FAILED), Replica(None, LOADING, HOLDS)]
+    with pytest.raises(OSError, match="a disk failed") as caught:
+        run(replicas, hold)
+    # A follower tries again after it, and it is no replica that is away.
+    assert not isinstance(caught.value, TimeoutError)
+    assert replicas[1].says == [HOLDS]
+
+
+def test_a_failure_that_passes_meanwhile_is_none() -> None:
+    run([Replica(FAILED, LOADING, HOLDS), Replica(None, LOADING, LOADING, HOLDS)], hold)
