@@ -34,6 +34,7 @@ from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 
 _BLOCK_ROWS = 1 << 22
 _WARM_UP_QUERIES = 12
+# Up to so many of each, a query takes about as long as most do.
 _FEW_IDS = 200
 _FEW_SEEN = 1_000
 _FEW_FIELDS = 8
@@ -106,7 +107,7 @@ class Front:
 
     @property
     def usual_ms(self) -> float:
-        """Milliseconds that a usual query takes when nothing else runs; infinite before ``warm_up``."""
+        """Least milliseconds of a usual query in ``warm_up``; infinite before it."""
         return self._usual_ms
 
     def usual(self, query: Query) -> bool:
