@@ -46,7 +46,7 @@ class Retrieval:
             args: of the application, with absolute paths.
 
         Raises:
-            ArtefactError: nothing is published, or what is published is damaged or answers nonsense.
+            ArtefactError: nothing is published, or all that was is damaged or answers nonsense.
             ConfigError: the file of the token holds none.
         """
         self._args = args

@@ -46,7 +46,7 @@ class GatewayService(Service[Front]):
 
     def __init__(
         self,
-        front: Front,
+        front: Front | None,
         groups: Sequence[Replicas],
         max_k: int,
         workers: int,
@@ -60,7 +60,7 @@ class GatewayService(Service[Front]):
         """Start the threads.
 
         Args:
-            front: of the generation that the groups hold.
+            front: of the generation that the groups hold; as of ``Service``.
             groups: the shard groups, all of them.
             max_k: largest k of a request.
             workers: requests encoded or described at the same time.

@@ -29,7 +29,7 @@ class Service(ABC, Generic[F]):
 
     def __init__(
         self,
-        front: F,
+        front: F | None,
         max_k: int,
         workers: int,
         settings: dict[str, dict[str, str]],
@@ -42,6 +42,7 @@ class Service(ABC, Generic[F]):
 
         Args:
             front: of what answers; has answered a query already, so that the first real one finds all loaded.
+                None: ``front`` is set before the first request.
             max_k: largest k of a request.
             workers: requests worked on at the same time.
             settings: what ``/readyz`` says about Ray's settings: those active and those missing.
@@ -52,7 +53,8 @@ class Service(ABC, Generic[F]):
         """
         self.metrics = metrics or Metrics()
         self._front: F | None = None
-        self.front = front
+        if front is not None:
+            self.front = front
         self.max_k = max_k
         self.settings = settings
         self.limits = limits or LimitsConfig()
@@ -61,6 +63,11 @@ class Service(ABC, Generic[F]):
         self._inline_ms = inline_ms
         self._follower: Follower[F] | None = None
         self.ready = True
+
+    @property
+    def generation_id(self) -> str | None:
+        """Id of the generation that answers; None before the first does."""
+        return None if self._front is None else self._front.generation_id
 
     @property
     def front(self) -> F:
@@ -112,7 +119,7 @@ class Service(ABC, Generic[F]):
             # A change that is going on may itself wait for this thread.
             self._follower.close(wait=False)
         self.workers.close()
-        log_event("stopped", "no request is left", generation=self.front.generation_id)
+        log_event("stopped", "no request is left", generation=self.generation_id)
         self.metrics.close()
 
     def noted(self, answer: Answer) -> bytes:

@@ -106,21 +106,16 @@ class Gateway:
             groups: handles of the replicas of each group.
 
         Raises:
-            ArtefactError: nothing is published, or what is published is damaged or answers nonsense.
+            ArtefactError: nothing is published, or all that was is damaged or answers nonsense.
             ConfigError: the file of the token holds none.
         """
         self._args = args
         self._token = read_token(args.token_file)
         self._loop = asyncio.get_running_loop()
         self._links = GroupLinks([[_ask(handle) for handle in replicas] for replicas in groups])
-        self._service: GatewayService | None = None
-        follower = Follower(
-            store_at(args.store, args.cache), args.pointer, self._load, args.poll_s, self._gone, logger
-        )
-        front = await self._loop.run_in_executor(None, follower.open)
         settings = serve_settings()
-        service = GatewayService(
-            front,
+        self._service = GatewayService(
+            None,
             self._links.groups,
             args.max_k,
             args.workers,
@@ -131,17 +126,13 @@ class Gateway:
             Metrics(RaySink()),
             args.inline_ms,
         )
-        try:
-            await self._links.hold({front.generation_id}, _START_TIMEOUT_S)
-        except OSError as error:
-            # A gateway that is started again while a group is down answers from the others.
-            logger.warning("starting without every group: %s", error)
-        else:
-            await self._loop.run_in_executor(None, self._probe, service, front)
-        self._service = service
+        follower = Follower(
+            store_at(args.store, args.cache), args.pointer, self._load, args.poll_s, self._gone, logger
+        )
+        self._service.front = await self._loop.run_in_executor(None, follower.open)
         self._watching = asyncio.ensure_future(self._links.watch())
         if args.poll_s:
-            service.follow(follower)
+            self._service.follow(follower)
         warn_of_missing(settings, logger)
 
     def __del__(self) -> None:
@@ -151,7 +142,6 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application; called by Serve after the constructor."""
-        assert self._service is not None
         return make_api(self._service, False, self._token, self._args.log_user_ids, self._args.demo)
 
     def _load(self, generation: Generation) -> Front:
@@ -166,25 +156,28 @@ class Gateway:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         front = Front(generation, self._args.threads, device)
         front.warm_up()
-        service = self._service
-        if service is None:
-            return front
-        current = service.front.generation_id
+        used = self._used()
         try:
-            self._wait(self._links.hold({current, generation.id}, _SWITCH_TIMEOUT_S))
-            self._probe(service, front)
-        except BaseException:
-            self._loop.call_soon_threadsafe(self._links.need, {current})
+            timeout_s = _SWITCH_TIMEOUT_S if used else _START_TIMEOUT_S
+            self._wait(self._links.hold({*used, generation.id}, timeout_s))
+            self._service.probe(front, self._wait)
+        except BaseException as error:
+            if isinstance(error, OSError) and not used:
+                # A gateway that is started again while a group is down answers from the others.
+                logger.warning("starting without every group: %s", error)
+                return front
+            self._loop.call_soon_threadsafe(self._links.need, used)
             raise
         return front
 
-    def _probe(self, service: GatewayService, front: Front) -> None:
-        service.probe(front, self._wait)
+    def _used(self) -> set[str]:
+        """Return the id of the generation that answers; nothing before the first does."""
+        name = self._service.generation_id
+        return set() if name is None else {name}
 
     def _gone(self, generation_id: str) -> None:
         """Let the groups free a generation that no request here needs any more."""
-        assert self._service is not None
-        self._loop.call_soon_threadsafe(self._links.need, {self._service.front.generation_id})
+        self._loop.call_soon_threadsafe(self._links.need, self._used())
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what a coroutine returns, run in the event loop; from another thread."""

@@ -21,10 +21,11 @@ class User:
         self.loaded: list[str] = []
         self.gone: list[str] = []
         self.used: list[str] = []
+        self.refused: list[tuple[str, str]] = []
         self._load = load
         self.follower = Follower(store, CURRENT, self.load, 0.01, self.gone.append)
         self.retriever = self.follower.open()
-        self.follower.start(self.use)
+        self.follower.start(self.use, lambda *refusal: self.refused.append(refusal))
 
     def load(self, generation: Generation) -> Retriever:
         self.loaded.append(generation.id)

@@ -56,7 +56,12 @@ def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
 def replicas(command: Command, group: int) -> list[Process]:
     """Return the living processes of a group."""
-    found = [p for p in descendants(command.process.pid) if f":Group-{group}-" in command_line(p.pid)]
+    return processes(command, f":Group-{group}-")
+
+
+def processes(command: Command, name: str) -> list[Process]:
+    """Return the living processes with a name in their command line."""
+    found = [p for p in descendants(command.process.pid) if name in command_line(p.pid)]
     return [p for p in found if p.alive]
 
 
@@ -92,6 +97,17 @@ def kill_group(command: Command, group: int, asking: Asking) -> None:
     ):
         assert time.monotonic() < deadline, asking.answers[-1]
         time.sleep(0.05)
+
+
+def kill_gateway(command: Command, client: Client) -> None:
+    """Kill the gateway, and wait until another one answers."""
+    (gateway,) = processes(command, ":Gateway")
+    os.kill(gateway.pid, signal.SIGKILL)
+    deadline = time.monotonic() + RECOVERY_S
+    while gateway.alive or client.get("/readyz").status != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert [p.pid for p in processes(command, ":Gateway")] != [gateway.pid]
 
 
 def test_the_answers_are_those_of_the_library(service: tuple[Client, Command], library: Retriever) -> None:
@@ -229,10 +245,10 @@ def test_a_killed_group_is_missing_until_it_is_back(
     assert all(a["missing_groups"] in ([], ["group-1"]) for _, _, a in asking.answers)
 
 
-def test_a_group_is_back_while_what_is_published_is_damaged(
+def test_what_was_killed_is_back_while_what_is_published_is_damaged(
     service: tuple[Client, Command], library: Retriever
 ) -> None:
-    """Replicas that are started again hold what the gateway answers from, whatever the pointer names."""
+    """Groups come back with what the gateway answers from, and a gateway with what answered before."""
     client, command = service
     store = store_of(command)
     for name in ("damaged", "whole"):
@@ -248,9 +264,13 @@ def test_a_group_is_back_while_what_is_published_is_damaged(
         kill_group(command, 1, asking)
     assert check(asking, library) > 0
     assert {a["generation"] for _, _, a in asking.answers} == {"g1"}
+    kill_gateway(command, client)
     state = client.get("/readyz").json
-    assert (state["generation"], state["refused"]["id"]) == ("g1", "damaged")
+    assert (state["generation"], state["held"], state["refused"]["id"]) == ("g1", ["g1"], "damaged")
     assert "index.faiss is damaged" in state["refused"]["reason"]
+    with Asking(client) as asking:
+        asking.wait_for(30)
+    assert check(asking, library) == 0
     # What is published next is taken, by these replicas too.
     for name in ("whole", "g1"):
         store.publish(name, force=True)

@@ -171,6 +171,62 @@ def test_a_first_generation_that_is_damaged_is_an_error(store: Store) -> None:
         Follower(store, CURRENT, Retriever.ready).open()
 
 
+def test_a_start_while_what_is_published_is_damaged(
+    store: Store, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        store.publish(name)
+    # What was rolled back is not what answered before.
+    store.rollback()
+    damage(store.path("b") / "popularity.npy")
+    user = make(store)
+    assert user.retriever.retrieve(Query(k=3)).generation == "a"
+    assert user.follower.held == ["a"]
+    # Whoever counts refusals hears of it, once.
+    assert [name for name, _ in user.refused] == ["b"]
+    assert "popularity.npy is damaged" in user.refused[0][1]
+    assert user.follower.refused is not None
+    assert user.follower.refused.id == "b"
+    user.wait_a_few_polls()
+    assert user.loaded == ["a"]
+    assert len(user.refused) == len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
+    store.publish("c", expected="b")
+    user.wait_for("c")
+    assert user.follower.refused is None
+
+
+def test_a_start_while_several_are_damaged(store: Store, make: Make) -> None:
+    for name in ("a", "c", "b"):
+        store.publish(name)
+    damage(store.path("c") / "popularity.npy")
+    shutil.rmtree(store.path("b"))
+    user = make(store)
+    assert user.retriever.generation_id == "a"
+    assert [name for name, _ in user.refused] == ["b"]
+    shutil.rmtree(store.path("a"))
+    with pytest.raises(ArtefactError, match=r"generations/b is not a finished generation"):
+        Follower(store, CURRENT, Retriever.ready).open()
+
+
+def test_a_start_that_fails_for_a_while(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower.retrieval.follower._FIRST_RETRY_S", 0.05)
+    store.publish("a")
+    store.publish("b")
+    failing = threading.Event()
+    failing.set()
+
+    def load(generation: Generation) -> Retriever:
+        if generation.id == "b" and failing.is_set():
+            raise MemoryError("no memory left")
+        return Retriever.ready(generation)
+
+    user = make(store, load=load)
+    assert user.retriever.generation_id == "a"
+    assert "MemoryError" in user.refused[0][1]
+    failing.clear()
+    user.wait_for("b")
+
+
 @pytest.mark.parametrize("end", ["corrupt", "vanished", "unreadable"])
 def test_a_pointer_that_can_not_be_read(
     store: Store, make: Make, caplog: pytest.LogCaptureFixture, end: str

@@ -3,7 +3,8 @@
 A change is noticed by asking for the pointer every so often. The generation that it names then is brought
 here, every byte of it is verified, it is loaded beside the one in use and probed, and one call lets it
 answer. A generation that fails is refused and reported, and the one in use stays. All of this happens in one
-background thread of low priority; nothing else waits for it.
+background thread of low priority; nothing else waits for it. A process that starts while the pointer names
+one that fails begins with the latest that it named before and that does not.
 
 How a generation is loaded is up to the caller, so that one process or many may hold it.
 """
@@ -46,6 +47,18 @@ class Refusal:
     id: str
     reason: str
     """For people, without paths."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a generation is not used."""
+
+    reason: str
+    """For people, without paths."""
+    details: str
+    """For the log."""
+    passes: bool
+    """Whether it may pass, so that the generation is tried again."""
 
 
 class Follower(Generic[T]):
@@ -91,17 +104,25 @@ class Follower(Generic[T]):
         self._thread: threading.Thread | None = None
 
     def open(self) -> T:
-        """Load the generation that the pointer names now.
+        """Load what the pointer names now; where that fails, the latest before it that does not.
 
         Raises:
-            ArtefactError: it names none, or one that is damaged or answers nonsense.
+            ArtefactError: the pointer names none, or one that is damaged or answers nonsense, and so is all
+                that it named before.
         """
         name = self._store.published(self._pointer)
-        path = self._store.fetch(name)
-        opened = self._opened(name, path)
-        self._path = path
-        self._held = [(name, weakref.ref(opened))]
-        return opened
+        path = None
+        try:
+            path = self._store.fetch(name)
+            return self._begin(name, path)
+        # Whatever it is, another one answers meanwhile, and where it may pass this one is tried again.
+        except Exception as error:
+            failure = self._failure(error, path)
+            opened = self._open_earlier()
+            if opened is None:
+                raise
+            self._refuse(name, failure)
+            return opened
 
     def start(self, use: Callable[[T], None], refused: Callable[[str, str], None] | None = None) -> None:
         """Follow the pointer from now on, after ``open``.
@@ -111,6 +132,8 @@ class Follower(Generic[T]):
             refused: called with the id of a generation that is not used, and the reason without paths.
         """
         self._on_refused = refused
+        if refused is not None and self._refused is not None:
+            refused(self._refused.id, self._refused.reason)
         self._thread = threading.Thread(target=self._run, args=(use,), name="follower", daemon=True)
         self._thread.start()
 
@@ -191,27 +214,37 @@ class Follower(Generic[T]):
 
     def _change(self, name: str, use: Callable[[T], None]) -> None:
         """Load a generation and let it answer, unless it fails or the pointer names another one by then."""
+        path = None
         try:
             path = self._store.fetch(name)
-        except Exception as error:
-            reason = "it can not be fetched from the store; the log says why. It is tried again"
-            self._refuse(name, reason, str(error), again=True)
-            return
-        if self._is_outdated(name):
-            return
-        try:
+            if self._is_outdated(name):
+                return
             new = self._opened(name, path)
-        except ArtefactError as error:
-            self._refuse(name, self._without_paths(str(error), path), str(error), again=False)
         except Exception as error:
-            # As text: a record of the log that kept the stack would keep what was loaded.
-            reason = f"it can not be loaded ({type(error).__name__}); the log says why. It is tried again"
-            self._refuse(name, reason, traceback.format_exc(), again=True)
+            self._refuse(name, self._failure(error, path))
         else:
             if not self._is_outdated(name):
                 self._switch(name, path, new, use)
                 return
         _return_memory()
+
+    def _open_earlier(self) -> T | None:
+        """Load the latest that the pointer named before and that does not fail; None where all do."""
+        for name in dict.fromkeys(self._store.earlier(self._pointer)):
+            path = None
+            try:
+                path = self._store.fetch(name)
+                return self._begin(name, path)
+            except Exception as error:
+                self._log.warning("generation %s fails too: %s", name, self._failure(error, path).details)
+        return None
+
+    def _begin(self, name: str, path: Path) -> T:
+        """Load the first generation."""
+        opened = self._opened(name, path)
+        self._path = path
+        self._held = [(name, weakref.ref(opened))]
+        return opened
 
     def _opened(self, name: str, path: Path) -> T:
         known = self._path if self._held and has_manifest(self._path) else None
@@ -255,19 +288,33 @@ class Follower(Generic[T]):
     def _accept(self) -> None:
         self._refused = self._retry_at = None
 
-    def _refuse(self, name: str, reason: str, details: str, again: bool) -> None:
+    def _failure(self, error: Exception, path: Path | None) -> _Failure:
+        """Return what to say of a generation that could not be fetched to a path, or not be opened there.
+
+        As text: a record of the log that kept the stack would keep what was loaded.
+        """
+        if path is None:
+            reason = "it can not be fetched from the store; the log says why. It is tried again"
+            return _Failure(reason, str(error), passes=True)
+        if isinstance(error, ArtefactError):
+            return _Failure(self._without_paths(str(error), path), str(error), passes=False)
+        reason = f"it can not be loaded ({type(error).__name__}); the log says why. It is tried again"
+        return _Failure(reason, "".join(traceback.format_exception(error)), passes=True)
+
+    def _refuse(self, name: str, failure: _Failure) -> None:
         if self._named() not in (name, None):
             # It may have been removed since.
             return
+        reason = failure.reason
         if self._refused is None or self._refused.id != name or self._refused.reason != reason:
             self._log.error(
-                "generation %s is refused, %s goes on answering: %s", name, self.generation_id, details
+                "generation %s is refused, %s answers: %s", name, self.generation_id, failure.details
             )
             if self._on_refused is not None:
                 self._on_refused(name, reason)
         self._refused = Refusal(name, reason)
         self._retry_at = None
-        if again:
+        if failure.passes:
             self._retry_at = time.monotonic() + self._retry_s
             self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
 

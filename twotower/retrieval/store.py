@@ -153,6 +153,14 @@ class Store:
         """Return what was published and rolled back, in order."""
         return read_log(self.root / LOG)
 
+    def earlier(self, pointer: str = CURRENT) -> list[str]:
+        """Return what a pointer named before what it names now, the latest first; some may have been removed.
+
+        Raises:
+            ArtefactError: it was never set, or the log is damaged.
+        """
+        return earlier(self.publications(), pointer, self.published(pointer), self._successors())
+
     def publish(
         self,
         generation_id: str,
@@ -209,7 +217,7 @@ class Store:
         current = self.current(pointer)
         if current is None:
             raise RefusedError(f"{pointer} of {self.where} was never set: there is nothing to roll back")
-        steps = earlier(self.publications(), pointer, current, self._successors())
+        steps = self.earlier(pointer)
         if not steps:
             raise RefusedError(
                 f"{pointer} names {current}, the first that was published: there is nothing to roll back to"
