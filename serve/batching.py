@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
-from twotower.retrieval.query import Query
-
+T = TypeVar("T")
 MAX_BATCH = 64
 """Queries of a batch; the next ones begin another."""
 
 
-class Batcher:
+class Batcher(Generic[T]):
     """Collects queries of one event loop for a moment, then has them answered in one call."""
 
     def __init__(
         self,
-        work: Callable[[Sequence[Query]], Awaitable[Sequence[bytes | Exception]]],
+        work: Callable[[Sequence[T]], Awaitable[Sequence[bytes | Exception]]],
         window_ms: float,
         max_batch: int = MAX_BATCH,
     ) -> None:
@@ -30,11 +30,11 @@ class Batcher:
         self._work = work
         self._window_s = window_ms / 1e3
         self._max_batch = max_batch
-        self._batch: list[tuple[Query, asyncio.Future[bytes]]] = []
+        self._batch: list[tuple[T, asyncio.Future[bytes]]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None]] = set()
 
-    async def answer(self, query: Query) -> bytes:
+    async def answer(self, query: T) -> bytes:
         """Return the answer to a query; raises what ``work`` returned instead of one."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bytes] = loop.create_future()
@@ -57,7 +57,7 @@ class Batcher:
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    async def _run(self, batch: list[tuple[Query, asyncio.Future[bytes]]]) -> None:
+    async def _run(self, batch: list[tuple[T, asyncio.Future[bytes]]]) -> None:
         answers: Sequence[bytes | Exception]
         try:
             answers = await self._work([query for query, _ in batch])

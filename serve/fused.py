@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from serve.admission import check_deadline
 from serve.batching import Batcher
 from serve.metrics import Metrics
 from serve.probe import Probe
+from serve.schemas import BadRequest
 from serve.service import Service, name_the_wrong_one
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError, RequestError
@@ -60,7 +62,7 @@ class FusedService(Service[Retriever]):
     async def retrieve(self, query: Query, deadline: float = math.inf) -> bytes:
         """Return the answer to a query as JSON, as in ``Service``."""
         if self._batcher is not None:
-            return await self._batcher.answer(query)
+            return await self._batcher.answer((query, deadline))
         retriever = self.front
         run = self.runner(retriever, query)
         answer: bytes = await run(self._answer, retriever, query, deadline=deadline)
@@ -102,7 +104,8 @@ class FusedService(Service[Retriever]):
         self._probe.offer(retriever, query, answer)
         return self.noted(answer)
 
-    async def _answer_together(self, queries: Sequence[Query]) -> Sequence[bytes | Exception]:
+    async def _answer_together(self, asked: Sequence[tuple[Query, float]]) -> Sequence[bytes | Exception]:
+        """Return for each query, with its deadline, its answer, or why it has none."""
         retriever = self.front
 
         def answer(some: Sequence[Query]) -> list[bytes | Exception]:
@@ -116,4 +119,19 @@ class FusedService(Service[Retriever]):
                 return answer(some[:middle]) + answer(some[middle:])
             return [self._probed(retriever, q, a) for q, a in zip(some, answers, strict=True)]
 
-        return await self.workers.run(answer, queries)
+        def begin() -> list[bytes | Exception]:
+            late = [_passed(deadline) for _, deadline in asked]
+            rest = [query for (query, _), error in zip(asked, late, strict=True) if error is None]
+            answers = iter(answer(rest) if rest else ())
+            return [next(answers) if error is None else error for error in late]
+
+        return await self.workers.run(begin)
+
+
+def _passed(deadline: float) -> BadRequest | None:
+    """Return the answer to a request whose deadline has passed; None where it has not."""
+    try:
+        check_deadline(deadline)
+    except BadRequest as error:
+        return error
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from serve.batching import Batcher
 from serve.fused import FusedService
+from serve.schemas import BadRequest
 from serve.service import to_json
 from tests.shop import NUM_USERS, build_store
 from twotower.errors import NotAllowedError
@@ -146,6 +148,29 @@ def test_answers_are_those_of_single_queries(retriever: Retriever, window_ms: fl
         scores = [i["score"] for i in single["items"]]
         assert [i["score"] for i in answer["items"]] == pytest.approx(scores, abs=1e-6)
         assert [i.get("title") for i in answer["items"]] == [i.get("title") for i in single["items"]]
+
+
+def test_a_query_whose_deadline_has_passed_is_not_answered_and_others_are(retriever: Retriever) -> None:
+    service = FusedService(retriever, 200, 1, {}, batch_window_ms=1.0)
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        now = time.monotonic()
+        some = (service.retrieve(QUERIES[u], now + (-1 if u % 3 == 0 else 60)) for u in range(6))
+        none = (service.retrieve(QUERIES[u], now - 1) for u in range(3))
+        return (
+            await asyncio.gather(*some, return_exceptions=True),
+            await asyncio.gather(*none, return_exceptions=True),
+        )
+
+    some, none = asyncio.run(run())
+    service.close()
+    for user in (0, 3):
+        assert isinstance(some[user], BadRequest)
+        assert some[user].status == 504
+    assert [type(error) for error in none] == [BadRequest] * 3
+    for user in (1, 2, 4, 5):
+        single = retriever.retrieve(QUERIES[user])
+        assert [i["item_id"] for i in json.loads(some[user])["items"]] == [i["item_id"] for i in single.items]
 
 
 def test_a_cpu_does_not_wait(retriever: Retriever) -> None:
