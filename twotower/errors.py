@@ -1,5 +1,10 @@
 """The errors a person is meant to read: each says which value, which rule and what to do."""
 
+import errno
+
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""What the system says of a file that is not there, however often it is asked."""
+
 
 class TwotowerError(Exception):
     """Base of every error that a person can act on; jobs print its message without a stack trace."""
@@ -55,3 +60,16 @@ class StoppedError(TwotowerError):
     """The job was asked to stop by SIGTERM, and has left a state to go on from."""
 
     exit_code = 143
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same attempt may succeed later.
+
+    It may not where something was read and found wrong. It may where the system could not read what is there
+    (a disk, a network, the number of open files), and after anything that nobody foresaw.
+    """
+    if not isinstance(error, TwotowerError):
+        return True
+    # ``raise ... from None`` hides the context from people, and keeps it. Arrow's own errors have no number.
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _LASTING

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.buckets import change, hashes
@@ -100,6 +104,32 @@ def test_what_may_pass_is_tried_again(
     assert len([r for r in caplog.records if r.levelname == "ERROR"]) == 1
     # The stack of an error holds what had been loaded.
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_disk_that_fails_while_a_file_is_opened_is_asked_again(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_RETRY_S", 0.02)
+    store.publish("b")
+    user = make(store)
+    failing = threading.Event()
+    failing.set()
+    load = np.load
+
+    def fails(path: Any, *arguments: Any, **more: Any) -> Any:
+        if failing.is_set() and store.path("a") in Path(path).parents:
+            raise OSError(errno.EIO, "Input/output error")
+        return load(path, *arguments, **more)
+
+    monkeypatch.setattr(np, "load", fails)
+    store.publish("a")
+    user.wait(lambda: user.follower.refused)
+    assert user.follower.refused is not None
+    # Not that it should be built again.
+    assert user.follower.refused.reason.startswith("it can not be loaded (OSError)")
+    assert user.retriever.generation_id == "b"
+    failing.clear()
+    user.wait_for("a")
 
 
 def test_nonsense_is_not_tried_again(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from twotower.artefacts import has_manifest
-from twotower.errors import ArtefactError
+from twotower.errors import ArtefactError, TwotowerError, may_pass
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
 
@@ -78,9 +78,10 @@ class Follower(Generic[T]):
         Args:
             store: holds the pointer and the generations.
             pointer: its name.
-            load: makes of a verified generation what answers, warmed up and probed. An ``ArtefactError``
-                refuses the generation for good; after any other error it is tried again later. What it
-                returns must take weak references, and nothing but requests may keep it once it is replaced.
+            load: makes of a verified generation what answers, warmed up and probed. An error that may not
+                pass (``may_pass``) refuses the generation for good; after another it is tried again later.
+                What it returns must take weak references, and nothing but requests may keep it once it is
+                replaced.
             poll_s: seconds between two looks at the pointer.
             gone: called with the id of a generation once nothing in this process refers to what ``load``
                 made of it.
@@ -296,9 +297,10 @@ class Follower(Generic[T]):
         if path is None:
             reason = "it can not be fetched from the store; the log says why. It is tried again"
             return _Failure(reason, str(error), passes=True)
-        if isinstance(error, ArtefactError):
+        if not may_pass(error):
             return _Failure(self._without_paths(str(error), path), str(error), passes=False)
-        reason = f"it can not be loaded ({type(error).__name__}); the log says why. It is tried again"
+        cause = error.__context__ if isinstance(error, TwotowerError) else error
+        reason = f"it can not be loaded ({type(cause).__name__}); the log says why. It is tried again"
         return _Failure(reason, "".join(traceback.format_exception(error)), passes=True)
 
     def _refuse(self, name: str, failure: _Failure) -> None:

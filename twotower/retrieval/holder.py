@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-from twotower.errors import TwotowerError
+from twotower.errors import TwotowerError, may_pass
 from twotower.retrieval.files import verify_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
@@ -111,16 +111,20 @@ class GroupHolder:
                     return
             try:
                 self.load(generation_id)
-            except TwotowerError as error:
-                with self._lock:
-                    self.refused = {**self.refused, generation_id: str(error)}
             # FAISS raises RuntimeError where it can not read or has no memory; the bytes were right before.
-            except (OSError, MemoryError, RuntimeError) as error:
-                reason = f"generation {generation_id} can not be loaded now ({type(error).__name__}: {error})"
-                with self._lock:
-                    self.failed = {**self.failed, generation_id: reason}
-                    self._retry_at[generation_id] = self._clock() + RETRY_S
+            except (TwotowerError, OSError, MemoryError, RuntimeError) as error:
+                self._note(generation_id, error)
             except BaseException:
                 with self._lock:
                     self._loader = None
                 raise
+
+    def _note(self, generation_id: str, error: Exception) -> None:
+        """Note why a generation is not held, for good or until it is tried again."""
+        with self._lock:
+            if not may_pass(error):
+                self.refused = {**self.refused, generation_id: str(error)}
+                return
+            reason = f"generation {generation_id} can not be loaded now ({type(error).__name__}: {error})"
+            self.failed = {**self.failed, generation_id: reason}
+            self._retry_at[generation_id] = self._clock() + RETRY_S
