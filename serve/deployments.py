@@ -67,8 +67,7 @@ class Retrieval:
             args.batch_window_ms,
             args.inline_ms,
         )
-        if args.poll_s:
-            self._service.follow(follower)
+        self._service.follow(follower)
         warn_of_missing(settings, logger)
 
     def __del__(self) -> None:

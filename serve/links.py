@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class GroupLinks:
         """
         self._name = uuid.uuid4().hex
         self._needed: frozenset[str] = frozenset()
+        self._num_away = 0
         self._links = [[_Link(ask) for ask in replicas] for replicas in groups]
         self.groups = [
             Replicas(f"group-{g}", [link.call for link in links]) for g, links in enumerate(self._links)
@@ -62,12 +64,13 @@ class GroupLinks:
         """Note which generations are needed; replicas are told within a second, and free all others."""
         self._needed = frozenset(generation_ids)
 
-    async def hold(self, generation_ids: Collection[str], timeout_s: float) -> None:
+    async def hold(self, generation_ids: Collection[str], timeout_s: float, away_s: float = math.inf) -> None:
         """Have every replica of every group hold generations, and free all others.
 
         Args:
             generation_ids: of the generations.
             timeout_s: seconds.
+            away_s: seconds for which a replica may not answer, without a break.
 
         Raises:
             ArtefactError: a replica can not hold one, with the reason.
@@ -77,8 +80,11 @@ class GroupLinks:
         self.need(generation_ids)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
+        all_there_at = loop.time()
         while not await self._refresh():
-            if loop.time() >= deadline:
+            if not self._num_away:
+                all_there_at = loop.time()
+            if loop.time() >= min(deadline, all_there_at + away_s):
                 raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
             await asyncio.sleep(_STARTING_PERIOD_S)
 
@@ -101,11 +107,12 @@ class GroupLinks:
         links = [link for links in self._links for link in links]
         holdings = await asyncio.gather(*(link.refresh(self._name, sorted(self._needed)) for link in links))
         there = [holding for holding in holdings if holding is not None]
+        self._num_away = len(links) - len(there)
         if refused := self._reasons(holding.refused for holding in there):
             raise ArtefactError(refused)
         ended = all(self._needed <= {*holding.held, *holding.failed} for holding in there)
         failed = self._reasons(holding.failed for holding in there)
-        if len(there) < len(links) or not ended:
+        if self._num_away or not ended:
             return False
         if failed:
             raise OSError(failed)

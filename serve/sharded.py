@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -35,8 +36,10 @@ from twotower.retrieval.holder import GroupHolder
 from twotower.retrieval.store import store_at
 
 T = TypeVar("T")
-_START_TIMEOUT_S = 60.0
-_SWITCH_TIMEOUT_S = 600.0
+_LOAD_TIMEOUT_S = 600.0
+"""How long the replicas of the groups may take to load a generation."""
+_START_AWAY_S = 60.0
+"""How long a gateway that starts waits for a replica that does not answer."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -131,8 +134,7 @@ class Gateway:
         )
         self._service.front = await self._loop.run_in_executor(None, follower.open)
         self._watching = asyncio.ensure_future(self._links.watch())
-        if args.poll_s:
-            self._service.follow(follower)
+        self._service.follow(follower)
         warn_of_missing(settings, logger)
 
     def __del__(self) -> None:
@@ -158,8 +160,8 @@ class Gateway:
         front.warm_up()
         used = self._used()
         try:
-            timeout_s = _SWITCH_TIMEOUT_S if used else _START_TIMEOUT_S
-            self._wait(self._links.hold({*used, generation.id}, timeout_s))
+            away_s = math.inf if used else _START_AWAY_S
+            self._wait(self._links.hold({*used, generation.id}, _LOAD_TIMEOUT_S, away_s))
             self._service.probe(front, self._wait)
         except BaseException as error:
             if isinstance(error, OSError) and not used:

@@ -335,3 +335,17 @@ def test_a_service_says_what_it_follows(store: Store) -> None:
         assert service.status()["refused"] is None
     finally:
         follower.close()
+
+
+def test_a_service_that_does_not_follow_says_what_it_refused(store: Store) -> None:
+    for name in ("a", "b"):
+        store.publish(name)
+    damage(store.path("b") / "popularity.npy")
+    follower = Follower(store, CURRENT, Retriever.ready, poll_s=0)
+    service = FusedService(follower.open(), max_k=10, workers=1, settings={})
+    before = threading.active_count()
+    service.follow(follower)
+    assert threading.active_count() == before
+    status = service.status()
+    assert (status["held"], status["refused"]["id"]) == (["a"], "b")
+    service.close()

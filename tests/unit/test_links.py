@@ -67,6 +67,20 @@ def test_holding_waits_for_every_replica() -> None:
     assert replicas[1].says == [HOLDS]
 
 
+def test_who_is_away_is_not_waited_for_as_long_as_who_is_loading() -> None:
+    def started(links: GroupLinks) -> Awaitable[None]:
+        return links.hold({"g1"}, TIMEOUT_S, away_s=0.25)
+
+    # In steps of a tenth of a second: three times what a replica may be away.
+    run([Replica(HOLDS), Replica(None, *[LOADING] * 8, HOLDS)], started)
+    # Away again and again, and never for long.
+    run([Replica(HOLDS), Replica(*[None, LOADING] * 4, HOLDS)], started)
+    gone = Replica(HOLDS, None)
+    with pytest.raises(TimeoutError, match="not every replica holds g1"):
+        run([Replica(*[LOADING] * 40, HOLDS), gone], started)
+    assert gone.says == [None]
+
+
 def test_what_is_refused_is_refused_at_once() -> None:
     with pytest.raises(ArtefactError, match="it is damaged"):
         run([Replica(LOADING), Replica(REFUSED)], hold)

@@ -98,11 +98,13 @@ def check_token(config: Config) -> None:
         )
 
 
-def check_published(config: Config, pointer: str = "CURRENT") -> str:
-    """Return the id of the generation that a pointer names, after checking every byte of it.
+def check_published(config: Config, pointer: str = "CURRENT") -> None:
+    """Check every byte of the generation that a pointer names.
+
+    Where it is damaged, and the pointer named others before, this warns: one of those answers.
 
     Raises:
-        ArtefactError: there is none, or it is damaged.
+        ArtefactError: there is none, or it is damaged and the first one.
     """
     from twotower.retrieval.generation import Generation
     from twotower.retrieval.store import open_store
@@ -114,8 +116,12 @@ def check_published(config: Config, pointer: str = "CURRENT") -> str:
             f"nothing is published: {store.where} has no pointer {pointer}. Run `python -m jobs.pipeline` "
             "with the same --config and --set first, or name the configuration that was run"
         )
-    Generation.open(store.fetch(generation_id), verify=True)
-    return str(generation_id)
+    try:
+        Generation.open(store.fetch(generation_id), verify=True)
+    except ArtefactError as error:
+        if not any(map(store.has, store.earlier(pointer))):
+            raise
+        progress.say(f"warning: {error} Until then what {pointer} named before answers")
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class Follower(Generic[T]):
                 pass (``may_pass``) refuses the generation for good; after another it is tried again later.
                 What it returns must take weak references, and nothing but requests may keep it once it is
                 replaced.
-            poll_s: seconds between two looks at the pointer.
+            poll_s: seconds between two looks at the pointer; 0 looks at it in ``open`` only.
             gone: called with the id of a generation once nothing in this process refers to what ``load``
                 made of it.
             log: gets what happens.
@@ -135,8 +135,9 @@ class Follower(Generic[T]):
         self._on_refused = refused
         if refused is not None and self._refused is not None:
             refused(self._refused.id, self._refused.reason)
-        self._thread = threading.Thread(target=self._run, args=(use,), name="follower", daemon=True)
-        self._thread.start()
+        if self._poll_s:
+            self._thread = threading.Thread(target=self._run, args=(use,), name="follower", daemon=True)
+            self._thread.start()
 
     def close(self, wait: bool = True) -> None:
         """Stop following.
