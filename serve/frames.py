@@ -20,6 +20,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import cast
 
+from serve.hedging import UnansweredError
+
 Handler = Callable[[bytes], Awaitable[bytes]]
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -83,8 +85,11 @@ class Connection:
         """Return the answer to a message.
 
         Raises:
-            ConnectionError: the connection ended first, or the handler failed.
+            ConnectionError: the connection ended first.
+            UnansweredError: the handler failed, or the message is longer than any that is taken.
         """
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise UnansweredError(f"a message of {len(message)} bytes; at most {MAX_MESSAGE_BYTES} are taken")
         number = next(self._numbers) & 0xFFFF_FFFF
         waiting = self._protocol.waiting
         future = asyncio.get_running_loop().create_future()
@@ -177,7 +182,7 @@ class _ClientSide(_Frames):
         if future is None or future.done():
             return
         if message is None:
-            future.set_exception(ConnectionError("the replica failed to answer; the reason is in its log"))
+            future.set_exception(UnansweredError("the replica failed to answer; the reason is in its log"))
         else:
             future.set_result(message)
 

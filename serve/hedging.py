@@ -27,6 +27,10 @@ class GroupUnavailableError(Exception):
     """No replica of a shard group answered in time."""
 
 
+class UnansweredError(Exception):
+    """A replica that is well could not answer this message."""
+
+
 @dataclass
 class Counts:
     """What was done so far."""
@@ -61,12 +65,13 @@ class Replicas:
         self._delay_s = float("inf")
         self._turn = 0
 
-    async def call(self, message: bytes, timeout_s: float) -> bytes:
+    async def call(self, message: bytes, timeout_s: float, blame: bool = True) -> bytes:
         """Return the first answer of a replica.
 
         Args:
             message: for the replica.
             timeout_s: seconds after which none is waited for.
+            blame: leave a replica alone for a while that has answered nothing in that time.
 
         Raises:
             GroupUnavailableError: none answered in time.
@@ -109,7 +114,8 @@ class Replicas:
                     self.counts.hedges += 1
                     ask_next()
             for replica in running.values():
-                replica.failed(now())
+                if blame and replica.answered_at < began:
+                    replica.failed(now())
         finally:
             for future, replica in running.items():
                 replica.drop(future)
@@ -140,6 +146,7 @@ class _Replica:
         self._failures = 0
         self.num_running = 0
         self.paused_until = 0.0
+        self.answered_at = 0.0
 
     def start(self, message: bytes) -> asyncio.Future[bytes]:
         self.num_running += 1
@@ -148,12 +155,14 @@ class _Replica:
     def finish(self, future: asyncio.Future[bytes], now: float) -> bytes:
         """Return the answer of a call that has ended, empty bytes where it failed."""
         self.num_running -= 1
-        if future.cancelled() or future.exception() is not None:
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, UnansweredError):
             self.failed(now)
             return b""
         self._failures = 0
         self.paused_until = 0.0
-        return future.result()
+        self.answered_at = now
+        return b"" if error is not None else future.result()
 
     def drop(self, future: asyncio.Future[bytes]) -> None:
         """End a call that nobody waits for any more."""
@@ -167,4 +176,4 @@ class _Replica:
     def failed(self, now: float) -> None:
         """Leave the replica alone for a while, longer each time."""
         self._failures += 1
-        self.paused_until = now + min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LAST_PAUSE_S)
+        self.paused_until = now + min(_FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10), _LAST_PAUSE_S)

@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from serve.frames import MAX_MESSAGE_BYTES, Address, Connection, serve_frames
+from serve.hedging import UnansweredError
 
 
 async def echo(message: bytes) -> bytes:
@@ -58,10 +59,27 @@ def test_a_handler_that_fails_fails_only_its_call() -> None:
                 *map(connection.call, [b"a", b"bad", b"b"]), return_exceptions=True
             )
             assert (answers[0], answers[2]) == (b"a", b"b")
-            assert isinstance(answers[1], ConnectionError)
+            assert isinstance(answers[1], UnansweredError)
             assert await connection.call(b"c") == b"c"
             connection.close()
 
+    asyncio.run(main())
+
+
+def test_a_message_that_is_too_long_ends_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def echo(message: bytes) -> bytes:
+        return message
+
+    async def main() -> None:
+        server, address = await serve_frames(echo, "127.0.0.1")
+        async with server:
+            connection = await Connection.connect(address)
+            with pytest.raises(UnansweredError, match="a message of 101 bytes; at most 100 are taken"):
+                await connection.call(b"x" * 101)
+            assert await connection.call(b"x" * 100) == b"x" * 100
+            connection.close()
+
+    monkeypatch.setattr("serve.frames.MAX_MESSAGE_BYTES", 100)
     asyncio.run(main())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from serve.hedging import GroupUnavailableError, Replicas
+from serve.hedging import GroupUnavailableError, Replicas, UnansweredError
 
 LONG_S = 30.0
 
@@ -29,6 +29,9 @@ class Fake:
 
     async def fail(self) -> None:
         raise ConnectionResetError("gone")
+
+    async def refuse(self) -> None:
+        raise UnansweredError("this message only")
 
     async def __call__(self, message: bytes) -> bytes:
         self.asked += 1
@@ -191,5 +194,60 @@ def test_a_group_that_is_down_says_so_and_later_at_once(how: str) -> None:
             fake.behave = fake.at_once
         await asyncio.sleep(1.1)
         assert await group.call(b"x", LONG_S) in (b"a", b"b")
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_has_failed_for_long_is_no_error() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def main() -> None:
+        group = Replicas("g", [a, b], hedge_share=0)
+        a.behave = a.fail
+        for _ in range(2_000):
+            group._replicas[0].failed(0.0)
+        assert [await group.call(b"x", LONG_S) for _ in range(10)] == [b"b"] * 10
+        assert a.asked > 0
+
+    asyncio.run(main())
+
+
+def test_a_message_that_nobody_can_answer_takes_no_replica_out() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def main() -> Replicas:
+        group = Replicas("g", [a, b], hedge_share=0)
+        a.behave, b.behave = a.refuse, b.refuse
+        for _ in range(10):
+            with pytest.raises(GroupUnavailableError):
+                await group.call(b"x", LONG_S)
+        assert (a.asked, b.asked) == (10, 10)
+        a.behave, b.behave = a.at_once, b.at_once
+        assert {await group.call(b"x", LONG_S) for _ in range(2)} == {b"a", b"b"}
+        return group
+
+    assert asyncio.run(main()).counts.retries == 10
+
+
+@pytest.mark.parametrize("why", ["the time was the client's", "it answered others meanwhile"])
+def test_a_replica_that_is_only_slow_is_not_left_alone(why: str) -> None:
+    a = Fake("a")
+
+    async def main() -> None:
+        group = Replicas("g", [a], hedge_share=0)
+        await warm(group, 1)
+        a.behave = a.never
+        if why == "the time was the client's":
+            with pytest.raises(GroupUnavailableError):
+                await group.call(b"x", 0.02, blame=False)
+        else:
+            slow = asyncio.ensure_future(group.call(b"x", 0.1))
+            await asyncio.sleep(0.02)
+            a.behave = a.at_once
+            assert await group.call(b"x", LONG_S) == b"a"
+            with pytest.raises(GroupUnavailableError):
+                await slow
+        a.behave = a.at_once
+        assert await group.call(b"x", LONG_S) == b"a"
 
     asyncio.run(main())
