@@ -125,6 +125,10 @@ def test_what_is_quick(quick: Retriever, shop: Any) -> None:
     assert not quick.usual(Query(k=10, history=[HistoryItem(item)] * 5_000))
     assert not quick.usual(Query(k=10, exclude_items=[item] * 5_000))
     assert not quick.usual(Query(k=10, allow_items=[item]))
+    assert quick.usual(Query(k=10, features={"age": 30, "group": "red"}))
+    assert not quick.usual(Query(k=10, features={"group": "x" * 100_000}))
+    assert not quick.usual(Query(k=10, features={"groups": ["x"] * 1_000}))
+    assert not quick.usual(Query(k=10, features={f"{number}": 1 for number in range(1_000)}))
     assert not quick.usual(Query(k=10, filter={"genres": {"any_of": ["Comedy"]}}))
 
 

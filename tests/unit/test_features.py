@@ -1,5 +1,8 @@
 """Encoding of columns and queries, each value derived by hand."""
 
+import re
+import zlib
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -63,6 +66,23 @@ def test_static_columns_by_hand() -> None:
     assert (title[1] == -1).all()
     assert title[0, :3].tolist() == text_buckets("ab", TITLE.spec)
     assert text_buckets("ab", TITLE.spec) != text_buckets("ba", TITLE.spec)
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 8, 1000])
+@pytest.mark.parametrize("text", ["ab", "Toy Story (1995)", "a " * 50, "x" * 40, "-- --", "Ünïcode wörds"])
+def test_words_come_first_and_then_their_n_grams(text: str, max_length: int) -> None:
+    spec = TextFeature(name="t", buckets=1 << 20, ngram=3, max_length=max_length)
+    words = re.findall(r"\w+", text.lower())
+    grams = [f"<{w}>"[i : i + 3] for w in words for i in range(len(w))]
+    pieces = [*(f"w:{w}" for w in words), *grams][:max_length]
+    assert text_buckets(text, spec) == [zlib.crc32(p.encode()) % (1 << 20) for p in pieces]
+
+
+def test_numbers_that_leave_nothing_of_the_others_are_refused() -> None:
+    encode_columns([YEAR], pa.table({"year": [1e9, -1e9]}))
+    for value in (1e300, -1e300):
+        with pytest.raises(DataError, match=r"1e\+300 is over 1e\+15 standard deviations away"):
+            encode_columns([YEAR], pa.table({"year": [1990.0, value]}))
 
 
 def test_a_missing_column_is_missing_in_every_row() -> None:

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, L ids of a bag, H history length, N catalogue items, 
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,8 @@ from twotower.schema import (
 
 Columns = dict[str, npt.NDArray[Any]]
 _WORD = re.compile(r"\w+")
+_MAX_SCALED = 1e15
+"""Numbers further away than this leave nothing of a tower's other inputs, or overflow its 32-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,10 @@ def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> np
 def _numeric(feature: FittedFeature, column: pa.Array) -> npt.NDArray[np.float32]:
     values = numeric_values(feature.spec, column)
     missing = ~np.isfinite(values)
-    scaled = np.where(missing, 0.0, (np.where(missing, 0.0, values) - feature.mean) / feature.std)
+    with np.errstate(over="ignore"):
+        scaled = np.where(missing, 0.0, (np.where(missing, 0.0, values) - feature.mean) / feature.std)
+    if len(large := values[np.abs(scaled) > _MAX_SCALED]):
+        raise ValueError(f"{large[0]} is over {_MAX_SCALED:g} standard deviations away; repair the column")
     return np.stack([scaled, missing], axis=1).astype(np.float32)
 
 
@@ -220,12 +226,13 @@ def text_buckets(text: str | None, spec: TextFeature) -> list[int]:
     """Return the hashed words and character n-grams of a text, at most ``max_length`` of them."""
     if not text:
         return []
-    words = _WORD.findall(text.lower())
-    pieces = [f"w:{w}" for w in words]
-    for word in words:
-        marked = f"<{word}>"
-        pieces += [marked[i : i + spec.ngram] for i in range(max(len(marked) - spec.ngram + 1, 1))]
-    return [zlib.crc32(p.encode()) % spec.buckets for p in pieces[: spec.max_length]]
+    # No more of a long text is read than counts.
+    found = itertools.islice(_WORD.finditer(text.lower()), spec.max_length)
+    words = [match[0] for match in found]
+    marked = (f"<{word}>" for word in words)
+    grams = (m[i : i + spec.ngram] for m in marked for i in range(max(len(m) - spec.ngram + 1, 1)))
+    pieces = itertools.islice(itertools.chain((f"w:{w}" for w in words), grams), spec.max_length)
+    return [zlib.crc32(p.encode()) % spec.buckets for p in pieces]
 
 
 def _padded(rows: Iterable[list[int]], count: int, max_width: int) -> npt.NDArray[np.int32]:

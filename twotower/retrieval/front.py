@@ -123,6 +123,7 @@ class Front:
             and len(query.fields) <= _FEW_FIELDS
             and len(query.exclude_items) <= _FEW_IDS
             and (query.history is None or len(query.history) <= _FEW_IDS)
+            and (not query.features or _few(query.features))
             and self._inputs.num_seen(query.user_id) <= _FEW_SEEN
         )
 
@@ -260,7 +261,13 @@ class Front:
         batch = self._features(*self._inputs.batch(inputs))
         if self._device != "cpu":
             batch = to_device(batch, self._device)
-        return np.asarray(self._model.encode_queries(batch).cpu().numpy(), dtype=np.float32)
+        vectors = np.asarray(self._model.encode_queries(batch).cpu().numpy(), dtype=np.float32)
+        # Nothing is near a vector of NaN: a search refuses it, and could not say why.
+        if not np.isfinite(vectors).all():
+            raise NotAllowedError(
+                "the history's weights or the features hold a number too large to encode", "smaller numbers"
+            )
+        return vectors
 
     def most_popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
         """Return the most popular items that are allowed and not excluded.
@@ -282,6 +289,14 @@ class Front:
             start, size = start + size, size * 4
         kept = kept[:k]
         return Hits(self._popularity[kept], self._popularity_scores[kept])
+
+
+def _few(features: Mapping[str, Any]) -> bool:
+    """Return whether the values of features are few and short."""
+    values = features.values()
+    return len(features) <= _FEW_FIELDS and all(
+        len(value) <= _FEW_IDS for value in values if isinstance(value, (str, list))
+    )
 
 
 def make_inputs(generation: Generation) -> Inputs:

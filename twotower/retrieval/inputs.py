@@ -20,7 +20,7 @@ from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError, NotAllowedError
 from twotower.model.features import Columns, encode_columns
-from twotower.retrieval.query import HistoryItem, Query, Strategy
+from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, Strategy
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,
@@ -178,7 +178,11 @@ class Inputs:
     def _given_history(
         self, history: Sequence[HistoryItem], listed: IntArray, at: int
     ) -> tuple[IntArray, FloatArray]:
-        """Return the latest items of a history that count at a moment: rows [H] and weights [H]."""
+        """Return the latest items of a history that count at a moment: rows [H] and weights [H].
+
+        Raises:
+            NotAllowedError: a weight is too large.
+        """
         length = self.schema.max_history
         counted = [
             (row, item.weight)
@@ -190,6 +194,9 @@ class Inputs:
         missing = length - len(latest)
         rows = [row for row, _ in latest] + [-1] * missing
         weights = [weight for _, weight in latest] + [0.0] * missing
+        # NaN is above nothing, and not below either.
+        if not all(abs(weight) <= MAX_WEIGHT for weight in weights):
+            raise NotAllowedError("history: a weight is too large", f"-{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         return np.array(rows, np.int64), np.array(weights, np.float32)
 
     def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:

@@ -14,7 +14,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from twotower.errors import NotAllowedError
-from twotower.retrieval.query import HistoryItem, Query
+from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query
 
 MAX_ID_LENGTH = 1024
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -30,7 +30,7 @@ ALLOWED = {
     "history": 'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ...}; or null',
     "item_id": _ID,
     "time": f"{_TIME}; or null",
-    "weight": "a number; 1.0 when not given",
+    "weight": f"a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}; 1.0 when not given",
     "features": "an object of the user's feature values by column name",
     "at": f"{_TIME}; or null, which is now",
     "exclude_seen": "true or false",
@@ -104,7 +104,7 @@ class HistoryEntry(BaseModel):
     """The item."""
     time: Time | None = None
     """When it happened; without a time it counts at every ``at``."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
     """Weight of the interaction."""
 
 
@@ -116,7 +116,12 @@ _ENTRY_SCHEMA = {
             "properties": {
                 "item_id": _ID_SCHEMA,
                 "time": _TIME_SCHEMA,
-                "weight": {"type": "number", "default": 1.0},
+                "weight": {
+                    "type": "number",
+                    "default": 1.0,
+                    "minimum": -MAX_WEIGHT,
+                    "maximum": MAX_WEIGHT,
+                },
             },
             "required": ["item_id"],
             "additionalProperties": False,
