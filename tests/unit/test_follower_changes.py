@@ -57,6 +57,8 @@ def test_what_is_rolled_back_while_it_loads_is_not_used(store: Store, make: Make
     user.wait_a_few_polls()
     assert user.used == []
     assert user.follower.held == ["b"]
+    # Whoever else holds it for this process is told.
+    assert user.gone == ["a"]
     store.publish("a")
     user.wait_for("a")
 

@@ -84,7 +84,7 @@ class Follower(Generic[T]):
                 replaced.
             poll_s: seconds between two looks at the pointer; 0 looks at it in ``open`` only.
             gone: called with the id of a generation once nothing in this process refers to what ``load``
-                made of it.
+                made of it, also where it never answered.
             log: gets what happens.
         """
         self._store = store
@@ -228,6 +228,9 @@ class Follower(Generic[T]):
             if not self._is_outdated(name):
                 self._switch(name, path, new, use)
                 return
+            del new
+            if self._gone is not None:
+                self._gone(name)
         _return_memory()
 
     def _open_earlier(self) -> T | None:
