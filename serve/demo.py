@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 
+from serve.admission import deadline_of
 from serve.errors import json_response
 from serve.schemas import BadRequest
 from serve.service import Service
@@ -63,7 +64,7 @@ def add_demo(api: FastAPI, service: Service) -> None:
     @api.get("/demo/users", include_in_schema=False)
     async def users(request: Request) -> Response:
         text, limit = _text_and_limit(request, "prefix", required=False)
-        return await _answer(lambda generation: {"users": find_users(generation, text, limit)})
+        return await _answer(request, lambda generation: {"users": find_users(generation, text, limit)})
 
     @api.get("/demo/users/{user_id:path}/history", include_in_schema=False)
     async def history(user_id: str, request: Request) -> Response:
@@ -74,7 +75,7 @@ def add_demo(api: FastAPI, service: Service) -> None:
             return {"user_id": user_id, **asdict(user_history(generation, user_id))}
 
         try:
-            return await _answer(found)
+            return await _answer(request, found)
         except UnknownUserError as error:
             raise BadRequest(error.message, error.allowed, 404, "unknown_user") from None
 
@@ -82,20 +83,27 @@ def add_demo(api: FastAPI, service: Service) -> None:
     async def items(request: Request) -> Response:
         text, limit = _text_and_limit(request, "query", required=True)
         return await _answer(
-            lambda generation: {"items": [asdict(item) for item in find_items(generation, text, limit)]}
+            request,
+            lambda generation: {"items": [asdict(item) for item in find_items(generation, text, limit)]},
         )
 
     @api.get("/demo/values", include_in_schema=False)
     async def values(request: Request) -> Response:
         _parameters(request, ())
-        return await _answer(lambda generation: {"values": generation.attributes.frequent(_NUM_VALUES)})
-
-    async def _answer(find: Callable[[Generation], dict[str, Any]]) -> Response:
-        """Return what is found in the generation that answers now, as JSON with its id."""
-        generation = service.front.generation
-        return json_response(
-            await service.workers.run(lambda: orjson.dumps({"generation": generation.id, **find(generation)}))
+        return await _answer(
+            request, lambda generation: {"values": generation.attributes.frequent(_NUM_VALUES)}
         )
+
+    async def _answer(request: Request, find: Callable[[Generation], dict[str, Any]]) -> Response:
+        """Return what is found in the generation that answers now, as JSON with its id."""
+        deadline = deadline_of(request, service.limits.deadline_ms)
+        generation = service.front.generation
+
+        def work() -> bytes:
+            return orjson.dumps({"generation": generation.id, **find(generation)})
+
+        with service.admission.enter():
+            return json_response(await service.workers.run(work, deadline=deadline))
 
 
 def _file(name: str, kind: str) -> Callable[[Request], Any]:
