@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from serve.admission import check_deadline
 from serve.hedging import GroupUnavailableError, Replicas
 from serve.metrics import Metrics
 from serve.service import Service, name_the_wrong_one
@@ -37,7 +38,7 @@ from twotower.retrieval.groups import (
 from twotower.retrieval.query import Answer, Query
 
 
-class NoGroupError(Exception):
+class NoGroupError(TimeoutError):
     """No shard group answered, so that there is nothing to answer with."""
 
 
@@ -66,7 +67,7 @@ class GatewayService(Service[Front]):
             workers: requests encoded or described at the same time.
             settings: what ``/readyz`` says about Ray's settings.
             threads: CPU threads of the query tower.
-            deadline_s: seconds after which a group is left out.
+            deadline_s: seconds for each query of a message after which a group is left out.
             limits: of requests and of what waits.
             metrics: counts and measures; nothing when not given.
             inline_ms: as of ``Service``.
@@ -122,7 +123,7 @@ class GatewayService(Service[Front]):
         missing: list[str] = []
         found: list[list[Hits]] = []
         if encoded.searched:
-            found, missing = await self._ask(message, front.generation_id)
+            found, missing = await self._ask(message, front, len(encoded.searched), deadline)
         searched = time.perf_counter()
         times = start, done, searched
         answers: list[Answer] = await run(_described, front, encoded, hits, found, tuple(missing), times)
@@ -141,21 +142,23 @@ class GatewayService(Service[Front]):
         Raises:
             RequestError: there is no such item, or something that is not allowed is asked for.
             NoGroupError: the group that holds the item did not answer.
+            BadRequest: the deadline passed before work began.
         """
+        check_deadline(deadline)
         start = time.perf_counter()
         front = self.front
         front.check(k, fields)
         if predicates:
             await self.workers.run(front.generation.attributes.check, predicates, deadline=deadline)
         row = front.row_of(item_id)
-        vector = await self._vector(front, row)
+        vector = await self._vector(front, row, deadline)
         encoded = time.perf_counter()
         query = GroupQuery(k, np.array([row], np.int64), predicates)
         message = pack_search(front.generation_id, vector[None, :], [query])
-        found, missing = await self._ask(message, front.generation_id)
+        found, missing = await self._ask(message, front, 1, deadline)
         searched = time.perf_counter()
         hits = merge_groups([group[0] for group in found], k)
-        items = await self.workers.run(front.describe_hits, hits, fields)
+        items = await self.workers.run(front.describe_hits, hits, fields, deadline=deadline)
         took = timing(start, encoded, searched)
         return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 
@@ -168,15 +171,23 @@ class GatewayService(Service[Front]):
 
         Raises:
             ArtefactError: it answers nonsense.
+            TimeoutError: a group did not answer in time.
         """
-        check_answers(front, lambda query: wait(self.answers(front, [query]))[0])
+
+        def answer(query: Query) -> Answer:
+            answer: Answer = wait(self.answers(front, [query]))[0]
+            _check_complete(answer.missing_groups)
+            return answer
+
+        check_answers(front, answer)
         rows = sampled_rows(front)
         stored = np.stack([wait(self._vector(front, row)) for row in rows.tolist()])
 
         def best(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             none = np.zeros(0, np.int64)
             message = pack_search(front.generation_id, vectors, [GroupQuery(1, none)] * len(vectors))
-            found, _ = wait(self._ask(message, front.generation_id))
+            found, missing = wait(self._ask(message, front, len(vectors)))
+            _check_complete(missing)
             scores = [[hits.scores.max(initial=-np.inf) for hits in group] for group in found]
             return np.array(scores, np.float32).max(axis=0)
 
@@ -186,30 +197,39 @@ class GatewayService(Service[Front]):
         """Return what ``Service`` does, and what was called and how it went, by group."""
         return {**super().status(), "groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
 
-    async def _vector(self, front: Front, row: int) -> npt.NDArray[np.float32]:
+    async def _vector(self, front: Front, row: int, deadline: float = math.inf) -> npt.NDArray[np.float32]:
         """Return the vector of an item, [D].
 
         Raises:
             NoGroupError: the group that holds it did not answer.
         """
-        message = pack_vector_request(front.generation_id, row)
-        answers = await asyncio.gather(
-            *(group.call(message, self._deadline_s) for group in self.groups), return_exceptions=True
-        )
-        for answer in answers:
+        for answer in await self._called(pack_vector_request(front.generation_id, row), 1, deadline):
             if isinstance(answer, bytes) and (vector := unpack_vector(answer)) is not None:
                 return vector
         raise NoGroupError
 
-    async def _ask(self, message: bytes, generation_id: str) -> tuple[list[list[Hits]], list[str]]:
-        """Return what each group that answered found, and the names of the others."""
-        answers = await asyncio.gather(
-            *(group.call(message, self._deadline_s) for group in self.groups), return_exceptions=True
-        )
+    async def _called(self, message: bytes, num_queries: int, deadline: float) -> list[bytes | BaseException]:
+        """Return the answer of each group, or why there is none."""
+        # A group answers the queries of a message one after the other.
+        own_s = self._deadline_s * num_queries
+        left_s = deadline - time.monotonic()
+        timeout_s, blame = (own_s, True) if own_s <= left_s else (max(left_s, 0.0), False)
+        calls = (group.call(message, timeout_s, blame) for group in self.groups)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _ask(
+        self, message: bytes, front: Front, num_queries: int, deadline: float = math.inf
+    ) -> tuple[list[list[Hits]], list[str]]:
+        """Return what each group that answered found, and the names of the others.
+
+        Raises:
+            NoGroupError: none did.
+        """
+        answers = await self._called(message, num_queries, deadline)
         found, missing = [], []
         for group, answer in zip(self.groups, answers, strict=True):
             if isinstance(answer, bytes):
-                found.append(unpack_hits(answer, generation_id))
+                found.append(unpack_hits(answer, front.generation_id))
             elif isinstance(answer, GroupUnavailableError):
                 missing.append(group.name)
             else:
@@ -217,6 +237,16 @@ class GatewayService(Service[Front]):
         if not found:
             raise NoGroupError
         return found, missing
+
+
+def _check_complete(missing: Sequence[str]) -> None:
+    """Refuse an answer that says nothing about a generation.
+
+    Raises:
+        TimeoutError: groups are missing.
+    """
+    if missing:
+        raise TimeoutError(f"{', '.join(missing)} did not answer in time")
 
 
 def _encoded(front: Front, queries: Sequence[Query]) -> tuple[Encoded, dict[int, Hits], bytes]:

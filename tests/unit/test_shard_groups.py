@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from serve.gateway import GatewayService, NoGroupError
 from serve.hedging import Replicas
+from serve.schemas import BadRequest
+from tests.following import point
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.unit.test_retriever_filters import FILTERS
 from tests.updates import copied, table_of
 from twotower.config import Config
-from twotower.errors import ArtefactError, NotAllowedError, RequestError
+from twotower.errors import ArtefactError, NotAllowedError, RequestError, may_pass
 from twotower.index.hits import Hits
 from twotower.retrieval.front import Front
 from twotower.retrieval.generation import Generation
@@ -34,7 +38,7 @@ from twotower.retrieval.groups import (
     unpack_search,
 )
 from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
-from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
+from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
@@ -187,6 +191,115 @@ def test_what_is_not_allowed_is_refused_by_the_gateway(shop: tuple[Config, Path]
     with pytest.raises(NotAllowedError):
         asyncio.run(gateway(shop[1], groups).retrieve(query))
     assert groups[0].counts.calls == 0
+
+
+@pytest.mark.parametrize("weight", [1e300, -1e16, math.nan])
+def test_a_weight_that_no_tower_can_take_is_refused(shop: tuple[Config, Path], weight: float) -> None:
+    service = whole(shop[1], 2)
+    bad = Query(k=5, user_id="1", history=[HistoryItem("1001", weight=weight)])
+    with pytest.raises(NotAllowedError, match="history: a weight is too large; allowed: -1e"):
+        Retriever.open(shop[1]).retrieve(bad)
+    # Of a batch it is named.
+    with pytest.raises(NotAllowedError, match=r"requests\[1\]: history: a weight is too large"):
+        asyncio.run(service.retrieve_batch([Query(k=5, user_id="2"), bad]))
+    large = Query(k=5, user_id="1", history=[HistoryItem(f"100{i}", weight=MAX_WEIGHT) for i in range(3)])
+    assert np.linalg.norm(service.front.encode([large]).vectors) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_vector_of_nan_is_no_query_and_takes_no_group_out(
+    shop: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = whole(shop[1], 2)
+    query = Query(k=5, user_id="2")
+    encode = service.front._model.encode_queries
+    monkeypatch.setattr(service.front._model, "encode_queries", lambda batch: encode(batch) * math.nan)
+    with pytest.raises(NotAllowedError, match="a number too large to encode"):
+        asyncio.run(service.retrieve(query))
+    monkeypatch.undo()
+    # A group that is asked all the same goes on with others.
+    nan = np.full((1, service.front.generation.manifest["embedding_dim"]), math.nan, np.float32)
+    message = pack_search("g1", nan, [GroupQuery(3, np.zeros(0, np.int64))])
+    with pytest.raises(RequestError):
+        answer(message, held_by(shop[1], 1)[0])
+    assert not json.loads(asyncio.run(service.retrieve(query)))["partial"]
+
+
+class Slow:
+    """A group that takes some time for each query, one after the other."""
+
+    def __init__(self, held: dict[str, ShardGroup], each_s: float) -> None:
+        self.held = held
+        self.each_s = each_s
+
+    async def __call__(self, message: bytes) -> bytes:
+        found = answer(message, self.held)
+        is_vector = b'"item_row"' in message[:200]
+        count = 1 if is_vector else len(unpack_search(message)[2])
+        await asyncio.sleep(self.each_s * count)
+        return found
+
+
+def slow_gateway(generation: Path, each_s: float, deadline_s: float) -> GatewayService:
+    calls = [Slow(held, each_s) for held in held_by(generation, 2)]
+    groups = [Replicas(f"group-{g}", [call]) for g, call in enumerate(calls)]
+    front = Front(Generation.open(generation))
+    return GatewayService(front, groups, 1000, 1, SETTINGS, deadline_s=deadline_s)
+
+
+def test_the_time_of_a_group_is_that_of_each_query(shop: tuple[Config, Path]) -> None:
+    # Eight queries take longer than the time of one.
+    service = slow_gateway(shop[1], 0.05, 0.2)
+    queries = [Query(k=5, user_id=str(u)) for u in range(8)]
+    answers = asyncio.run(service.answers(service.front, queries))
+    assert [a.missing_groups for a in answers] == [()] * 8
+
+
+def test_a_group_is_not_waited_for_longer_than_the_client_waits(shop: tuple[Config, Path]) -> None:
+    service = slow_gateway(shop[1], 0.5, 30.0)
+    service.groups[0]._replicas[0]._call = caller(held_by(shop[1], 2)[0])
+
+    async def run() -> None:
+        begin = time.monotonic()
+        query = Query(k=5, user_id="1")
+        found = json.loads(await service.retrieve(query, deadline=begin + 0.1))
+        assert found["missing_groups"] == ["group-1"]
+        assert time.monotonic() - begin < 0.5
+        # The time was short: nobody is left alone for it.
+        assert not json.loads(await service.retrieve(query))["partial"]
+        for late in (service.retrieve(query, begin), service.similar("1001", 5, [], None, begin)):
+            with pytest.raises(BadRequest) as caught:
+                await late
+            assert caught.value.status == 504
+
+    asyncio.run(run())
+
+
+def probed(service: GatewayService) -> None:
+    """Probe as a gateway does: in a thread of its own, beside the event loop."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def wait(work: Any) -> Any:
+            return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+        await loop.run_in_executor(None, service.probe, service.front, wait)
+
+    asyncio.run(run())
+
+
+def test_a_slow_generation_is_probed_and_a_late_group_says_nothing_about_it(
+    shop: tuple[Config, Path],
+) -> None:
+    # All 32 vectors of a message together take several times the time of one.
+    probed(slow_gateway(shop[1], 0.01, 0.1))
+    late = slow_gateway(shop[1], 0.0, 0.1)
+    late.groups[1]._replicas[0]._call = Slow(held_by(shop[1], 2)[1], 10.0)
+    with pytest.raises(TimeoutError) as caught:
+        probed(late)
+    assert may_pass(caught.value)
+    with pytest.raises(TimeoutError):
+        probed(gateway(shop[1], [Replicas("group-0", [away]), Replicas("group-1", [away])]))
 
 
 def test_another_generation_is_never_mixed_in(shop: tuple[Config, Path], tmp_path: Path) -> None:
@@ -351,6 +464,22 @@ def test_a_holder_tries_again_what_could_not_be_read(store: Store, error: Except
     holder.need("a", ["g1", "g3"])
     assert set(holder.refused) == {"g3"}
     assert disk.fetched == fetched
+
+
+def test_a_holder_begins_with_what_is_published(store: Store) -> None:
+    def began(pointer: str = "CURRENT") -> set[str]:
+        holder = GroupHolder(store, 0, 2)
+        holder.begin(pointer)
+        assert not holder.refused
+        return set(holder.held)
+
+    assert began("NOWHERE") == set()
+    for name in ("g1", "g2"):
+        store.publish(name, force=True)
+    assert began() == {"g2"}
+    # Damaged in this group.
+    point(store, "g3")
+    assert began() == {"g2"}
 
 
 def test_a_holder_forgets_a_failure_that_nobody_waits_for(store: Store) -> None:
