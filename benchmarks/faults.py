@@ -297,7 +297,10 @@ def _judged(seen: Seen, known: Known) -> tuple[int, int, int]:
 
 
 def _recovery(seen: Seen, killed: float) -> float:
-    """Return the seconds from the kill to the first of many complete answers in a row."""
+    """Return the seconds from the kill to the first of many complete answers in a row.
+
+    Requests without any answer are no part of the row: they count as wrong answers.
+    """
     first, count = killed, 0
     for moment, _, status, content in seen.answers:
         if moment < killed:

@@ -20,6 +20,8 @@ from twotower.errors import ArtefactError
 _ASK_TIMEOUT_S = 5.0
 _PERIOD_S = 1.0
 _STARTING_PERIOD_S = 0.1
+_LINGER_S = 5.0
+"""How long calls to a replica that is replaced may take; longer than any group's deadline should be."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -124,22 +126,32 @@ class GroupLinks:
 
 
 class _Link:
-    """One replica: how to ask it, and the connection to where it listens now."""
+    """One replica: how to ask it, and the connection to where it listens now.
+
+    While Serve replaces a replica there are two for a while, and either may answer what is asked. The new one
+    is called once it holds what is needed; calls that wait for the one before are not cut off.
+    """
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._address: Address | None = None
         self._connection: Connection | None = None
+        self._connecting = asyncio.Lock()
 
     async def refresh(self, name: str, generation_ids: list[str]) -> Holding | None:
         """Return what the replica says of itself, None where it does not answer; connect to it anew."""
         try:
             holding = await asyncio.wait_for(self._ask(name, generation_ids), _ASK_TIMEOUT_S)
-            lost = self._connection is None or self._connection.closed
-            if lost or holding.address != self._address:
-                self.close()
-                self._connection = await Connection.connect(holding.address)
-                self._address = holding.address
+            # Not twice at once: a change of generation asks while the watch does.
+            async with self._connecting:
+                lost = self._connection is None or self._connection.closed
+                ready = set(generation_ids) <= set(holding.held)
+                if lost or (ready and holding.address != self._address):
+                    before = self._connection
+                    self._connection = await Connection.connect(holding.address)
+                    self._address = holding.address
+                    if before is not None:
+                        asyncio.get_running_loop().call_later(_LINGER_S, before.close)
         except Exception:
             # It is being started, or started again: it is asked again in a second.
             return None

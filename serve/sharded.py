@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ from twotower.retrieval.holder import GroupHolder
 from twotower.retrieval.store import store_at
 
 T = TypeVar("T")
+_DRAIN_S = 3.0
+"""How long a replica of a group that is to go answers on; gateways look for its successor every second."""
 _LOAD_TIMEOUT_S = 600.0
 """How long the replicas of the groups may take to load a generation."""
 _START_AWAY_S = 60.0
@@ -48,10 +51,10 @@ class ShardSearch:
     """Searches one group of shards, in each generation that a gateway needs."""
 
     async def __init__(self, args: BuildArgs, group: int) -> None:  # type: ignore[misc]  # Serve awaits it.
-        """Hold nothing yet, and listen for the gateways, which say what they need.
+        """Hold what is published, if that can be held, and listen for the gateways, which say what they need.
 
-        The pointer is not asked: what it names may be damaged, and a replica that is started again must
-        hold what the gateways answer from.
+        A replica that takes the place of another must answer at once. What gateways answer from may be
+        another generation than the one that is published, if that is damaged.
 
         Args:
             args: of the application, with absolute paths.
@@ -59,7 +62,9 @@ class ShardSearch:
         """
         store = store_at(args.store, args.cache)
         self._holder = GroupHolder(store, group, args.groups, args.threads)
+        self._patience_s = args.group_deadline_ms / 1000
         self._pool = ThreadPoolExecutor(args.workers, "search")
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._holder.begin, args.pointer)
         self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
 
     async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
@@ -70,9 +75,14 @@ class ShardSearch:
 
     async def _answer(self, message: bytes) -> bytes:
         """Return the answer to a message of the gateway."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, answer, message, self._holder.held
-        )
+        came = time.monotonic()
+
+        def work() -> bytes:
+            # The gateway has given up on what waited for so long; others wait for their turn.
+            late = time.monotonic() - came > self._patience_s
+            return b"" if late else answer(message, self._holder.held)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 ShardReplica = serve.deployment(
@@ -80,8 +90,11 @@ ShardReplica = serve.deployment(
     max_constructor_retry_count=3,
     # A replica that died is noticed and started again within a few seconds.
     health_check_period_s=1,
-    graceful_shutdown_wait_loop_s=0.2,
-    graceful_shutdown_timeout_s=5,
+    # A replica that is to be replaced answers until the new one holds what is published, and then for as long
+    # as it takes gateways to find that one.
+    max_surge_percent=100,
+    graceful_shutdown_wait_loop_s=_DRAIN_S,
+    graceful_shutdown_timeout_s=_DRAIN_S + 5,
 )(ShardSearch)
 
 

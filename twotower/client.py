@@ -2,7 +2,7 @@
 
 A call ends within ``timeout_s``, its tries and the waits between them included; every try tells the service
 how long the client still waits, so that it does no work for nobody. Every route only reads, so a call whose
-connection broke, or that the service was too busy for, is tried again.
+connection broke, or that the service was too busy for, is tried again while there is time.
 
 This module loads neither torch nor faiss nor ray.
 """
@@ -146,7 +146,8 @@ class Client:
             url: of the service, such as ``http://127.0.0.1:8000``; a path before the routes is kept.
             token: bearer token, where the service wants one.
             timeout_s: longest time of a call in seconds, its tries and the waits between them included.
-            retries: further tries of a call whose connection broke or that the service was too busy for.
+            retries: further tries of a call whose connection broke, or that the service was too busy for and
+                that has time left after the wait it asks for, a second.
             connections: kept open between calls; more threads than that open further ones for a call each.
 
         Raises:

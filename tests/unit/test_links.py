@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from serve.frames import Address, serve_frames
+from serve.frames import Address, Connection, serve_frames
 from serve.links import GroupLinks, Holding
 from twotower.errors import ArtefactError
 
@@ -100,3 +100,62 @@ def test_a_failure_is_told_when_nothing_else_is_loading() -> None:
 
 def test_a_failure_that_passes_meanwhile_is_none() -> None:
     run([Replica(FAILED, LOADING, HOLDS), Replica(None, LOADING, LOADING, HOLDS)], hold)
+
+
+def test_a_successor_is_called_once_it_holds_what_is_needed_and_nobody_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.links._LINGER_S", 0.1)
+    release: list[asyncio.Event] = []
+
+    async def old(message: bytes) -> bytes:
+        if message == b"slow":
+            await release[0].wait()
+        return b"old"
+
+    async def new(message: bytes) -> bytes:
+        return b"new"
+
+    async def main() -> None:
+        release.append(asyncio.Event())
+        first, second = await serve_frames(old, "127.0.0.1"), await serve_frames(new, "127.0.0.1")
+        now = Holding(first[1], ["g1"], {}, {})
+
+        async def ask(gateway: str, generation_ids: list[str]) -> Holding:
+            return now
+
+        links = GroupLinks([[ask]])
+        (link,) = links._links[0]
+        await links.hold({"g1"}, TIMEOUT_S)
+        before = link._connection
+        slow = asyncio.ensure_future(link.call(b"slow"))
+        # Serve has started another, which answers what is asked in turn with the first.
+        now = Holding(second[1], [], {}, {})
+        await links._refresh()
+        assert await link.call(b"x") == b"old"
+        now = Holding(second[1], ["g1"], {}, {})
+        # Two that ask at the same time connect once.
+        connects = 0
+        connect = Connection.connect
+
+        async def counted(address: Address) -> Connection:
+            nonlocal connects
+            connects += 1
+            return await connect(address)
+
+        monkeypatch.setattr(Connection, "connect", counted)
+        await asyncio.gather(links._refresh(), links._refresh())
+        assert connects == 1
+        assert await link.call(b"x") == b"new"
+        release[0].set()
+        assert await slow == b"old"
+        await asyncio.sleep(0.3)
+        assert before is not None
+        assert before.closed
+        assert await link.call(b"x") == b"new"
+        link.close()
+        for server, _ in (first, second):
+            server.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())

@@ -157,7 +157,7 @@ class ApplicationConfig(Section):
     replicas_per_group: PositiveInt = 1
     """Sharded: replicas of each group; with two, a slow or dead one costs little."""
     group_deadline_ms: Annotated[float, Field(gt=0)] = 200.0
-    """Sharded: milliseconds after which a group is left out of an answer, which then says so."""
+    """Sharded: milliseconds a query after which a group is left out of an answer, which then says so."""
     num_replicas: PositiveInt = 1
     """Replicas of the fused deployment, or of the gateway; the fewest with ``max_replicas``."""
     max_replicas: PositiveInt | None = None

@@ -7,6 +7,7 @@ no room now is tried again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -74,6 +75,18 @@ class GroupHolder:
         part = ShardGroup(generation, names, self._threads)
         with self._lock:
             self.held = {**self.held, generation_id: part}
+
+    def begin(self, pointer: str) -> None:
+        """Hold what gateways will most likely need, in this thread.
+
+        That is what a pointer names, or the latest before it that can be held. Where nothing can, nothing is
+        held: gateways say what they need, and are told why it is not there.
+        """
+        with contextlib.suppress(Exception):
+            for name in (self._store.published(pointer), *self._store.earlier(pointer)):
+                with contextlib.suppress(Exception):
+                    self.load(name)
+                    return
 
     def need(self, gateway: str, generation_ids: Collection[str]) -> None:
         """Note what a gateway needs: the rest is freed, and what is not there is loaded in the background.
