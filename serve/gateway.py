@@ -37,6 +37,9 @@ from twotower.retrieval.groups import (
 )
 from twotower.retrieval.query import Answer, Query
 
+_SHARE_OF_DEADLINE = 0.8
+"""Of the time that a client waits, how much may go by until the groups have answered."""
+
 
 class NoGroupError(TimeoutError):
     """No shard group answered, so that there is nothing to answer with."""
@@ -158,7 +161,7 @@ class GatewayService(Service[Front]):
         found, missing = await self._ask(message, front, 1, deadline)
         searched = time.perf_counter()
         hits = merge_groups([group[0] for group in found], k)
-        items = await self.workers.run(front.describe_hits, hits, fields, deadline=deadline)
+        items = await self.workers.run(front.describe_hits, hits, fields)
         took = timing(start, encoded, searched)
         return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
 
@@ -212,8 +215,10 @@ class GatewayService(Service[Front]):
         """Return the answer of each group, or why there is none."""
         # A group answers the queries of a message one after the other.
         own_s = self._deadline_s * num_queries
-        left_s = deadline - time.monotonic()
-        timeout_s, blame = (own_s, True) if own_s <= left_s else (max(left_s, 0.0), False)
+        check_deadline(deadline)
+        # The client has to get the answer too, with what was found.
+        timeout_s = min(own_s, _SHARE_OF_DEADLINE * (deadline - time.monotonic()))
+        blame = timeout_s >= self._deadline_s
         calls = (group.call(message, timeout_s, blame) for group in self.groups)
         return await asyncio.gather(*calls, return_exceptions=True)
 

@@ -38,6 +38,8 @@ class Holding:
     """Why a generation that is needed can not be held, by its id."""
     failed: dict[str, str]
     """Why one could not be loaded a moment ago, by its id; the replica tries again."""
+    part: str = ""
+    """Which part of the generations it holds."""
 
 
 Ask = Callable[[str, list[str]], Awaitable[Holding]]
@@ -72,7 +74,7 @@ class GroupLinks:
         Args:
             generation_ids: of the generations.
             timeout_s: seconds.
-            away_s: seconds for which a replica may not answer, without a break.
+            away_s: seconds for which replicas may not answer after the latest of the others began to.
 
         Raises:
             ArtefactError: a replica can not hold one, with the reason.
@@ -82,11 +84,14 @@ class GroupLinks:
         self.need(generation_ids)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        all_there_at = loop.time()
+        num_links = sum(map(len, self._links))
+        # Replicas that start load before Serve lets them answer: the time runs from when the latest did.
+        num_away, waits_until = num_links, math.inf
         while not await self._refresh():
-            if not self._num_away:
-                all_there_at = loop.time()
-            if loop.time() >= min(deadline, all_there_at + away_s):
+            if self._num_away < num_away or not self._num_away:
+                waits_until = loop.time() + away_s
+            num_away = self._num_away
+            if loop.time() >= min(deadline, waits_until):
                 raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
             await asyncio.sleep(_STARTING_PERIOD_S)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -62,7 +61,7 @@ class ShardSearch:
         """
         store = store_at(args.store, args.cache)
         self._holder = GroupHolder(store, group, args.groups, args.threads)
-        self._patience_s = args.group_deadline_ms / 1000
+        self._part = _part(args, group)
         self._pool = ThreadPoolExecutor(args.workers, "search")
         await asyncio.get_running_loop().run_in_executor(self._pool, self._holder.begin, args.pointer)
         self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
@@ -71,18 +70,13 @@ class ShardSearch:
         """Note what a gateway needs, and return what is held and where calls are answered."""
         holder = self._holder
         holder.need(gateway, generation_ids)
-        return Holding(self._address, list(holder.held), holder.refused, holder.failed)
+        return Holding(self._address, list(holder.held), holder.refused, holder.failed, self._part)
 
     async def _answer(self, message: bytes) -> bytes:
         """Return the answer to a message of the gateway."""
-        came = time.monotonic()
-
-        def work() -> bytes:
-            # The gateway has given up on what waited for so long; others wait for their turn.
-            late = time.monotonic() - came > self._patience_s
-            return b"" if late else answer(message, self._holder.held)
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, answer, message, self._holder.held
+        )
 
 
 ShardReplica = serve.deployment(
@@ -128,7 +122,12 @@ class Gateway:
         self._args = args
         self._token = read_token(args.token_file)
         self._loop = asyncio.get_running_loop()
-        self._links = GroupLinks([[_ask(handle) for handle in replicas] for replicas in groups])
+        self._links = GroupLinks(
+            [
+                [_ask(handle, _part(args, group)) for handle in replicas]
+                for group, replicas in enumerate(groups)
+            ]
+        )
         settings = serve_settings()
         self._service = GatewayService(
             None,
@@ -199,9 +198,16 @@ class Gateway:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _ask(handle: DeploymentHandle) -> Ask:
+def _part(args: BuildArgs, group: int) -> str:
+    """Return which part of what a replica holds; one of an earlier deployment may hold another."""
+    return f"group {group} of {args.groups} of {args.store}"
+
+
+def _ask(handle: DeploymentHandle, part: str) -> Ask:
     async def ask(gateway: str, generation_ids: list[str]) -> Holding:
         holding: Holding = await handle.need.remote(gateway, generation_ids)
+        if holding.part != part:
+            raise ConnectionError(f"a replica that is to be replaced holds {holding.part}, not {part}")
         return holding
 
     return ask

@@ -208,6 +208,25 @@ def test_a_start_while_several_are_damaged(store: Store, make: Make) -> None:
         Follower(store, CURRENT, Retriever.ready).open()
 
 
+def test_a_start_while_manifests_can_not_be_read(store: Store, make: Make) -> None:
+    for name in ("a", "b"):
+        store.publish(name)
+    (store.path("b") / "manifest.json").write_text("{")
+    (store.path("c") / "manifest.json").write_text("{")
+    assert make(store).retriever.generation_id == "a"
+
+
+def test_a_start_brings_no_forgotten_users_back(store: Store) -> None:
+    for name in ("a", "b"):
+        store.publish(name)
+    # Made before users were forgotten, and still there.
+    store.supersede([store.manifest("a")["vocabulary_hash"]])
+    damage(store.path("b") / "popularity.npy")
+    assert store.fallbacks() == []
+    with pytest.raises(ArtefactError, match=r"popularity.npy is damaged"):
+        Follower(store, CURRENT, Retriever.ready).open()
+
+
 def test_a_start_that_fails_for_a_while(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower.retrieval.follower._FIRST_RETRY_S", 0.05)
     store.publish("a")

@@ -119,7 +119,7 @@ def check_published(config: Config, pointer: str = "CURRENT") -> None:
     try:
         Generation.open(store.fetch(generation_id), verify=True)
     except ArtefactError as error:
-        if not any(map(store.has, store.earlier(pointer))):
+        if not store.fallbacks(pointer):
             raise
         progress.say(f"warning: {error} Until then what {pointer} named before answers")
 

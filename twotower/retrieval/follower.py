@@ -119,6 +119,8 @@ class Follower(Generic[T]):
         # Whatever it is, another one answers meanwhile, and where it may pass this one is tried again.
         except Exception as error:
             failure = self._failure(error, path)
+            # What was half loaded is in their variables.
+            traceback.clear_frames(error.__traceback__)
             opened = self._open_earlier()
             if opened is None:
                 raise
@@ -235,7 +237,7 @@ class Follower(Generic[T]):
 
     def _open_earlier(self) -> T | None:
         """Load the latest that the pointer named before and that does not fail; None where all do."""
-        for name in dict.fromkeys(self._store.earlier(self._pointer)):
+        for name in self._store.fallbacks(self._pointer):
             path = None
             try:
                 path = self._store.fetch(name)

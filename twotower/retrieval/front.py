@@ -265,7 +265,9 @@ class Front:
         # Nothing is near a vector of NaN: a search refuses it, and could not say why.
         if not np.isfinite(vectors).all():
             raise NotAllowedError(
-                "the history's weights or the features hold a number too large to encode", "smaller numbers"
+                "the query's vector holds NaN or infinity: the history's weights or the features hold "
+                "a number too large to encode",
+                "smaller numbers",
             )
         return vectors
 

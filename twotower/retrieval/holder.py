@@ -83,10 +83,12 @@ class GroupHolder:
         held: gateways say what they need, and are told why it is not there.
         """
         with contextlib.suppress(Exception):
-            for name in (self._store.published(pointer), *self._store.earlier(pointer)):
-                with contextlib.suppress(Exception):
-                    self.load(name)
-                    return
+            self.load(self._store.published(pointer))
+            return
+        for name in self._store.fallbacks(pointer):
+            with contextlib.suppress(Exception):
+                self.load(name)
+                return
 
     def need(self, gateway: str, generation_ids: Collection[str]) -> None:
         """Note what a gateway needs: the rest is freed, and what is not there is loaded in the background.

@@ -7,6 +7,7 @@ and verified when it was set. One lock orders publishers and prunes.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -160,6 +161,26 @@ class Store:
             ArtefactError: it was never set, or the log is damaged.
         """
         return earlier(self.publications(), pointer, self.published(pointer), self._successors())
+
+    def fallbacks(self, pointer: str = CURRENT) -> list[str]:
+        """Return what may answer in place of what a pointer names, where that is damaged, the latest first.
+
+        That is what it named before, without what holds forgotten users; nothing where it can not be told.
+        """
+        found = []
+        with contextlib.suppress(Exception):
+            try:
+                successors = self._successors()
+            except ArtefactError:
+                # One manifest that can not be read; what it replaces is outdated.
+                successors = {}
+            for name in dict.fromkeys(
+                earlier(self.publications(), pointer, self.published(pointer), successors)
+            ):
+                with contextlib.suppress(ArtefactError):
+                    if self.has(name) and not self._is_outdated(self.manifest(name)):
+                        found.append(name)
+        return found
 
     def publish(
         self,
