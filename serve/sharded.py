@@ -41,7 +41,7 @@ _DRAIN_S = 3.0
 _LOAD_TIMEOUT_S = 600.0
 """How long the replicas of the groups may take to load a generation."""
 _START_AWAY_S = 60.0
-"""How long a gateway that starts waits for a replica that does not answer."""
+"""How long a gateway that starts waits for replicas after the latest of the others answered."""
 
 logger = logging.getLogger("ray.serve")
 

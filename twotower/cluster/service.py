@@ -101,10 +101,10 @@ def check_token(config: Config) -> None:
 def check_published(config: Config, pointer: str = "CURRENT") -> None:
     """Check every byte of the generation that a pointer names.
 
-    Where it is damaged, and the pointer named others before, this warns: one of those answers.
+    Where it is damaged, and one that the pointer named before may answer in its place, this warns.
 
     Raises:
-        ArtefactError: there is none, or it is damaged and the first one.
+        ArtefactError: there is none, or it is damaged and nothing may answer in its place.
     """
     from twotower.retrieval.generation import Generation
     from twotower.retrieval.store import open_store
