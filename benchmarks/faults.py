@@ -316,6 +316,8 @@ def _recovery(seen: Seen, killed: float) -> float:
 
 
 def _row(seen: Seen, bad: tuple[int, int, int]) -> list[object]:
+    for kind, count in seen.load.errors.items():
+        print(f"failed: {count} of {kind}")
     p50, p99 = (f"{seen.load.percentile_ms(p):.2f}" for p in (50, 99))
     return [len(seen.answers), bad[2], p50, p99]
 

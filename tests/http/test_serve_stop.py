@@ -50,8 +50,12 @@ class Command:
         while "Ctrl-C stops it" not in self.printed.read_text():
             assert self.process.poll() is None, self.printed.read_text()
             assert time.monotonic() < deadline, self.printed.read_text()
-            self.started |= descendants(self.process.pid)
+            self.look()
             time.sleep(0.1)
+        self.look()
+
+    def look(self) -> None:
+        """Note the processes that run now."""
         self.started |= descendants(self.process.pid)
 
     def output(self) -> str:
@@ -130,6 +134,11 @@ def test_nothing_is_left_after_the_end(
     command.wait_until_ready()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
         assert answer.status == 200
+    # HAProxy replaces its process when it reads its configuration again, also after the first answer.
+    deadline = time.monotonic() + STOP_S
+    while ("0100007F", port) not in listening(command.started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        command.look()
     names = [command_line(process.pid) for process in command.started]
     # The guard against a vacuous pass: all of these run and listen now.
     assert any("haproxy" in name for name in names)
