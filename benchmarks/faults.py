@@ -76,7 +76,7 @@ def main() -> None:
     apply_environment()
     from benchmarks.late import LateShardSearch
     from serve.app import BuildArgs, sharded
-    from serve.sharded import ShardReplica
+    from serve.group import ShardReplica
     from twotower.cluster.session import session
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from serve.sharded import ShardSearch
+from serve.group import ShardSearch
 
 LATE_S = 0.05
 

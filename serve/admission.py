@@ -74,7 +74,7 @@ def check_deadline(deadline: float) -> None:
     """
     if time.monotonic() >= deadline:
         raise BadRequest(
-            "the deadline passed before work on the request began",
+            "the deadline passed before the request could be answered",
             f"a larger {DEADLINE_HEADER}, or fewer requests at a time",
             504,
             "deadline_exceeded",

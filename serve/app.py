@@ -36,10 +36,11 @@ def sharded(args: BuildArgs, shard_replica: Any = None) -> Application:
         args: of the application.
         shard_replica: deployment of a replica of a group; the service's own when not given.
     """
-    from serve import sharded as deployments
+    from serve.group import ShardReplica
+    from serve.sharded import Gateway
 
-    shard_replica = shard_replica or deployments.ShardReplica
-    gateway: Any = deployments.Gateway
+    shard_replica = shard_replica or ShardReplica
+    gateway: Any = Gateway
     options = {"ray_actor_options": _actor_options(args), "logging_config": _logging(args)}
     groups = [
         [

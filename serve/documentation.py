@@ -96,9 +96,9 @@ _ERRORS: dict[int, tuple[str, str, str, str]] = {
         "try again after 1 s, or send fewer requests at a time",
     ),
     504: (
-        "The deadline passed before work began",
+        "The deadline passed before there was an answer",
         "deadline_exceeded",
-        "the deadline passed before work on the request began",
+        "the deadline passed before the request could be answered",
         "a larger X-Deadline-Ms, or fewer requests at a time",
     ),
 }

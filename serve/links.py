@@ -97,12 +97,15 @@ class GroupLinks:
 
     async def watch(self) -> None:
         """Ask all replicas again and again, until cancelled."""
+        await asyncio.gather(*(self._watch(link) for links in self._links for link in links))
+
+    async def _watch(self, link: _Link) -> None:
+        """Ask one replica again and again; one that is away holds no other up."""
         while True:
             await asyncio.sleep(_PERIOD_S)
-            try:
-                await self._refresh()
-            except (ArtefactError, OSError):
-                logger.exception("a shard group can not hold what is served")
+            holding = await link.refresh(self._name, sorted(self._needed))
+            if holding and (reasons := self._reasons([{**holding.failed, **holding.refused}])):
+                logger.error("a shard group can not hold what is served: %s", reasons)
 
     async def _refresh(self) -> bool:
         """Ask every replica once; return whether each holds all that is needed.

@@ -17,10 +17,11 @@ from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
 from twotower.retrieval.encoding import encode_table, source_columns
-from twotower.retrieval.generation import Generation, finish, write_tables
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.promise import measure
 from twotower.retrieval.shards import write_shard
 from twotower.retrieval.store import Store
+from twotower.retrieval.writing import finish, write_tables
 
 
 def untrained_checkpoint(config: Config, dataset: Dataset, directory: Path, seed: int = 3) -> Checkpoint:

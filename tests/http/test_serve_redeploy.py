@@ -33,9 +33,9 @@ def test_no_answer_is_missing_or_partial_while_every_replica_is_replaced(client:
 
     from serve.app import BuildArgs, build
 
-    def deploy(max_k: int) -> None:
+    def deploy(max_k: int, groups: int = 2) -> None:
         args = BuildArgs(
-            store=str(shop.config.store), topology="sharded", groups=2, cpus_per_replica=0.1, max_k=max_k
+            store=str(shop.config.store), topology="sharded", groups=groups, cpus_per_replica=0.1, max_k=max_k
         )
         # One replica a group: there is no other that could stand in.
         serve.run(build(args), name="again", route_prefix="/again")
@@ -69,5 +69,20 @@ def test_no_answer_is_missing_or_partial_while_every_replica_is_replaced(client:
                 asker.join()
         assert {answer for asker in askers for answer in asker.answers} == {(200, False)}
         assert min(len(asker.answers) for asker in askers) > 50
+        before = [_ids(service, user) for user in range(20)]
+        # Replicas of the same name now hold another part: none of those answers is taken for one of these.
+        deploy(80, groups=1)
+        deadline = time.monotonic() + WAIT_S
+        while not limit().endswith("to 80"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [_ids(service, user) for user in range(20)] == before
+        assert list(service.get("/readyz").json["groups"]) == ["group-0"]
     finally:
         serve.delete("again")
+
+
+def _ids(service: Client, user: int) -> list[str]:
+    reply = service.retrieve(user_id=str(user), k=20)
+    assert (reply.status, reply.json["partial"]) == (200, False)
+    return [item["item_id"] for item in reply.json["items"]]

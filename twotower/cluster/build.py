@@ -35,10 +35,11 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.encoding import source_columns
-from twotower.retrieval.generation import Generation, finish, write_tables
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.promise import describe, measure
 from twotower.retrieval.shards import train_shards, write_shard
 from twotower.retrieval.store import Store
+from twotower.retrieval.writing import finish, write_tables
 
 _VERSION = 2
 """Changes whenever the same inputs give another generation."""

@@ -22,9 +22,10 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import ITEM_ROW
 from twotower.progress import say
 from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.files import KIND, list_files
-from twotower.retrieval.generation import TOMBSTONES, Generation, built_shards
+from twotower.retrieval.files import KIND, TOMBSTONES, list_files
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
+from twotower.retrieval.writing import built_shards
 
 _VERSION = 1
 """Changes whenever the same generation is compacted to another one."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -20,7 +21,25 @@ FACTS = "shard.json"
 """The last file of a shard that is written."""
 ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
 """Tables of a shard: what people read about its items, and what queries filter by."""
+BASE, DELTA = "base", "delta"
+"""Roles of shards: built from the whole catalogue, or holding what updates changed since."""
+TOMBSTONES = "tombstones.npy"
+"""Item rows of base shards that updates deleted or replaced."""
+HISTORY = ("offsets", "item_rows", "times", "weights")
+"""Arrays of the users' histories."""
+COLUMN, PROFILE = "column-", "profile-"
+"""How the names of files of static columns and of profiles begin."""
 AGAIN = "Delete the generation and build it again."
+
+
+def column_file(feature: str) -> str:
+    """Return the name of the file with a static column of the users."""
+    return f"{COLUMN}{quote(feature, safe='')}.npy"
+
+
+def profile_file(feature: str) -> str:
+    """Return the name of the file with what a profile feature averages."""
+    return f"{PROFILE}{quote(feature, safe='')}.npy"
 
 
 def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, factory: str) -> None:

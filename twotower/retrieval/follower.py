@@ -300,13 +300,14 @@ class Follower(Generic[T]):
 
         As text: a record of the log that kept the stack would keep what was loaded.
         """
+        again = "It is tried again" if self._poll_s else "A restart tries it again"
         if path is None:
-            reason = "it can not be fetched from the store; the log says why. It is tried again"
+            reason = f"it can not be fetched from the store; the log says why. {again}"
             return _Failure(reason, str(error), passes=True)
         if not may_pass(error):
             return _Failure(self._without_paths(str(error), path), str(error), passes=False)
         cause = error.__context__ if isinstance(error, TwotowerError) else error
-        reason = f"it can not be loaded ({type(cause).__name__}); the log says why. It is tried again"
+        reason = f"it can not be loaded ({type(cause).__name__}); the log says why. {again}"
         return _Failure(reason, "".join(traceback.format_exception(error)), passes=True)
 
     def _refuse(self, name: str, failure: _Failure) -> None:

@@ -28,8 +28,8 @@ from twotower.errors import ArtefactError
 from twotower.index.parts import save_array
 from twotower.model.features import encode_columns
 from twotower.model.forget import forget_in_checkpoint
-from twotower.retrieval.files import FACTS, KIND, file_facts, read_shard_facts, write_shard_facts
-from twotower.retrieval.generation import Generation, column_file
+from twotower.retrieval.files import FACTS, KIND, column_file, file_facts, read_shard_facts, write_shard_facts
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import WORK
 from twotower.retrieval.store import Store
 from twotower.schema import CategoricalFeature, MultiHotFeature

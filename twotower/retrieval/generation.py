@@ -1,7 +1,7 @@
 """A generation: everything that is needed to answer queries, in one immutable directory.
 
 It holds both towers, the users' histories and seen sets, and the index shards of one catalogue. Its towers
-and its shards are of one checkpoint. ``write_tables`` and ``finish`` make it, ``Generation.open`` reads it
+and its shards are of one checkpoint. ``retrieval/writing.py`` makes it, ``Generation.open`` reads it
 memory-mapped; the manifest is the last file written and lists the bytes and SHA-256 of all others.
 
 A build writes base shards only. An update (``update_items``) shares them with the generation it was made
@@ -16,50 +16,46 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
 
-from twotower.artefacts import MANIFEST, read_manifest, write_json, write_manifest
-from twotower.config import AttributeConfig, Config
-from twotower.data.dataset import Dataset
+from twotower.artefacts import MANIFEST, read_manifest
+from twotower.config import AttributeConfig
 from twotower.data.histories import Histories
-from twotower.data.sampling import popularity
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import ArtefactError, ArtefactMismatchError
 from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.filter_plan import FilterPlan
-from twotower.index.parts import save_array
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
-from twotower.model.checkpoint import Checkpoint
-from twotower.model.features import Columns, encode_columns, profile_values
 from twotower.retrieval.files import (
     AGAIN,
     ATTRIBUTES,
+    BASE,
+    COLUMN,
+    DELTA,
+    HISTORY,
     ITEMS,
     KIND,
-    list_files,
+    PROFILE,
+    TOMBSTONES,
     read_shard_facts,
     verify_files,
 )
 from twotower.retrieval.items import ItemTables, mapped_table
 from twotower.schema import FeatureSchema
 
-BASE, DELTA = "base", "delta"
-"""Roles of shards: built from the whole catalogue, or holding what updates changed since."""
-TOMBSTONES = "tombstones.npy"
+if TYPE_CHECKING:
+    from twotower.model.checkpoint import Checkpoint
+    from twotower.model.features import Columns
+
 _NO_ROWS = np.zeros(0, np.int64)
-METRIC = "inner_product"
-_HISTORY = ("offsets", "item_rows", "times", "weights")
-_COLUMN = "column-"
-_PROFILE = "profile-"
 
 
 class Generation:
@@ -114,6 +110,9 @@ class Generation:
 
     def checkpoint(self, device: str = "cpu") -> Checkpoint:
         """Return both towers, loaded anew, on a device of torch."""
+        # Here: a process that only searches takes no second and no memory for torch.
+        from twotower.model.checkpoint import Checkpoint
+
         return Checkpoint.open(self.path / "model", device)
 
     @functools.cached_property
@@ -134,7 +133,7 @@ class Generation:
     @functools.cached_property
     def histories(self) -> Histories:
         """Each user's latest positive interactions of all splits, as many as a feature looks at."""
-        return Histories(*(self._array(f"users/history_{name}.npy") for name in _HISTORY))
+        return Histories(*(self._array(f"users/history_{name}.npy") for name in HISTORY))
 
     def seen(self, user_row: int) -> npt.NDArray[np.int32]:
         """Return all items a user ever had, of every kind and split, ascending [m] int32."""
@@ -153,12 +152,12 @@ class Generation:
     @functools.cached_property
     def user_columns(self) -> Columns:
         """Static columns of all users by feature name, [U, ...] each."""
-        return self._named("users", _COLUMN)
+        return self._named("users", COLUMN)
 
     @functools.cached_property
     def profiles(self) -> dict[str, npt.NDArray[np.float32]]:
         """What profile features average, by query feature name."""
-        return self._named("items", _PROFILE)
+        return self._named("items", PROFILE)
 
     @functools.cached_property
     def popularity(self) -> npt.NDArray[np.int32]:
@@ -328,100 +327,3 @@ class Generation:
                     f"generation {self.path} is of checkpoint {expected}, but {self.path}/{what} says "
                     f"{fingerprint}: a query tower and an index of different trainings do not fit. {AGAIN}"
                 )
-
-
-def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Write everything of a generation but its shards and its manifest.
-
-    Args:
-        directory: of the generation, unfinished.
-        config: resolved, stored beside the rest.
-        dataset: all its interactions count, whatever split they are in.
-        checkpoint: must be trained on the dataset's vocabulary.
-    """
-    checkpoint.require_dataset(dataset)
-    schema = checkpoint.schema
-    write_json(directory / "config.json", config.to_json())
-    shutil.copytree(checkpoint.path, directory / "model")
-    dataset.user_ids.write(directory / "user_ids.arrow")
-    dataset.item_ids.write(directory / "item_ids.arrow")
-
-    users = directory / "users"
-    users.mkdir()
-    histories = Histories.of(dataset.interactions, capped=schema.max_history)
-    for name in _HISTORY:
-        save_array(users / f"history_{name}.npy", getattr(histories, name))
-    offsets, item_rows = seen_sets(dataset)
-    save_array(users / "seen_offsets.npy", offsets)
-    save_array(users / "seen_item_rows.npy", item_rows)
-    for name, column in encode_columns(schema.query, dataset.user_table()).items():
-        save_array(users / column_file(name), column)
-
-    items = directory / "items"
-    items.mkdir()
-    for name, values in profile_values(schema, encode_columns(schema.item, dataset.item_table())).items():
-        save_array(items / f"{_PROFILE}{quote(name, safe='')}.npy", values)
-    counts = popularity(dataset.interactions, dataset.num_items)[: dataset.num_catalogue_items]
-    save_array(directory / "popularity.npy", np.argsort(-counts, kind="stable").astype(np.int32))
-
-
-def column_file(feature: str) -> str:
-    """Return the name of the file with a static column of the users."""
-    return f"{_COLUMN}{quote(feature, safe='')}.npy"
-
-
-def seen_sets(dataset: Dataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return what each user ever had, of every kind and split: offsets [U + 1], ascending item rows [m].
-
-    What was only shown to him, in an impression, he has not had.
-    """
-    log = dataset.interactions.select(~dataset.interactions.is_impression)
-    pairs = np.unique((log.user_row.astype(np.int64) << 32) | log.item_row)
-    counts = np.bincount(pairs >> 32, minlength=dataset.num_users)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return offsets, (pairs & 0xFFFF_FFFF).astype(np.int32)
-
-
-def finish(
-    directory: Path,
-    generation_id: str,
-    created: str,
-    dataset: Dataset,
-    checkpoint: Checkpoint,
-    index: dict[str, Any],
-) -> None:
-    """Write the manifest, after which the directory is a generation.
-
-    Args:
-        directory: complete but for the manifest.
-        generation_id: its name in the store.
-        created: ISO 8601 time.
-        dataset: what it was made from.
-        checkpoint: what encoded its shards.
-        index: factory, num_shards, effort, index_recall, target_index_recall, recall_k, num_queries and more.
-    """
-    write_manifest(
-        directory,
-        KIND,
-        {
-            "id": generation_id,
-            "created": created,
-            "checkpoint_fingerprint": checkpoint.fingerprint,
-            "dataset_fingerprint": dataset.fingerprint,
-            "vocabulary_hash": dataset.vocabulary_hash,
-            "embedding_dim": checkpoint.embedding_dim,
-            "metric": METRIC,
-            "num_items": dataset.num_catalogue_items,
-            "as_of": dataset.as_of,
-            "shards": built_shards(directory),
-            "delta": None,
-            "files": list_files(directory),
-            "index": index,
-        },
-    )
-
-
-def built_shards(directory: Path) -> list[dict[str, Any]]:
-    """Return ``shards`` of the manifest of a generation that was just built, whose shards are all base."""
-    facts = {path.name: read_shard_facts(path) for path in sorted((directory / "shards").iterdir())}
-    return [{"name": name, "role": BASE, **each} for name, each in facts.items()]

@@ -25,8 +25,8 @@ from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
 from twotower.progress import say
 from twotower.retrieval.delta import CatalogueState
-from twotower.retrieval.files import KIND, file_facts, write_items, write_shard_facts
-from twotower.retrieval.generation import DELTA, TOMBSTONES, Generation
+from twotower.retrieval.files import DELTA, KIND, TOMBSTONES, file_facts, write_items, write_shard_facts
+from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import CURRENT, Store
 
 _FACTORY = "Flat"

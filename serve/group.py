@@ -1,0 +1,75 @@
+"""Ray Serve deployment of one replica of a shard group, in the sharded topology.
+
+Each replica of a group is a deployment of its own, so that the gateway can ask a certain other one when the
+first is slow. Messages between them are bytes (``twotower.retrieval.groups``). Nothing here imports torch: a
+replica that only searches starts sooner and takes less memory without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+from ray import serve
+
+from serve.arguments import BuildArgs
+from serve.frames import serve_frames
+from serve.links import Holding
+from twotower.retrieval.groups import answer
+from twotower.retrieval.holder import GroupHolder
+from twotower.retrieval.store import store_at
+
+_DRAIN_S = 3.0
+"""How long a replica of a group that is to go answers on; gateways look for its successor every second."""
+
+
+class ShardSearch:
+    """Searches one group of shards, in each generation that a gateway needs."""
+
+    async def __init__(self, args: BuildArgs, group: int) -> None:  # type: ignore[misc]  # Serve awaits it.
+        """Hold what is published, if that can be held, and listen for the gateways, which say what they need.
+
+        A replica that takes the place of another must answer at once. What gateways answer from may be
+        another generation than the one that is published, if that is damaged.
+
+        Args:
+            args: of the application, with absolute paths.
+            group: 0 to ``args.groups`` - 1.
+        """
+        store = store_at(args.store, args.cache)
+        self._holder = GroupHolder(store, group, args.groups, args.threads)
+        self._part = part_of(args, group)
+        self._pool = ThreadPoolExecutor(args.workers, "search")
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._holder.begin, args.pointer)
+        self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
+
+    async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
+        """Note what a gateway needs, and return what is held and where calls are answered."""
+        holder = self._holder
+        holder.need(gateway, generation_ids)
+        return Holding(self._address, list(holder.held), holder.refused, holder.failed, self._part)
+
+    async def _answer(self, message: bytes) -> bytes:
+        """Return the answer to a message of the gateway."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, answer, message, self._holder.held
+        )
+
+
+ShardReplica = serve.deployment(
+    max_ongoing_requests=256,
+    max_constructor_retry_count=3,
+    # A replica that died is noticed and started again within a few seconds.
+    health_check_period_s=1,
+    # A replica that is to be replaced answers until the new one holds what is published, and then for as long
+    # as it takes gateways to find that one.
+    max_surge_percent=100,
+    graceful_shutdown_wait_loop_s=_DRAIN_S,
+    graceful_shutdown_timeout_s=_DRAIN_S + 5,
+)(ShardSearch)
+
+
+def part_of(args: BuildArgs, group: int) -> str:
+    """Return which part of what a replica holds; one of an earlier deployment may hold another."""
+    return f"group {group} of {args.groups} of {args.store}"
