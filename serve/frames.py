@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from serve.hedging import UnansweredError
+from serve.log import log_failure
 
 Handler = Callable[[bytes], Awaitable[bytes]]
 
@@ -43,16 +44,19 @@ class Address:
     secret: bytes
 
 
-async def serve_frames(handler: Handler, host: str) -> tuple[asyncio.Server, Address]:
+async def serve_frames(
+    handler: Handler, host: str, log_messages: bool = False
+) -> tuple[asyncio.Server, Address]:
     """Listen on a free port, and answer every message with what a handler returns.
 
     Args:
         handler: gets a message and returns the answer; what it raises is logged, and fails the call.
         host: address to listen on.
+        log_messages: also log the messages of what it raises.
     """
     secret = secrets.token_bytes(_SECRET_BYTES)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _ServerSide(handler, secret), host, 0)
+    server = await loop.create_server(lambda: _ServerSide(handler, secret, log_messages), host, 0)
     return server, Address(host, server.sockets[0].getsockname()[1], secret)
 
 
@@ -188,10 +192,11 @@ class _ClientSide(_Frames):
 
 
 class _ServerSide(_Frames):
-    def __init__(self, handler: Handler, secret: bytes) -> None:
+    def __init__(self, handler: Handler, secret: bytes, log_messages: bool) -> None:
         super().__init__()
         self._handler = handler
         self._secret = secret
+        self._log_messages = log_messages
         self._greeted = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -222,8 +227,8 @@ class _ServerSide(_Frames):
         answer: bytes | None
         try:
             answer = await self._handler(message)
-        except Exception:
-            logger.exception("a call of a shard group failed")
+        except Exception as error:
+            log_failure("a call of a shard group failed", error, self._log_messages)
             answer = None
         if not self.closed:
             self.send(number, answer)

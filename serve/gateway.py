@@ -85,7 +85,7 @@ class GatewayService(Service[Front]):
         Raises:
             RequestError: the query asks for something that is not allowed.
             NoGroupError: no group answered.
-            BadRequest: the deadline passed before work began.
+            BadRequest: the deadline passed before the groups were asked.
         """
         return self.noted((await self.answers(self.front, [query], deadline))[0])
 
@@ -95,7 +95,7 @@ class GatewayService(Service[Front]):
         Raises:
             NotAllowedError: a query asks for something that is not allowed; its place is named.
             NoGroupError: no group answered.
-            BadRequest: the deadline passed before work began.
+            BadRequest: the deadline passed before the groups were asked.
         """
         front = self.front
         try:
@@ -112,16 +112,15 @@ class GatewayService(Service[Front]):
         Args:
             front: of a generation that the groups hold.
             queries: B queries.
-            deadline: reading of ``time.monotonic`` from which on work does not begin.
+            deadline: reading of ``time.monotonic`` from which on work does not begin and no group is asked.
 
         Raises:
             BadRequest: the deadline has passed.
             RequestError: a query asks for something that is not allowed.
             NoGroupError: no group answered.
         """
-        start = time.perf_counter()
         run = self.runner(front, queries[0]) if len(queries) == 1 else self.workers.run
-        encoded, hits, message = await run(_encoded, front, queries, deadline=deadline)
+        start, encoded, hits, message = await run(_encoded, front, queries, deadline=deadline)
         done = time.perf_counter()
         missing: list[str] = []
         found: list[list[Hits]] = []
@@ -145,7 +144,7 @@ class GatewayService(Service[Front]):
         Raises:
             RequestError: there is no such item, or something that is not allowed is asked for.
             NoGroupError: the group that holds the item did not answer.
-            BadRequest: the deadline passed before work began.
+            BadRequest: the deadline passed before the groups were asked.
         """
         check_deadline(deadline)
         start = time.perf_counter()
@@ -254,8 +253,9 @@ def _check_complete(missing: Sequence[str]) -> None:
         raise TimeoutError(f"{', '.join(missing)} did not answer in time")
 
 
-def _encoded(front: Front, queries: Sequence[Query]) -> tuple[Encoded, dict[int, Hits], bytes]:
-    """Return encoded queries, what those answered from popularity get, and the message for the groups."""
+def _encoded(front: Front, queries: Sequence[Query]) -> tuple[float, Encoded, dict[int, Hits], bytes]:
+    """Return when this began, encoded queries, what popularity answers, and the message for the groups."""
+    start = time.perf_counter()
     generation = front.generation
     for query in queries:
         if query.filter:
@@ -267,7 +267,7 @@ def _encoded(front: Front, queries: Sequence[Query]) -> tuple[Encoded, dict[int,
             only = allowed_items(generation, query.filter, query.allow_items)
             hits[place] = front.most_popular(each.excluded, query.k, only)
     asked = [_group_query(front, queries[i], encoded.inputs[i].excluded) for i in encoded.searched]
-    return encoded, hits, pack_search(front.generation_id, encoded.vectors, asked)
+    return start, encoded, hits, pack_search(front.generation_id, encoded.vectors, asked)
 
 
 def _group_query(front: Front, query: Query, excluded: npt.NDArray[np.int64]) -> GroupQuery:

@@ -42,7 +42,9 @@ class ShardSearch:
         self._part = part_of(args, group)
         self._pool = ThreadPoolExecutor(args.workers, "search")
         await asyncio.get_running_loop().run_in_executor(self._pool, self._holder.begin, args.pointer)
-        self._server, self._address = await serve_frames(self._answer, ray.util.get_node_ip_address())
+        self._server, self._address = await serve_frames(
+            self._answer, ray.util.get_node_ip_address(), args.log_user_ids
+        )
 
     async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
         """Note what a gateway needs, and return what is held and where calls are answered."""

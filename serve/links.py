@@ -1,7 +1,7 @@
 """What the gateway knows of the replicas of its shard groups: where each listens and what it holds.
 
-It asks each of them every second, through a handle of Serve. So a replica that was started again is found at
-its new address, and loads what is needed.
+It asks each of them again a second after it answered, through a handle of Serve, and no longer than five for
+an answer. So a replica that was started again is found at its new address, and loads what is needed.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class GroupLinks:
         """
         self._name = uuid.uuid4().hex
         self._needed: frozenset[str] = frozenset()
-        self._num_away = 0
-        self._links = [[_Link(ask) for ask in replicas] for replicas in groups]
+        self._links = [[_Link(ask, self._asked) for ask in replicas] for replicas in groups]
         self.groups = [
             Replicas(f"group-{g}", [link.call for link in links]) for g, links in enumerate(self._links)
         ]
@@ -87,46 +86,61 @@ class GroupLinks:
         num_links = sum(map(len, self._links))
         # Replicas that start load before Serve lets them answer: the time runs from when the latest did.
         num_away, waits_until = num_links, math.inf
-        while not await self._refresh():
-            if self._num_away < num_away or not self._num_away:
+        while True:
+            holds, now_away = await self._refresh()
+            if holds:
+                return
+            if now_away < num_away or not now_away:
                 waits_until = loop.time() + away_s
-            num_away = self._num_away
+            num_away = now_away
             if loop.time() >= min(deadline, waits_until):
                 raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
             await asyncio.sleep(_STARTING_PERIOD_S)
 
     async def watch(self) -> None:
         """Ask all replicas again and again, until cancelled."""
-        await asyncio.gather(*(self._watch(link) for links in self._links for link in links))
+        async with asyncio.TaskGroup() as tasks:
+            for group, links in zip(self.groups, self._links, strict=True):
+                for link in links:
+                    tasks.create_task(self._watch(group.name, link))
 
-    async def _watch(self, link: _Link) -> None:
+    async def _watch(self, group: str, link: _Link) -> None:
         """Ask one replica again and again; one that is away holds no other up."""
+        said = ""
         while True:
             await asyncio.sleep(_PERIOD_S)
-            holding = await link.refresh(self._name, sorted(self._needed))
-            if holding and (reasons := self._reasons([{**holding.failed, **holding.refused}])):
-                logger.error("a shard group can not hold what is served: %s", reasons)
+            holding = await link.refresh()
+            if holding is None:
+                continue
+            reasons = self._reasons([{**holding.failed, **holding.refused}])
+            if reasons and reasons != said:
+                logger.error("a replica of %s does not hold what is needed: %s", group, reasons)
+            said = reasons
 
-    async def _refresh(self) -> bool:
-        """Ask every replica once; return whether each holds all that is needed.
+    def _asked(self) -> tuple[str, list[str]]:
+        """Return what replicas are told: who asks, and which generations it needs now."""
+        return self._name, sorted(self._needed)
+
+    async def _refresh(self) -> tuple[bool, int]:
+        """Ask every replica once; return whether each holds all that is needed, and how many are away.
 
         Raises:
             ArtefactError: a replica can not hold something.
             OSError: a replica could not load something, and there is nothing else to wait for.
         """
         links = [link for links in self._links for link in links]
-        holdings = await asyncio.gather(*(link.refresh(self._name, sorted(self._needed)) for link in links))
+        holdings = await asyncio.gather(*(link.refresh() for link in links))
         there = [holding for holding in holdings if holding is not None]
-        self._num_away = len(links) - len(there)
+        num_away = len(links) - len(there)
         if refused := self._reasons(holding.refused for holding in there):
             raise ArtefactError(refused)
         ended = all(self._needed <= {*holding.held, *holding.failed} for holding in there)
         failed = self._reasons(holding.failed for holding in there)
-        if self._num_away or not ended:
-            return False
+        if num_away or not ended:
+            return False, num_away
         if failed:
             raise OSError(failed)
-        return True
+        return True, 0
 
     def _reasons(self, by_id: Iterable[dict[str, str]]) -> str:
         """Return why something that is needed is not held."""
@@ -140,30 +154,43 @@ class _Link:
     is called once it holds what is needed; calls that wait for the one before are not cut off.
     """
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, asked: Callable[[], tuple[str, list[str]]]) -> None:
         self._ask = ask
+        self._asked = asked
         self._address: Address | None = None
         self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
 
-    async def refresh(self, name: str, generation_ids: list[str]) -> Holding | None:
+    async def refresh(self) -> Holding | None:
         """Return what the replica says of itself, None where it does not answer; connect to it anew."""
-        try:
-            holding = await asyncio.wait_for(self._ask(name, generation_ids), _ASK_TIMEOUT_S)
-            # Not twice at once: a change of generation asks while the watch does.
-            async with self._connecting:
-                lost = self._connection is None or self._connection.closed
-                ready = set(generation_ids) <= set(holding.held)
-                if lost or (ready and holding.address != self._address):
-                    before = self._connection
-                    self._connection = await Connection.connect(holding.address)
-                    self._address = holding.address
-                    if before is not None:
-                        asyncio.get_running_loop().call_later(_LINGER_S, before.close)
-        except Exception:
-            # It is being started, or started again: it is asked again in a second.
-            return None
+        # Not twice at once: what the watch asked before a change must not arrive after what is asked then.
+        async with self._refreshing:
+            try:
+                name, generation_ids = self._asked()
+                async with asyncio.timeout(_ASK_TIMEOUT_S):
+                    holding = await self._ask(name, generation_ids)
+                await self._connect(holding, generation_ids)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Ray's word for a call that it cancelled itself.
+                return None
+            except Exception:
+                # It is being started, or started again: it is asked again in a second.
+                return None
         return holding
+
+    async def _connect(self, holding: Holding, generation_ids: list[str]) -> None:
+        """Connect to where a replica answers now, if there is no connection or that one can take over."""
+        lost = self._connection is None or self._connection.closed
+        ready = set(generation_ids) <= set(holding.held)
+        if lost or (ready and holding.address != self._address):
+            before = self._connection
+            self._connection = await Connection.connect(holding.address)
+            self._address = holding.address
+            if before is not None:
+                asyncio.get_running_loop().call_later(_LINGER_S, before.close)
 
     async def call(self, message: bytes) -> bytes:
         """Return the answer to a message.

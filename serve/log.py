@@ -6,9 +6,25 @@ They go where Serve's own lines go, as JSON in a replica. No fact names a user o
 from __future__ import annotations
 
 import logging
+import traceback
 
 _SERVE = logging.getLogger("ray.serve")
 _EVENTS = logging.getLogger("ray.serve.twotower")
+
+
+def log_failure(what: str, error: BaseException, with_message: bool) -> None:
+    """Write what failed, with the stack.
+
+    Args:
+        what: failed.
+        error: why.
+        with_message: write the error's message too, which may name a user.
+    """
+    if with_message:
+        _SERVE.error("%s", what, exc_info=error)
+    else:
+        where = "".join(traceback.format_tb(error.__traceback__))
+        _SERVE.error("%s with %s\n%s", what, type(error).__name__, where)
 
 
 def log_event(event: str, message: str, level: int = logging.INFO, **facts: str | float | None) -> None:

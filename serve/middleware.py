@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-import traceback
 import uuid
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.demo import PAGE_PATHS
+from serve.log import log_failure
 from serve.metrics import Metrics
 from serve.schemas import error_body
 from twotower.errors import ConfigError
@@ -110,11 +110,7 @@ class Failures:
         try:
             await self.app(scope, receive, watched_send)
         except Exception as error:
-            if self.log_messages:
-                logger.error("a request failed", exc_info=error)
-            else:
-                where = "".join(traceback.format_tb(error.__traceback__))
-                logger.error("a request failed with %s\n%s", type(error).__name__, where)
+            log_failure("a request failed", error, self.log_messages)
             if scope["type"] == "http" and not started:
                 message = "the service failed to answer; the reason is in its log"
                 await _answer(send, 500, error_body("internal_error", message, "try again"))

@@ -137,7 +137,7 @@ class Service(ABC, Generic[F]):
 
         Raises:
             RequestError: the query asks for something that is not allowed.
-            BadRequest: the deadline, a reading of ``time.monotonic``, passed before work began.
+            BadRequest: the deadline, a reading of ``time.monotonic``, passed before it could be answered.
         """
 
     @abstractmethod
@@ -146,7 +146,7 @@ class Service(ABC, Generic[F]):
 
         Raises:
             NotAllowedError: a query asks for something that is not allowed; its place is named.
-            BadRequest: the deadline passed before work began.
+            BadRequest: the deadline passed before it could be answered.
         """
 
     @abstractmethod
@@ -162,7 +162,7 @@ class Service(ABC, Generic[F]):
 
         Raises:
             RequestError: there is no such item, or something that is not allowed is asked for.
-            BadRequest: the deadline passed before work began.
+            BadRequest: the deadline passed before it could be answered.
         """
 
     def status(self) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Gateway:
     ) -> None:
         """Open the generation, wait until every replica of every group holds it, and answer first queries.
 
+        Where replicas stay away it answers from the others, and no first query is asked.
+
         Args:
             args: of the application, with absolute paths.
             groups: handles of the replicas of each group.

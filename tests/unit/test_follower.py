@@ -368,3 +368,23 @@ def test_a_service_that_does_not_follow_says_what_it_refused(store: Store) -> No
     status = service.status()
     assert (status["held"], status["refused"]["id"]) == (["a"], "b")
     service.close()
+
+
+def test_what_is_not_followed_is_not_said_to_be_tried_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        store.publish(name)
+    fetch = store.fetch
+
+    def fails(name: str) -> Path:
+        if name == "b":
+            raise OSError("the bucket does not answer")
+        return fetch(name)
+
+    monkeypatch.setattr(store, "fetch", fails)
+    follower = Follower(store, CURRENT, Retriever.ready, poll_s=0)
+    assert follower.open().generation_id == "a"
+    assert follower.refused is not None
+    assert follower.refused.reason.endswith("A restart tries it again")
+    follower.close()

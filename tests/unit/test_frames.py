@@ -45,14 +45,17 @@ def test_each_call_gets_its_own_answer(run) -> None:
     run(main())
 
 
-def test_a_handler_that_fails_fails_only_its_call() -> None:
+@pytest.mark.parametrize("log_messages", [False, True])
+def test_a_handler_that_fails_fails_only_its_call(
+    log_messages: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     async def picky(message: bytes) -> bytes:
         if message == b"bad":
-            raise ValueError("bad")
+            raise ValueError("about user 42")
         return message
 
     async def main() -> None:
-        server, address = await serve_frames(picky, "127.0.0.1")
+        server, address = await serve_frames(picky, "127.0.0.1", log_messages)
         async with server:
             connection = await Connection.connect(address)
             answers = await asyncio.gather(
@@ -64,6 +67,9 @@ def test_a_handler_that_fails_fails_only_its_call() -> None:
             connection.close()
 
     asyncio.run(main())
+    assert "ValueError" in caplog.text
+    assert "in picky" in caplog.text
+    assert ("about user 42" in caplog.text.replace('raise ValueError("about user 42")', "")) == log_messages
 
 
 def test_a_message_that_is_too_long_ends_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,10 @@ class Replica:
     def __init__(self, *says: Says | None) -> None:
         self.says = list(says)
         self.address: Address | None = None
+        self.needed: list[list[str]] = []
 
     async def ask(self, gateway: str, generation_ids: list[str]) -> Holding:
+        self.needed.append(generation_ids)
         now = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         if now is None:
             raise ConnectionError
@@ -159,3 +161,69 @@ def test_a_successor_is_called_once_it_holds_what_is_needed_and_nobody_is_cut_of
         await asyncio.sleep(0.05)
 
     asyncio.run(main())
+
+
+def test_watching_goes_on_whatever_a_replica_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serve.links._PERIOD_S", 0.01)
+
+    class Hangs(Replica):
+        async def ask(self, gateway: str, generation_ids: list[str]) -> Holding:
+            if self.needed:
+                await asyncio.Event().wait()
+            return await super().ask(gateway, generation_ids)
+
+    class Cancelled(Replica):
+        async def ask(self, gateway: str, generation_ids: list[str]) -> Holding:
+            holding = await super().ask(gateway, generation_ids)
+            if len(self.needed) == 2:
+                # Ray says so of a call that it cancelled itself.
+                raise asyncio.CancelledError
+            return holding
+
+    hangs, cancelled = Hangs(HOLDS), Cancelled(HOLDS)
+    speaks = Replica(HOLDS, FAILED, FAILED, REFUSED, REFUSED, HOLDS)
+
+    async def watched(links: GroupLinks) -> None:
+        await hold(links)
+        watch = asyncio.ensure_future(links.watch())
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(speaks.says) > 1 or len(cancelled.needed) < 4:
+                await asyncio.sleep(0.01)
+        assert not watch.done()
+        watch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watch
+
+    run([hangs, cancelled, speaks], watched)
+    assert len(hangs.needed) == 1
+    # Each reason once, with its group.
+    assert [record.getMessage() for record in caplog.records if record.name == "ray.serve"] == [
+        "a replica of group-2 does not hold what is needed: a disk failed",
+        "a replica of group-2 does not hold what is needed: it is damaged",
+    ]
+
+
+def test_what_was_needed_before_is_not_asked_for_after_what_is_needed_now() -> None:
+    told: list[list[str]] = []
+    release: list[asyncio.Event] = []
+
+    class Slow(Replica):
+        async def ask(self, gateway: str, generation_ids: list[str]) -> Holding:
+            await release[0].wait()
+            told.append(generation_ids)
+            return await super().ask(gateway, generation_ids)
+
+    async def changed(links: GroupLinks) -> None:
+        release.append(asyncio.Event())
+        links.need(["g0"])
+        (link,) = links._links[0]
+        asked = [asyncio.ensure_future(link.refresh()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        links.need(["g0", "g1"])
+        release[0].set()
+        await asyncio.gather(*asked)
+        assert told == [["g0"], ["g0", "g1"]]
+
+    run([Slow(HOLDS)], changed)

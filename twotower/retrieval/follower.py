@@ -79,9 +79,9 @@ class Follower(Generic[T]):
             store: holds the pointer and the generations.
             pointer: its name.
             load: makes of a verified generation what answers, warmed up and probed. An error that may not
-                pass (``may_pass``) refuses the generation for good; after another it is tried again later.
-                What it returns must take weak references, and nothing but requests may keep it once it is
-                replaced.
+                pass (``may_pass``) refuses the generation for good; after another it is tried again, if the
+                pointer is followed. What it returns must take weak references, and nothing but requests may
+                keep it once it is replaced.
             poll_s: seconds between two looks at the pointer; 0 looks at it in ``open`` only.
             gone: called with the id of a generation once nothing in this process refers to what ``load``
                 made of it, also where it never answered.

@@ -1,4 +1,4 @@
-"""Writes a generation: ``write_tables``, then its shards, then ``finish``, which writes the manifest."""
+"""Writes what a generation has beside its shards: its tables first, its manifest when all is there."""
 
 from __future__ import annotations
 
