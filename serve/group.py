@@ -15,7 +15,7 @@ from ray import serve
 
 from serve.arguments import BuildArgs
 from serve.frames import serve_frames
-from serve.links import Holding
+from serve.links import Holding, part_of
 from twotower.retrieval.groups import answer
 from twotower.retrieval.holder import GroupHolder
 from twotower.retrieval.store import store_at
@@ -70,8 +70,3 @@ ShardReplica = serve.deployment(
     graceful_shutdown_wait_loop_s=_DRAIN_S,
     graceful_shutdown_timeout_s=_DRAIN_S + 5,
 )(ShardSearch)
-
-
-def part_of(args: BuildArgs, group: int) -> str:
-    """Return which part of what a replica holds; one of an earlier deployment may hold another."""
-    return f"group {group} of {args.groups} of {args.store}"

@@ -12,10 +12,15 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from serve.arguments import BuildArgs
 from serve.frames import Address, Connection
 from serve.hedging import Replicas
 from twotower.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 _ASK_TIMEOUT_S = 5.0
 _PERIOD_S = 1.0
@@ -44,6 +49,23 @@ class Holding:
 
 Ask = Callable[[str, list[str]], Awaitable[Holding]]
 """Tells a replica which generations a gateway needs."""
+
+
+def part_of(args: BuildArgs, group: int) -> str:
+    """Return which part of what a replica holds; one of an earlier deployment may hold another."""
+    return f"group {group} of {args.groups} of {args.store}"
+
+
+def ask_through(handle: DeploymentHandle, part: str) -> Ask:
+    """Return how to ask a replica through its handle of Serve; one that holds another part is away."""
+
+    async def ask(gateway: str, generation_ids: list[str]) -> Holding:
+        holding: Holding = await handle.need.remote(gateway, generation_ids)
+        if holding.part != part:
+            raise ConnectionError(f"a replica that is to be replaced holds {holding.part}, not {part}")
+        return holding
+
+    return ask
 
 
 class GroupLinks:

@@ -17,8 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.api import make_api
 from serve.arguments import BuildArgs
 from serve.gateway import GatewayService
-from serve.group import part_of
-from serve.links import Ask, GroupLinks, Holding
+from serve.links import GroupLinks, ask_through, part_of
 from serve.metrics import Metrics, RaySink
 from serve.middleware import read_token
 from serve.settings import MAX_ONGOING_REQUESTS, serve_settings, warn_of_missing
@@ -70,7 +69,7 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._links = GroupLinks(
             [
-                [_ask(handle, part_of(args, group)) for handle in replicas]
+                [ask_through(handle, part_of(args, group)) for handle in replicas]
                 for group, replicas in enumerate(groups)
             ]
         )
@@ -142,13 +141,3 @@ class Gateway:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what a coroutine returns, run in the event loop; from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-def _ask(handle: DeploymentHandle, part: str) -> Ask:
-    async def ask(gateway: str, generation_ids: list[str]) -> Holding:
-        holding: Holding = await handle.need.remote(gateway, generation_ids)
-        if holding.part != part:
-            raise ConnectionError(f"a replica that is to be replaced holds {holding.part}, not {part}")
-        return holding
-
-    return ask

@@ -46,8 +46,7 @@ def test_no_answer_is_missing_or_wrong_while_every_replica_is_replaced(client: C
             asking.wait_for(30)
         assert num_partial(asking, library) == 0
 
-        # With another number of groups, replicas of the same name hold other shards: an answer may lack some
-        # for a moment, but what one group holds is never taken for what another does.
+        # With other groups: an answer may lack some for a moment, and none is wrong.
         with Asking(service) as asking:
             deploy(80, groups=1)
             wait_for(80)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
+from serve.arguments import BuildArgs
 from serve.frames import Address, Connection, serve_frames
-from serve.links import GroupLinks, Holding
+from serve.links import GroupLinks, Holding, ask_through, part_of
 from twotower.errors import ArtefactError
 
 Says = dict[str, dict[str, str]]
@@ -227,3 +229,26 @@ def test_what_was_needed_before_is_not_asked_for_after_what_is_needed_now() -> N
         assert told == [["g0"], ["g0", "g1"]]
 
     run([Slow(HOLDS)], changed)
+
+
+def test_a_replica_of_an_earlier_deployment_with_other_groups_is_away() -> None:
+    before, now = (part_of(BuildArgs(store="/store", topology="sharded", groups=n), 0) for n in (1, 2))
+
+    class Handle:
+        """As much of a handle of Serve as is asked."""
+
+        part = before
+
+        @property
+        def need(self) -> Handle:
+            return self
+
+        async def remote(self, gateway: str, generation_ids: list[str]) -> Holding:
+            return Holding(Address("127.0.0.1", 1, b""), ["g1"], {}, {}, self.part)
+
+    handle: Any = Handle()
+    ask = ask_through(handle, now)
+    with pytest.raises(ConnectionError, match="holds group 0 of 1 of /store, not group 0 of 2 of /store"):
+        asyncio.run(ask("gateway", ["g1"]))
+    handle.part = now
+    assert asyncio.run(ask("gateway", ["g1"])).held == ["g1"]
