@@ -60,15 +60,20 @@ def closed_loop(url: str, bodies: Path, connections: int, seconds: float) -> Mea
     return Measured(found["p50_ms"], found["p99_ms"], found["requests"] / found["seconds"], share)
 
 
-def open_loop(url: str, bodies: Path, rate: float, seconds: float, connections: int = 64) -> Measured:
-    """Let ``benchmarks.load`` send requests at a constant rate; any failed request ends the benchmark."""
+def open_loop(
+    what: str, url: str, bodies: Path, rate: float, seconds: float, connections: int = 64
+) -> Measured:
+    """Let ``benchmarks.load`` send requests at a constant rate; any failed request ends the benchmark.
+
+    ``what`` names the server in the reason.
+    """
     options = {"--bodies": bodies, "--rate": rate, "--duration": seconds, "--connections": connections}
     flat = [str(part) for pair in options.items() for part in pair]
     command = [sys.executable, "-m", "benchmarks.load", f"{url}/v1/retrieve", *flat]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     if found["errors"]:
-        raise SystemExit(f"{url} at {rate:.0f} requests a second: {found['errors']}")
+        raise SystemExit(f"{what} ({url}) at {rate:.0f} requests a second: {found['errors']}")
     figures = found["figures"]
     return Measured(
         figures["p50_ms"], figures["p99_ms"], figures["achieved_rate"], figures["client_cpu_share"]

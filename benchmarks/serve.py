@@ -14,6 +14,7 @@ groups behind a gateway.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -142,8 +143,8 @@ def _serve(
             fused = _rounds(clients, size.rounds)
             half = _median(fused[f"serve, {MANY}"], "rate") / 2
             slower = {
-                "serve, half of saturation": lambda: open_loop(url, paths["large"], half, 2 * size.seconds),
-                "uvicorn, the same rate": lambda: open_loop(plain, paths["large"], half, 2 * size.seconds),
+                name: functools.partial(open_loop, name, address, paths["large"], half, 2 * size.seconds)
+                for name, address in (("serve, half of saturation", url), ("uvicorn, the same rate", plain))
             }
             fused |= _rounds(slower, size.rounds)
         # Only now: what other applications do while they wait would be in the figures above.

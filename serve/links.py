@@ -52,7 +52,7 @@ Ask = Callable[[str, list[str]], Awaitable[Holding]]
 
 
 def part_of(args: BuildArgs, group: int) -> str:
-    """Return which part of what a replica holds; one of an earlier deployment may hold another."""
+    """Return which part of the store's generations a replica of a group holds, as text."""
     return f"group {group} of {args.groups} of {args.store}"
 
 
