@@ -14,11 +14,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import prometheus_client
 import pytest
 
 from serve.api import make_api
 from serve.fused import FusedService
-from serve.metrics import SPECS, Metrics
+from serve.metrics import BUCKETS_MS, SPECS, Metrics
 from serve.probe import Probe
 from tests.shop import NUM_ITEMS, build_store
 from twotower.retrieval.query import Answer, HistoryItem, Query
@@ -32,12 +33,23 @@ class Collected:
         self.values: list[tuple[str, float, dict[str, str]]] = []
 
     def record(self, name: str, value: float, tags: dict[str, str]) -> None:
-        assert tuple(tags) == SPECS[name].tags
+        base, _, part = name.rpartition("_")
+        if name in SPECS:
+            assert SPECS[name].kind != "histogram"
+            assert tuple(tags) == SPECS[name].tags
+        else:
+            assert SPECS[base].kind == "histogram"
+            assert tuple(tags) == SPECS[base].tags + (("le",) if part == "bucket" else ())
         self.values.append((name, value, tags))
 
     def total(self, name: str, **tags: str) -> float:
-        """Return the sum of a counter, or of the values of a histogram."""
+        """Return the sum of a counter."""
         return sum(value for n, value, t in self.values if n == name and tags.items() <= t.items())
+
+    def latest(self, name: str, **tags: str) -> float:
+        """Return the sum of the latest values of a gauge with these tags."""
+        found = {tuple(t.items()): v for n, v, t in self.values if n == name and tags.items() <= t.items()}
+        return sum(found.values())
 
     def counter(self, name: str) -> dict[tuple[str, ...], float]:
         """Return a counter by the values of its tags."""
@@ -103,16 +115,47 @@ def test_every_request_and_answer_is_counted(retriever: Retriever) -> None:
         ("other", "404"): 1,
         ("/healthz", "200"): 1,
     }
-    assert sink.number("twotower_request_ms", route="/v1/retrieve") == 8
+    assert sink.latest("twotower_request_ms_count", route="/v1/retrieve") == 8
     answers = {("personal",): 5, ("popular",): 2, ("similar",): 3}
     assert sink.counter("twotower_answers") == answers
     for stage in ("encode", "search", "total"):
-        assert sink.number("twotower_stage_ms", stage=stage) == 10
+        assert sink.latest("twotower_stage_ms_count", stage=stage) == 10
     # Who asks for an unknown item waited for a thread, too.
-    assert sink.number("twotower_stage_ms", stage="wait") == 11
-    assert (
-        sink.total("twotower_stage_ms", stage="total") > sink.total("twotower_stage_ms", stage="search") > 0
-    )
+    assert sink.latest("twotower_stage_ms_count", stage="wait") == 11
+    sums = {stage: sink.latest("twotower_stage_ms_sum", stage=stage) for stage in ("search", "total")}
+    assert sums["total"] > sums["search"] > 0
+
+
+def test_histograms_are_the_cumulative_counts_of_prometheus() -> None:
+    values = [0.1, 0.25, 0.2500001, 1.0, 1.5, 999.0, 1000.0, 1000.1, 1e9]
+    sink = Collected()
+    metrics = Metrics(sink, flush_s=1000)
+    # A histogram goes on growing from one delivery to the next.
+    for value in values[:4]:
+        metrics.request("/r", 200, value)
+    metrics.flush()
+    for value in values[4:]:
+        metrics.request("/r", 200, value)
+    sink.values.clear()
+    metrics.close()
+    # The oracle: the library that defines the format for Python.
+    registry = prometheus_client.CollectorRegistry()
+    oracle = prometheus_client.Histogram("h", "", ["route"], buckets=BUCKETS_MS, registry=registry)
+    for value in values:
+        oracle.labels("/r").observe(value)
+    expected = {
+        (sample.name.removeprefix("h_"), sample.labels.get("le")): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+    found = {
+        (name.rpartition("_")[2], tags.get("le")): value
+        for name, value, tags in sink.values
+        if name.startswith("twotower_request_ms_")
+    }
+    assert found == pytest.approx(expected)
+    assert len(found) == len(BUCKETS_MS) + 3
 
 
 def test_partial_answers_are_counted_by_group() -> None:
@@ -160,8 +203,8 @@ def test_values_are_handed_over_by_a_thread_of_their_own() -> None:
     for thread in threads:
         thread.join()
     wait_until(lambda: sink.total("twotower_requests") == 2000)
-    wait_until(lambda: sink.number("twotower_request_ms") == 2000)
-    # Counters are summed up first.
+    wait_until(lambda: sink.latest("twotower_request_ms_count") == 2000)
+    # They are summed up first.
     assert sink.number("twotower_requests") < 1000
     metrics.close()
 
@@ -303,4 +346,5 @@ def test_without_a_sink_nothing_is_kept(retriever: Retriever) -> None:
     metrics.answer(retriever.retrieve(Query(k=3)))
     metrics.request("/r", 200, np.pi)
     metrics.flush()
-    assert not metrics._pending
+    assert not metrics._counts
+    assert not metrics._distributions
