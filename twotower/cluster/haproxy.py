@@ -45,15 +45,21 @@ if {{ req.hdrs -m reg [\\x80-\\xff] }}
 if {{ var(txn.twotower_id) -m found }} !{{ res.hdr(x-request-id) -m found }}
     http-after-response set-header X-Request-ID %[uuid] if !{{ res.hdr(x-request-id) -m found }}"""
 
+_FRONTEND = r"(\nfrontend http_frontend\n +bind [^\n]+\n)"
+
 # What must be found in Ray's configuration, and what takes its place.
 _CHANGES = (
     (r"(\nfrontend prometheus\n +bind) :(\d+)\n", r"\1 127.0.0.1:\2\n"),
     (r"(\nlisten stats\n +bind) \*:(\d+)\n", r"\1 127.0.0.1:\2\n"),
     (r"(\ndefaults\n +mode http\n)", rf"\1    timeout http-request {HEAD_TIMEOUT_S}s\n"),
-    (r"(\nfrontend http_frontend\n +bind [^\n]+\n)", lambda found: found[1] + _RULES.lstrip("\n") + "\n"),
+    (_FRONTEND, lambda found: found[1] + _RULES.lstrip("\n") + "\n"),
 )
-# The line of each request would hold its path, and with that the ids of items.
+# The line of each request would hold its path, and with that the ids of items, and writing it takes about as
+# long as passing the request on.
 _REQUEST_LINE = r"\n +option httplog\n"
+_SILENT = "    http-request set-log-level silent\n"
+# Serve counts requests by lines of this form where RAY_SERVE_HAPROXY_METRICS_ENABLED is 1: those stay.
+_COUNTED_LINE = " format rfc5424 "
 # Ray's own files for some statuses, all of which answer 500.
 _ERROR_FILE = r"(\n +errorfile 50[234]) [^\n]+"
 
@@ -64,7 +70,7 @@ def narrowed(configuration: str, unavailable: Path, log_requests: bool = False) 
     Args:
         configuration: what Ray wrote; what was narrowed already comes back as it is.
         unavailable: file of :func:`write_unavailable`.
-        log_requests: keep the lines of the log that name the path of each request.
+        log_requests: keep the line of the log of each request, which names its path.
 
     Raises:
         ValueError: Ray's configuration has not the form that is known here.
@@ -77,6 +83,8 @@ def narrowed(configuration: str, unavailable: Path, log_requests: bool = False) 
             raise ValueError(f"expected {pattern!r} once in the configuration that Ray wrote, found {count}")
     if not log_requests:
         configuration = re.sub(_REQUEST_LINE, "\n", configuration)
+        if _COUNTED_LINE not in configuration:
+            configuration = re.sub(_FRONTEND, rf"\1{_SILENT}", configuration)
     return re.sub(_ERROR_FILE, rf"\1 {unavailable}", configuration)
 
 
