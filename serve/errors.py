@@ -49,8 +49,7 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(NoGroupError)
     async def no_group(request: Request, error: NoGroupError) -> Response:
-        message = "no part of the index answered in time"
-        content = error_body("index_unavailable", message, "try again in a second")
+        content = error_body("index_unavailable", str(error), "try again in a second")
         return json_response(orjson.dumps(content), 503, {"Retry-After": "1"})
 
     @api.exception_handler(HTTPException)

@@ -31,6 +31,7 @@ _SECRET_BYTES = 32
 _FAILED = 0xFFFF_FFFF
 """Instead of a length: the call failed."""
 _CONNECT_TIMEOUT_S = 2.0
+_SECRET_TIMEOUT_S = 10.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -200,8 +201,13 @@ class _ServerSide(_Frames):
         self._greeted = False
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._patience = asyncio.get_running_loop().call_later(_SECRET_TIMEOUT_S, self.close)
+
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self._patience.cancel()
         for task in self._tasks:
             task.cancel()
 
@@ -214,6 +220,7 @@ class _ServerSide(_Frames):
                 self.close()
                 return
             self._greeted = True
+            self._patience.cancel()
             data = bytes(self._buffer[_SECRET_BYTES:])
             self._buffer.clear()
         super().data_received(data)

@@ -208,7 +208,7 @@ class GatewayService(Service[Front]):
         for answer in await self._called(pack_vector_request(front.generation_id, row), 1, deadline):
             if isinstance(answer, bytes) and (vector := unpack_vector(answer)) is not None:
                 return vector
-        raise NoGroupError
+        raise NoGroupError("the part of the index that holds the item did not answer in time")
 
     async def _called(self, message: bytes, num_queries: int, deadline: float) -> list[bytes | BaseException]:
         """Return the answer of each group, or why there is none."""
@@ -218,7 +218,7 @@ class GatewayService(Service[Front]):
         # The client has to get the answer too, with what was found.
         timeout_s = min(own_s, _SHARE_OF_DEADLINE * (deadline - time.monotonic()))
         blame = timeout_s >= self._deadline_s
-        calls = (group.call(message, timeout_s, blame) for group in self.groups)
+        calls = (group.call(message, timeout_s, blame, num_queries) for group in self.groups)
         return await asyncio.gather(*calls, return_exceptions=True)
 
     async def _ask(
@@ -239,7 +239,7 @@ class GatewayService(Service[Front]):
             else:
                 raise answer
         if not found:
-            raise NoGroupError
+            raise NoGroupError("no part of the index answered in time")
         return found, missing
 
 

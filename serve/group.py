@@ -49,7 +49,8 @@ class ShardSearch:
     async def need(self, gateway: str, generation_ids: list[str]) -> Holding:
         """Note what a gateway needs, and return what is held and where calls are answered."""
         holder = self._holder
-        holder.need(gateway, generation_ids)
+        # Freeing a generation takes long, and calls have to be answered meanwhile.
+        await asyncio.get_running_loop().run_in_executor(None, holder.need, gateway, generation_ids)
         return Holding(self._address, list(holder.held), holder.refused, holder.failed, self._part)
 
     async def _answer(self, message: bytes) -> bytes:

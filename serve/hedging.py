@@ -65,13 +65,14 @@ class Replicas:
         self._delay_s = float("inf")
         self._turn = 0
 
-    async def call(self, message: bytes, timeout_s: float, blame: bool = True) -> bytes:
+    async def call(self, message: bytes, timeout_s: float, blame: bool = True, num_queries: int = 1) -> bytes:
         """Return the first answer of a replica.
 
         Args:
             message: for the replica.
             timeout_s: seconds after which none is waited for.
             blame: leave a replica alone for a while that has answered nothing in that time.
+            num_queries: in the message; a replica answers them one after the other.
 
         Raises:
             GroupUnavailableError: none answered in time.
@@ -83,7 +84,7 @@ class Replicas:
         self._credit = min(self._credit + self._share, _BURST)
         waiting = self._order(began)
         running: dict[asyncio.Future[bytes], _Replica] = {}
-        hedge_at = began + self._delay_s
+        hedge_at = began + self._delay_s * num_queries
 
         def ask_next() -> None:
             replica = waiting.pop(0)
@@ -102,7 +103,9 @@ class Replicas:
                     replica = running.pop(future)
                     answer = replica.finish(future, now())
                     if answer:
-                        self._note(now() - began)
+                        # The time of one query is what decides: a few batches must not raise it for all.
+                        if num_queries == 1:
+                            self._note(now() - began)
                         return answer
                     self.counts.retries += bool(waiting and not running)
                 if done:

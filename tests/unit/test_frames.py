@@ -15,6 +15,7 @@ import textwrap
 import pytest
 import uvloop
 
+from serve import frames
 from serve.frames import MAX_MESSAGE_BYTES, Address, Connection, serve_frames
 from serve.hedging import UnansweredError
 
@@ -138,6 +139,24 @@ def test_a_stranger_gets_nothing() -> None:
             writer.close()
             right.close()
         assert heard == [b"y"]
+
+    asyncio.run(main())
+
+
+def test_who_says_nothing_is_not_listened_to_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "_SECRET_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        server, address = await serve_frames(echo, "127.0.0.1")
+        async with server:
+            known = await Connection.connect(address)
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(address.secret[:-1])
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
+            # Who said the secret may be silent for as long as it likes.
+            assert await known.call(b"y") == b"y"
+            known.close()
 
     asyncio.run(main())
 

@@ -118,6 +118,32 @@ def test_hedges_stay_within_their_share() -> None:
     assert 3 <= counts.hedges <= 1 + 0.05 * 300
 
 
+def test_batches_are_hedged_after_their_own_time_and_leave_that_of_single_queries() -> None:
+    a, b = Fake("a"), Fake("b")
+    took = 0.0
+
+    async def work() -> None:
+        await asyncio.sleep(took)
+
+    async def main() -> None:
+        nonlocal took
+        group = Replicas("g", [a, b], hedge_share=1)
+        a.behave = b.behave = work
+        took = 0.02
+        await warm(group, 60)
+        before = group.counts.hedges
+        # A hundred queries at once take as long as ten.
+        took = 0.2
+        for _ in range(20):
+            await group.call(b"x", LONG_S, num_queries=100)
+        assert group.counts.hedges == before
+        # A single query that takes so long is still late.
+        await group.call(b"x", LONG_S)
+        assert group.counts.hedges == before + 1
+
+    asyncio.run(main())
+
+
 def test_without_a_second_replica_nothing_is_hedged() -> None:
     a = Fake("a")
 

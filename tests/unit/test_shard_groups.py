@@ -170,9 +170,9 @@ def test_a_group_that_is_away_is_named_and_the_rest_is_right(shop: tuple[Config,
 
 def test_without_any_group_there_is_no_answer(shop: tuple[Config, Path]) -> None:
     service = gateway(shop[1], [Replicas("group-0", [away]), Replicas("group-1", [away])])
-    with pytest.raises(NoGroupError):
+    with pytest.raises(NoGroupError, match="no part of the index answered"):
         asyncio.run(service.retrieve(Query(k=5, user_id="1")))
-    with pytest.raises(NoGroupError):
+    with pytest.raises(NoGroupError, match="the part of the index that holds the item did not"):
         asyncio.run(service.similar("1001", 5, [], None))
 
 

@@ -12,7 +12,6 @@ How a generation is loaded is up to the caller, so that one process or many may 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from typing import Any, Generic, TypeVar
 from twotower.artefacts import has_manifest
 from twotower.errors import ArtefactError, TwotowerError, may_pass
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.memory import return_memory
 from twotower.retrieval.store import Store
 
 T = TypeVar("T")
@@ -233,7 +233,7 @@ class Follower(Generic[T]):
             del new
             if self._gone is not None:
                 self._gone(name)
-        _return_memory()
+        return_memory()
 
     def _open_earlier(self) -> T | None:
         """Load the latest that the pointer named before and that does not fail; None where all do."""
@@ -290,7 +290,7 @@ class Follower(Generic[T]):
             if self._stop.wait(_RELEASE_POLL_S):
                 break
         del old
-        _return_memory()
+        return_memory()
 
     def _accept(self) -> None:
         self._refused = self._retry_at = None
@@ -350,9 +350,3 @@ def _short_turns() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
-
-
-def _return_memory() -> None:
-    """Give memory that was freed back to the system, where the C library has a way."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

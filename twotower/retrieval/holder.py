@@ -16,6 +16,7 @@ from twotower.errors import TwotowerError, may_pass
 from twotower.retrieval.files import verify_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
+from twotower.retrieval.memory import return_memory
 from twotower.retrieval.store import Store
 
 LEASE_S = 60.0
@@ -91,7 +92,7 @@ class GroupHolder:
                 return
 
     def need(self, gateway: str, generation_ids: Collection[str]) -> None:
-        """Note what a gateway needs: the rest is freed, and what is not there is loaded in the background.
+        """Note what a gateway needs: free the rest in this thread, and load what is not there in another.
 
         Args:
             gateway: its name; what it needed before no longer counts.
@@ -102,13 +103,18 @@ class GroupHolder:
             self._leases[gateway] = (frozenset(generation_ids), now + LEASE_S)
             self._leases = {g: lease for g, lease in self._leases.items() if lease[1] > now}
             needed = self._needed()
-            self.held = {i: part for i, part in self.held.items() if i in needed}
+            before, self.held = self.held, {i: part for i, part in self.held.items() if i in needed}
             self.refused = {i: reason for i, reason in self.refused.items() if i in needed}
             self._retry_at = {i: at for i, at in self._retry_at.items() if i in needed and at > now}
             self.failed = {i: reason for i, reason in self.failed.items() if i in self._retry_at}
             if self._loader is None and self._next() is not None:
                 self._loader = threading.Thread(target=self._load_all, name="holder", daemon=True)
                 self._loader.start()
+            freed = len(self.held) < len(before)
+        # Only now, without the lock: to free much takes long.
+        del before
+        if freed:
+            return_memory()
 
     def _needed(self) -> set[str]:
         return {i for ids, _ in self._leases.values() for i in ids}
