@@ -109,8 +109,12 @@ class Service(ABC, Generic[F]):
 
     def runner(self, front: F, query: Query) -> Callable[..., Any]:
         """Return what does the work on a query: ``workers.run_short`` where it takes little, or ``run``."""
-        short = front.usual_ms <= self._inline_ms and front.usual(query)
+        short = self._is_short(front) and front.usual(query)
         return self.workers.run_short if short else self.workers.run
+
+    def _is_short(self, front: F) -> bool:
+        """Return whether the event loop answers usual queries itself."""
+        return front.usual_ms <= self._inline_ms
 
     def close(self) -> None:
         """Stop the threads; requests have ended before."""
@@ -166,15 +170,20 @@ class Service(ABC, Generic[F]):
         """
 
     def status(self) -> dict[str, Any]:
-        """Return which generations are in memory, and which one was refused and why, as plain JSON values."""
-        follower = self._follower
+        """Return which generations are in memory, what was refused and why, and where queries are answered.
+
+        All are plain JSON values.
+        """
+        front, follower = self.front, self._follower
+        work = {"usual_ms": round(front.usual_ms, 3), "inline": self._is_short(front)}
         if follower is None:
-            return {"held": [self.front.generation_id], "refused": None, "pointer_problem": None}
+            return {"held": [front.generation_id], "refused": None, "pointer_problem": None, **work}
         refused = follower.refused
         return {
             "held": follower.held,
             "refused": None if refused is None else {"id": refused.id, "reason": refused.reason},
             "pointer_problem": follower.problem,
+            **work,
         }
 
     def describe(self) -> dict[str, Any]:

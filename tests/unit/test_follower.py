@@ -332,7 +332,8 @@ def test_closing_ends_the_thread(store: Store, make: Make) -> None:
 def test_a_service_says_what_it_follows(store: Store) -> None:
     store.publish("b")
     plain = FusedService(Retriever.open(store.path("b")), max_k=10, workers=1, settings={})
-    assert plain.status() == {"held": ["b"], "refused": None, "pointer_problem": None}
+    status = plain.status()
+    assert (status["held"], status["refused"], status["pointer_problem"]) == (["b"], None, None)
 
     follower = Follower(store, CURRENT, Retriever.ready, 0.01)
     service = FusedService(follower.open(), max_k=10, workers=1, settings={})

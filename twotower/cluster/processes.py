@@ -160,7 +160,7 @@ class Guard:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
             start_new_session=True,
         )

@@ -103,6 +103,8 @@ class Front:
 
     def warm_up(self) -> None:
         """Do what answers do, so that the first one finds everything loaded, and see how long it takes."""
+        # Filters and descriptions need them; they are made of every item when they are first asked for.
+        _ = self._generation.attributes
         self._measure(lambda query: self.encode([query]))
 
     @property
