@@ -2,19 +2,20 @@
 
 The service on Ray Serve behind HAProxy, the same routes under plain uvicorn, and the library in process
 answer the same requests from the same generation in turn. wrk is the client; at half of the rate that
-saturates the service it is ``benchmarks.load``. Everything shares the machine's CPUs.
+saturates the service it is ``benchmarks.load``. Everything shares the machine's CPUs. A machine shared with
+others changes its speed within seconds, so ratios are of short runs in the same round, and half of saturation
+is half of the rate that was measured just before.
 
 ``p50_ms``, ``p99_ms``: one connection. ``p99_ms_at_half_saturation``: open loop at half of the rate that
-eight connections reach. ``p50_over_uvicorn``, ``p99_over_uvicorn``, ``qps_over_uvicorn`` (eight connections):
-over plain uvicorn. ``p50_minus_inprocess_ms``: over the library from the same request to the same JSON.
-``serve_p50_10x_items``: ten times as many items, the same factory. ``sharded_minus_fused_p50_ms``: two shard
-groups behind a gateway.
+eight connections just reached. ``p50_over_uvicorn``, ``p99_over_uvicorn``, ``qps_over_uvicorn`` (eight
+connections): over plain uvicorn. ``p50_minus_inprocess_ms``: over the library from the same request to the
+same JSON. ``serve_p50_10x_items``: ten times as many items, the same factory. ``sharded_minus_fused_p50_ms``:
+two shard groups behind a gateway.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -51,10 +52,14 @@ class Size:
     rounds: int
     seconds: float
     """Of each run of a client."""
+    short_rounds: int
+    """Of runs of two fifths of that, on one connection."""
 
 
-FULL, QUICK = Size(1_000_000, 7, 5.0), Size(40_000, 2, 1.0)
+FULL, QUICK = Size(1_000_000, 7, 5.0, 20), Size(40_000, 2, 1.0, 2)
 Rounds = dict[str, list[Measured]]
+Run = Callable[[Mapping[str, Measured]], Measured]
+"""Runs one client; is given what each client measured last, by name."""
 
 
 def main() -> None:
@@ -123,12 +128,21 @@ def _serve(
     def arguments(made: Catalogue, **more: Any) -> BuildArgs:
         return BuildArgs(store=str(made.config.store), threads=THREADS, workers=WORKERS, max_k=MAX_K, **more)
 
+    short = 0.4 * size.seconds
     config = large.config.model_copy(
         update={"serve": large.config.serve.model_copy(update={"port": free_port()})}
     )
 
-    def one(url: str, name: str = "large", connections: int = 1) -> Callable[[], Measured]:
-        return lambda: closed_loop(url, paths[name], connections, size.seconds)
+    def one(url: str, name: str = "large") -> Run:
+        return lambda _: closed_loop(url, paths[name], 1, short)
+
+    def many(url: str) -> Run:
+        return lambda _: closed_loop(url, paths["large"], MANY, size.seconds)
+
+    def half(what: str, url: str) -> Run:
+        return lambda latest: open_loop(
+            what, url, paths["large"], latest[f"serve, {MANY}"].rate / 2, 2 * size.seconds
+        )
 
     with serving(lambda: build(arguments(large)), config) as url:
         with plain_server(large.generation, free_port(), THREADS, WORKERS, MAX_K) as plain:
@@ -136,17 +150,16 @@ def _serve(
             clients = {
                 "serve": one(url),
                 "uvicorn": one(plain),
-                "in process": lambda: _in_process(library, bodies, size.seconds),
-                f"serve, {MANY}": one(url, connections=MANY),
-                f"uvicorn, {MANY}": one(plain, connections=MANY),
+                "in process": lambda _: _in_process(library, bodies, short),
             }
-            fused = _rounds(clients, size.rounds)
-            half = _median(fused[f"serve, {MANY}"], "rate") / 2
-            slower = {
-                name: functools.partial(open_loop, name, address, paths["large"], half, 2 * size.seconds)
-                for name, address in (("serve, half of saturation", url), ("uvicorn, the same rate", plain))
+            fused = _rounds(clients, size.short_rounds)
+            clients = {
+                f"uvicorn, {MANY}": many(plain),
+                f"serve, {MANY}": many(url),
+                "serve, half of saturation": half("serve", url),
+                "uvicorn, the same rate": half("uvicorn", plain),
             }
-            fused |= _rounds(slower, size.rounds)
+            fused |= _rounds(clients, size.rounds, turning=False)
         # Only now: what other applications do while they wait would be in the figures above.
         clients = {"serve": one(url)}
         tenth = _add("small", build(arguments(small)), url)
@@ -155,7 +168,7 @@ def _serve(
             groups = _add("sharded", build(arguments(large, topology="sharded", groups=2)), url)
             _check_same([groups], library, bodies)
             clients["serve, sharded"] = one(groups)
-        return fused, _rounds(clients, size.rounds)
+        return fused, _rounds(clients, size.short_rounds)
 
 
 def _add(name: str, application: Any, url: str) -> str:
@@ -168,16 +181,23 @@ def _add(name: str, application: Any, url: str) -> str:
     return f"{url}/{name}"
 
 
-def _rounds(clients: Mapping[str, Callable[[], Measured]], rounds: int) -> Rounds:
-    """Run the clients in turn, in an order that turns by one each round; the first round warms up only."""
+def _rounds(clients: Mapping[str, Run], rounds: int, turning: bool = True) -> Rounds:
+    """Run the clients one after the other in each round; the first round warms up only.
+
+    Args:
+        clients: by name.
+        rounds: that count.
+        turning: begin each round with the next one.
+    """
     names = list(clients)
     found: Rounds = {name: [] for name in names}
-    for turn in range(-1, rounds):
-        shift = turn % len(names)
+    latest: dict[str, Measured] = {}
+    for number in range(rounds + 1):
+        shift = number % len(names) if turning else 0
         for name in names[shift:] + names[:shift]:
-            measured = clients[name]()
-            if turn >= 0:
-                found[name].append(measured)
+            latest[name] = clients[name](latest)
+            if number > 0:
+                found[name].append(latest[name])
     return found
 
 
