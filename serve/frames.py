@@ -3,8 +3,9 @@
 Ray Serve starts the replicas, restarts them and tells the gateway where they listen; what is asked and
 answered goes past its handles, which take several times as long as the message itself. A connection begins
 with a secret that only Serve hands out. Then each frame is its length and the number of its call (uint32
-each, little endian) and the message. A connection that breaks fails all its calls at once, so that a killed
-replica is noticed within the time of one message.
+each, little endian) and the message. A call that nobody waits for any more is taken back, so that a replica
+does not work on what is late. A connection that breaks fails all its calls at once, so that a killed replica
+is noticed within the time of one message.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 MAX_MESSAGE_BYTES = 64 << 20
 _HEAD = struct.Struct("<II")
 _SECRET_BYTES = 32
-_FAILED = 0xFFFF_FFFF
-"""Instead of a length: the call failed."""
+_NONE = 0xFFFF_FFFF
+"""Instead of a length: the call failed; from who called: it is taken back."""
 _CONNECT_TIMEOUT_S = 2.0
 _SECRET_TIMEOUT_S = 10.0
 
@@ -103,6 +104,10 @@ class Connection:
             self._protocol.send(number, message)
             answer: bytes = await future
             return answer
+        except asyncio.CancelledError:
+            if not self.closed:
+                self._protocol.send(number, None)
+            raise
         finally:
             waiting.pop(number, None)
 
@@ -132,8 +137,8 @@ class _Frames(asyncio.Protocol):
         at = 0
         while len(self._buffer) - at >= _HEAD.size:
             length, number = _HEAD.unpack_from(self._buffer, at)
-            failed = length == _FAILED
-            length = 0 if failed else length
+            none = length == _NONE
+            length = 0 if none else length
             if length > MAX_MESSAGE_BYTES:
                 logger.error(
                     "a frame of %d bytes was refused; at most %d are taken", length, MAX_MESSAGE_BYTES
@@ -143,19 +148,19 @@ class _Frames(asyncio.Protocol):
             end = at + _HEAD.size + length
             if len(self._buffer) < end:
                 break
-            self.received(number, None if failed else bytes(self._buffer[at + _HEAD.size : end]))
+            self.received(number, None if none else bytes(self._buffer[at + _HEAD.size : end]))
             at = end
         del self._buffer[:at]
 
     def received(self, number: int, message: bytes | None) -> None:
-        """Take a message; None means that the call failed."""
+        """Take a message; None means that the call failed, or is taken back."""
         raise NotImplementedError
 
     def send(self, number: int, message: bytes | None) -> None:
-        """Send a message; None means that the call failed."""
+        """Send a message; None means that the call failed, or is taken back."""
         if self.closed or self._transport is None:
             raise ConnectionResetError("the connection has ended")
-        length = _FAILED if message is None else len(message)
+        length = _NONE if message is None else len(message)
         self._transport.write(_HEAD.pack(length, number) + (message or b""))
 
     def close(self) -> None:
@@ -199,7 +204,7 @@ class _ServerSide(_Frames):
         self._secret = secret
         self._log_messages = log_messages
         self._greeted = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -208,7 +213,7 @@ class _ServerSide(_Frames):
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._patience.cancel()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
 
     def data_received(self, data: bytes) -> None:
@@ -226,9 +231,13 @@ class _ServerSide(_Frames):
         super().data_received(data)
 
     def received(self, number: int, message: bytes | None) -> None:
-        task = asyncio.ensure_future(self._answer(number, message or b""))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if message is None:
+            if (given_up := self._tasks.get(number)) is not None:
+                given_up.cancel()
+            return
+        task = asyncio.ensure_future(self._answer(number, message))
+        self._tasks[number] = task
+        task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
     async def _answer(self, number: int, message: bytes) -> None:
         answer: bytes | None

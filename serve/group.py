@@ -54,7 +54,10 @@ class ShardSearch:
         return Holding(self._address, list(holder.held), holder.refused, holder.failed, self._part)
 
     async def _answer(self, message: bytes) -> bytes:
-        """Return the answer to a message of the gateway."""
+        """Return the answer to a message of the gateway.
+
+        One that is taken back before a thread is free for it is not worked on.
+        """
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, answer, message, self._holder.held
         )

@@ -27,6 +27,8 @@ _PERIOD_S = 1.0
 _STARTING_PERIOD_S = 0.1
 _LINGER_S = 5.0
 """How long calls to a replica that is replaced may take; longer than any group's deadline should be."""
+_PATIENCE_S = 10.0
+"""How long replicas may take to hold a generation before the log says that it is waited for."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -108,6 +110,7 @@ class GroupLinks:
         num_links = sum(map(len, self._links))
         # Replicas that start load before Serve lets them answer: the time runs from when the latest did.
         num_away, waits_until = num_links, math.inf
+        say_at = loop.time() + _PATIENCE_S
         while True:
             holds, now_away = await self._refresh()
             if holds:
@@ -115,6 +118,14 @@ class GroupLinks:
             if now_away < num_away or not now_away:
                 waits_until = loop.time() + away_s
             num_away = now_away
+            if loop.time() >= say_at:
+                say_at = math.inf
+                logger.warning(
+                    "%s: waiting for every replica to hold it; of %d replicas %d do not answer",
+                    ", ".join(sorted(generation_ids)),
+                    num_links,
+                    num_away,
+                )
             if loop.time() >= min(deadline, waits_until):
                 raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
             await asyncio.sleep(_STARTING_PERIOD_S)

@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import uvloop
@@ -113,6 +115,46 @@ def test_a_call_that_is_given_up_does_not_disturb_the_others() -> None:
             connection.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_a_call_that_is_given_up_is_taken_back(run) -> None:
+    """What waits for a thread when its caller gives up is never worked on."""
+    worked_on: list[bytes] = []
+    busy = threading.Event()
+
+    def work(message: bytes) -> bytes:
+        worked_on.append(message)
+        if message == b"first":
+            assert busy.wait(20)
+        return message
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as pool:
+
+            async def handler(message: bytes) -> bytes:
+                return await asyncio.get_running_loop().run_in_executor(pool, work, message)
+
+            server, address = await serve_frames(handler, "127.0.0.1")
+            async with server:
+                connection = await Connection.connect(address)
+                first = asyncio.ensure_future(connection.call(b"first"))
+                late = [asyncio.ensure_future(connection.call(b"late")) for _ in range(5)]
+                last = asyncio.ensure_future(connection.call(b"last"))
+                while not worked_on:
+                    await asyncio.sleep(0.01)
+                for call in late:
+                    call.cancel()
+                await asyncio.gather(*late, return_exceptions=True)
+                # Frames arrive in order: once this one is answered, those before it have been seen.
+                again = asyncio.ensure_future(connection.call(b"again"))
+                await asyncio.sleep(0.1)
+                busy.set()
+                assert await asyncio.gather(first, last, again) == [b"first", b"last", b"again"]
+                connection.close()
+        assert worked_on == [b"first", b"last", b"again"]
+
+    run(main())
 
 
 def test_a_stranger_gets_nothing() -> None:

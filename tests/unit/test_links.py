@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
+from serve import links as links_module
 from serve.arguments import BuildArgs
 from serve.frames import Address, Connection, serve_frames
 from serve.links import GroupLinks, Holding, ask_through, part_of
@@ -83,6 +85,22 @@ def test_who_is_away_is_not_waited_for_as_long_as_who_is_loading() -> None:
     with pytest.raises(TimeoutError, match="not every replica holds g1"):
         run([Replica(*[LOADING] * 40, HOLDS), gone], started)
     assert gone.says == [None]
+
+
+def test_the_log_says_what_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(links_module, "_PATIENCE_S", 0.25)
+    # Ray's loggers pass nothing on to the root's, where pytest listens.
+    monkeypatch.setattr(links_module, "logger", logging.getLogger("links"))
+    with caplog.at_level(logging.WARNING, "links"):
+        run([Replica(HOLDS), Replica(*[LOADING] * 2, HOLDS)], hold)
+    assert not caplog.messages
+    with caplog.at_level(logging.WARNING, "links"):
+        run([Replica(HOLDS), Replica(*[None] * 5, HOLDS)], hold)
+    assert caplog.messages == [
+        "g1: waiting for every replica to hold it; of 2 replicas 1 do not answer",
+    ]
 
 
 def test_what_is_refused_is_refused_at_once() -> None:
