@@ -50,7 +50,7 @@ class FusedService(Service[Retriever]):
             inline_ms: as of ``Service``.
         """
         super().__init__(front, max_k, workers, settings, threads, limits, metrics, inline_ms)
-        self._probe = Probe(probe_every, self.metrics.probed)
+        self._probe = Probe(probe_every, Retriever.index_recall, self.metrics.probed)
         window_ms = (1.0 if front.on_gpu else 0.0) if batch_window_ms is None else batch_window_ms
         self._batcher = Batcher(self._answer_together, window_ms) if window_ms else None
 

@@ -21,12 +21,13 @@ import numpy.typing as npt
 from serve.admission import check_deadline
 from serve.hedging import GroupUnavailableError, Replicas
 from serve.metrics import Metrics
+from serve.probe import Probe
 from serve.service import Service, name_the_wrong_one
 from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
 from twotower.index.hits import Hits
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
-from twotower.retrieval.front import Encoded, Front, allowed_items, timing
+from twotower.retrieval.front import TIES, Encoded, Front, allowed_items, timing
 from twotower.retrieval.groups import (
     GroupQuery,
     merge_groups,
@@ -39,6 +40,7 @@ from twotower.retrieval.query import Answer, Query
 
 _SHARE_OF_DEADLINE = 0.8
 """Of the time that a client waits, how much may go by until the groups have answered."""
+_PROBE_TIMEOUT_S = 30.0
 
 
 class NoGroupError(TimeoutError):
@@ -60,6 +62,7 @@ class GatewayService(Service[Front]):
         limits: LimitsConfig | None = None,
         metrics: Metrics | None = None,
         inline_ms: float = 2.0,
+        probe_every: int = 0,
     ) -> None:
         """Start the threads.
 
@@ -74,10 +77,18 @@ class GatewayService(Service[Front]):
             limits: of requests and of what waits.
             metrics: counts and measures; nothing when not given.
             inline_ms: as of ``Service``.
+            probe_every: compare one of so many answers with exact search, aside; 0 compares none.
         """
         super().__init__(front, max_k, workers, settings, threads, limits, metrics, inline_ms)
         self.groups = groups
         self._deadline_s = deadline_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._probe = Probe(probe_every, self._index_recall, self.metrics.probed)
+
+    def close(self) -> None:
+        """Stop the threads, as in ``Service``."""
+        self._probe.close()
+        super().close()
 
     async def retrieve(self, query: Query, deadline: float = math.inf) -> bytes:
         """Return the answer to a query as JSON.
@@ -87,7 +98,12 @@ class GatewayService(Service[Front]):
             NoGroupError: no group answered.
             BadRequest: the deadline passed before the groups were asked.
         """
-        return self.noted((await self.answers(self.front, [query], deadline))[0])
+        front = self.front
+        answer = (await self.answers(front, [query], deadline))[0]
+        if not answer.missing_groups:
+            self._loop = asyncio.get_running_loop()
+            self._probe.offer(front, query, answer)
+        return self.noted(answer)
 
     async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
         """Return the answers to queries, in their order, as the JSON of a batch.
@@ -198,6 +214,27 @@ class GatewayService(Service[Front]):
     def status(self) -> dict[str, Any]:
         """Return what ``Service`` does, and what was called and how it went, by group."""
         return {**super().status(), "groups": {g.name: dataclasses.asdict(g.counts) for g in self.groups}}
+
+    def _index_recall(self, front: Front, query: Query, item_ids: Sequence[str]) -> float | None:
+        """Return the share of the best items of all groups that an answer holds; from another thread.
+
+        Raises:
+            GroupUnavailableError: a group did not answer in time.
+        """
+        encoded = front.encode([query])
+        if not encoded.searched:
+            return None
+        deeper = dataclasses.replace(query, k=query.k + TIES)
+        asked = _group_query(front, deeper, encoded.inputs[0].excluded)
+        message = pack_search(front.generation_id, encoded.vectors, [asked], exact=True)
+
+        async def ask() -> list[bytes]:
+            return await asyncio.gather(*(g.call_aside(message, _PROBE_TIMEOUT_S) for g in self.groups))
+
+        assert self._loop is not None
+        answers = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+        found = [unpack_hits(answer, front.generation_id)[0] for answer in answers]
+        return front.share_of(merge_groups(found, deeper.k), item_ids, query.k)
 
     async def _vector(self, front: Front, row: int, deadline: float = math.inf) -> npt.NDArray[np.float32]:
         """Return the vector of an item, [D].

@@ -16,7 +16,8 @@ from ray import serve
 from serve.arguments import BuildArgs
 from serve.frames import serve_frames
 from serve.links import Holding, part_of
-from twotower.retrieval.groups import answer
+from serve.probe import lowest_priority
+from twotower.retrieval.groups import answer, is_exact
 from twotower.retrieval.holder import GroupHolder
 from twotower.retrieval.store import store_at
 
@@ -41,6 +42,7 @@ class ShardSearch:
         self._holder = GroupHolder(store, group, args.groups, args.threads)
         self._part = part_of(args, group)
         self._pool = ThreadPoolExecutor(args.workers, "search")
+        self._aside = ThreadPoolExecutor(1, "exact", lowest_priority)
         await asyncio.get_running_loop().run_in_executor(self._pool, self._holder.begin, args.pointer)
         self._server, self._address = await serve_frames(
             self._answer, ray.util.get_node_ip_address(), args.log_user_ids
@@ -58,9 +60,9 @@ class ShardSearch:
 
         One that is taken back before a thread is free for it is not worked on.
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, answer, message, self._holder.held
-        )
+        # Exact search, for the probe of index recall, holds up no query.
+        pool = self._aside if is_exact(message) else self._pool
+        return await asyncio.get_running_loop().run_in_executor(pool, answer, message, self._holder.held)
 
 
 ShardReplica = serve.deployment(

@@ -125,6 +125,22 @@ class Replicas:
         self.counts.failures += 1
         raise GroupUnavailableError(self.name)
 
+    async def call_aside(self, message: bytes, timeout_s: float) -> bytes:
+        """Return the answer of one replica to what takes longer than a query; nothing is learned from it.
+
+        Raises:
+            GroupUnavailableError: it did not answer in time, or not at all.
+        """
+        order = self._order(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await order[0].ask(message) if order else b""
+        except (OSError, UnansweredError) as error:
+            raise GroupUnavailableError(self.name) from error
+        if not answer:
+            raise GroupUnavailableError(self.name)
+        return answer
+
     def _order(self, now: float) -> list[_Replica]:
         """Return the replicas to ask, in order: those with the fewest calls first, in turn where equal.
 
@@ -145,7 +161,7 @@ class _Replica:
     """One replica, and how it has done lately."""
 
     def __init__(self, call: Call) -> None:
-        self._call = call
+        self.ask = call
         self._failures = 0
         self.num_running = 0
         self.paused_until = 0.0
@@ -153,7 +169,7 @@ class _Replica:
 
     def start(self, message: bytes) -> asyncio.Future[bytes]:
         self.num_running += 1
-        return asyncio.ensure_future(self._call(message))
+        return asyncio.ensure_future(self.ask(message))
 
     def finish(self, future: asyncio.Future[bytes], now: float) -> bytes:
         """Return the answer of a call that has ended, empty bytes where it failed."""

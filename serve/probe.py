@@ -16,24 +16,32 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from serve.log import log_event
 from twotower.retrieval.query import Answer, Query
-from twotower.retrieval.retriever import Retriever
+
+F = TypeVar("F")
 
 _LATEST = 100
 _MOST_WAITING = 8
 _LOWEST_PRIORITY = 19
 
 
-class Probe:
+def lowest_priority() -> None:
+    """Give this thread the lowest priority; on Linux a priority is that of a thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+class Probe(Generic[F]):
     """Compares every Nth answer with exact search of the same generation."""
 
     def __init__(
         self,
         every: int,
+        index_recall: Callable[[F, Query, Sequence[str]], float | None],
         report: Callable[[float], None],
         share: float = 0.05,
         latest: int = _LATEST,
@@ -42,11 +50,14 @@ class Probe:
 
         Args:
             every: N; of so many answers one is compared. 0 compares none.
+            index_recall: returns the share of the best items that an answer holds, given what answered, the
+                query and the ids; None where there is none. It is called in the thread.
             report: takes the mean index recall of the latest probes after each.
-            share: of a core that probes may take, in (0, 1].
+            share: of the time that probes may take, in (0, 1].
             latest: number of probes that the mean is over.
         """
         self._every = every
+        self._index_recall = index_recall
         self._report = report
         self._share = share
         self._counter = itertools.count(1)
@@ -56,7 +67,7 @@ class Probe:
         if every:
             threading.Thread(target=self._work, name="probe", daemon=True).start()
 
-    def offer(self, retriever: Retriever, query: Query, answer: Answer) -> None:
+    def offer(self, front: F, query: Query, answer: Answer) -> None:
         """Look at an answer later, if it is its turn; takes no time."""
         if not self._every or next(self._counter) % self._every or answer.strategy == "popular":
             return
@@ -64,7 +75,7 @@ class Probe:
         asked = query if query.at is not None else dataclasses.replace(query, at=time.time_ns() // 1000)
         # A weak reference: a generation that was replaced is freed, probe or not.
         with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait((weakref.ref(retriever), asked, [i["item_id"] for i in answer.items]))
+            self._waiting.put_nowait((weakref.ref(front), asked, [i["item_id"] for i in answer.items]))
 
     def close(self) -> None:
         """End the thread after the probe that it is at."""
@@ -73,9 +84,7 @@ class Probe:
             self._waiting.put_nowait(None)
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            # On Linux a priority is that of a thread.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        lowest_priority()
         while (waiting := self._waiting.get()) is not None and not self._end.is_set():
             start = time.perf_counter()
             try:
@@ -90,9 +99,9 @@ class Probe:
             del waiting
             self._end.wait((time.perf_counter() - start) * (1 / self._share - 1))
 
-    def _look(self, reference: weakref.ref[Retriever], query: Query, item_ids: list[str]) -> None:
-        retriever = reference()
-        found = None if retriever is None else retriever.index_recall(query, item_ids)
+    def _look(self, reference: Callable[[], F | None], query: Query, item_ids: list[str]) -> None:
+        front = reference()
+        found = None if front is None else self._index_recall(front, query, item_ids)
         if found is not None:
             self._recalls.append(found)
             self._report(sum(self._recalls) / len(self._recalls))

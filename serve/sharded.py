@@ -85,6 +85,7 @@ class Gateway:
             args.limits,
             Metrics(RaySink()),
             args.inline_ms,
+            args.probe_every,
         )
         follower = Follower(
             store_at(args.store, args.cache), args.pointer, self._load, args.poll_s, self._gone, logger

@@ -6,6 +6,7 @@ import time
 
 from tests.asking import WAIT_S, Asking, num_partial
 from tests.http.test_serve_swap import Under
+from tests.scraping import scrape
 from tests.service import Client, Shop
 from twotower.retrieval.retriever import Retriever
 
@@ -19,7 +20,12 @@ def test_no_answer_is_missing_or_wrong_while_every_replica_is_replaced(client: C
 
     def deploy(max_k: int, groups: int = 2) -> None:
         args = BuildArgs(
-            store=str(shop.config.store), topology="sharded", groups=groups, cpus_per_replica=0.1, max_k=max_k
+            store=str(shop.config.store),
+            topology="sharded",
+            groups=groups,
+            cpus_per_replica=0.1,
+            max_k=max_k,
+            probe_every=1,
         )
         # One replica a group: there is no other that could stand in.
         serve.run(build(args), name="again", route_prefix="/again")
@@ -45,6 +51,12 @@ def test_no_answer_is_missing_or_wrong_while_every_replica_is_replaced(client: C
             time.sleep(5)
             asking.wait_for(30)
         assert num_partial(asking, library) == 0
+        # The answers were compared with exact search in the groups meanwhile.
+        deadline = time.monotonic() + WAIT_S
+        while not (found := scrape("twotower_index_recall", "again", "Gateway")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert found == {(): 1.0}
 
         # With other groups: an answer may lack some for a moment, and none is wrong.
         with Asking(service) as asking:

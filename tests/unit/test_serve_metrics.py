@@ -259,7 +259,7 @@ def test_index_recall_of_answers(retriever: Retriever) -> None:
 
 def test_every_nth_answer_is_probed(retriever: Retriever) -> None:
     reported: list[float] = []
-    probe = Probe(3, reported.append, share=1.0, latest=2)
+    probe = Probe(3, Retriever.index_recall, reported.append, share=1.0, latest=2)
     queries = [Query(k=10, user_id=str(u)) for u in range(12)]
     for number, query in enumerate(queries, start=1):
         answer = retriever.retrieve(query)
@@ -283,7 +283,7 @@ def test_probes_never_hold_up_and_keep_no_generation(generation: Path, retriever
         reached.set()
         assert go.wait(20)
 
-    probe = Probe(1, report, share=1.0)
+    probe = Probe(1, Retriever.index_recall, report, share=1.0)
     query = Query(k=5, history=[HistoryItem("1001")])
     answer = retriever.retrieve(query)
     probe.offer(retriever, query, answer)
@@ -307,7 +307,7 @@ def test_probes_never_hold_up_and_keep_no_generation(generation: Path, retriever
 
 def test_a_probe_that_fails_is_not_the_last(retriever: Retriever) -> None:
     reported: list[float] = []
-    probe = Probe(1, reported.append, share=1.0)
+    probe = Probe(1, Retriever.index_recall, reported.append, share=1.0)
     answer = Answer(retriever.generation_id, [{"item_id": "no such item"}], "personal", {})
     probe.offer(retriever, Query(k=5, user_id="3"), answer)
     good = Query(k=5, user_id="3")
@@ -320,7 +320,7 @@ def test_a_probe_that_fails_is_not_the_last(retriever: Retriever) -> None:
 def test_probes_rest_as_their_share_asks(retriever: Retriever) -> None:
     """At a share of a core so small that the second probe would come in minutes, it does not come at once."""
     reported: list[float] = []
-    probe = Probe(1, reported.append, share=1e-7)
+    probe = Probe(1, Retriever.index_recall, reported.append, share=1e-7)
     query = Query(k=5, user_id="3")
     answer = retriever.retrieve(query)
     for _ in range(3):

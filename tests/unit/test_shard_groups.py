@@ -256,7 +256,7 @@ def test_the_time_of_a_group_is_that_of_each_query(shop: tuple[Config, Path]) ->
 
 def test_a_group_is_not_waited_for_longer_than_the_client_waits(shop: tuple[Config, Path]) -> None:
     service = slow_gateway(shop[1], 0.5, 30.0)
-    service.groups[0]._replicas[0]._call = caller(held_by(shop[1], 2)[0])
+    service.groups[0]._replicas[0].ask = caller(held_by(shop[1], 2)[0])
 
     async def run() -> None:
         begin = time.monotonic()
@@ -294,7 +294,7 @@ def test_a_slow_generation_is_probed_and_a_late_group_says_nothing_about_it(
     # All 32 vectors of a message together take several times the time of one.
     probed(slow_gateway(shop[1], 0.01, 0.1))
     late = slow_gateway(shop[1], 0.0, 0.1)
-    late.groups[1]._replicas[0]._call = Slow(held_by(shop[1], 2)[1], 10.0)
+    late.groups[1]._replicas[0].ask = Slow(held_by(shop[1], 2)[1], 10.0)
     with pytest.raises(TimeoutError) as caught:
         probed(late)
     assert may_pass(caught.value)

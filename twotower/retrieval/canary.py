@@ -9,13 +9,14 @@ Symbols: m items, D embedding_dim.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
-from twotower.retrieval.front import Front
+from twotower.retrieval.front import PAUSE_S, Front
 from twotower.retrieval.query import Answer, HistoryItem, Query, UnknownItemError
 
 FloatArray = npt.NDArray[np.float32]
@@ -41,6 +42,7 @@ def check_answers(front: Front, answer: Callable[[Query], Answer]) -> None:
         ArtefactError: an answer is none, or makes no sense.
     """
     for query in _queries(front):
+        time.sleep(PAUSE_S)
         what = "nobody" if query.history is None and query.user_id is None else "a history"
         what = "a known user" if query.user_id is not None else what
         try:

@@ -26,11 +26,17 @@ from twotower.data.dataset import ITEM_ROW
 from twotower.errors import NotAllowedError
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
+from twotower.index.recall import index_recalls
 from twotower.model.features import QueryFeatures, to_device
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
+
+PAUSE_S = 0.005
+"""Between questions to a generation before it answers: those to the one in use, beside it, have time."""
+TIES = 16
+"""Items behind the last of an exact search that are looked at for their scores."""
 
 _BLOCK_ROWS = 1 << 22
 _WARM_UP_QUERIES = 12
@@ -137,6 +143,7 @@ class Front:
             start = time.perf_counter()
             work(query)
             times.append(time.perf_counter() - start)
+            time.sleep(PAUSE_S)
         self._usual_ms = min(times) * 1e3
 
     @property
@@ -190,6 +197,21 @@ class Front:
         inputs = self._inputs.resolve_all(queries, now)
         searched = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
         return Encoded(queries, inputs, searched, self._vectors([inputs[i] for i in searched]))
+
+    def share_of(self, exact: Hits, item_ids: Sequence[str], k: int) -> float | None:
+        """Return the share of the k best items that an answer holds, in [0, 1].
+
+        Args:
+            exact: the best k + ``TIES`` items by exact search: those that tie with the last one are as good.
+            item_ids: what was answered.
+            k: of the query.
+
+        Returns:
+            None where nothing is allowed.
+        """
+        rows = self._item_ids.rows(item_ids)
+        shares = index_recalls([Hits(rows, np.zeros(len(rows), np.float32))], [exact], k)
+        return float(shares[0]) if len(shares) else None
 
     def row_of(self, item_id: str) -> int:
         """Return the row of an item that can be answered.

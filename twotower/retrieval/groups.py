@@ -12,7 +12,7 @@ Symbols: B queries, D embedding_dim, m items.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +61,21 @@ class ShardGroup:
         self.num_items = self._searcher.num_items
         """Items that it can answer."""
 
-    def search(self, vectors: npt.NDArray[np.float32], queries: Sequence[GroupQuery]) -> list[Hits]:
+    def search(
+        self, vectors: npt.NDArray[np.float32], queries: Sequence[GroupQuery], exact: bool = False
+    ) -> list[Hits]:
         """Return the best items of the group for each query.
 
         Args:
             vectors: [B, D] query embeddings.
             queries: B queries.
+            exact: score every item, which takes long.
 
         Raises:
             RequestError: a filter or a query is not allowed.
         """
-        return [self._search(vectors[i : i + 1], query) for i, query in enumerate(queries)]
+        search = self._searcher.search_exactly if exact else self._searcher.search
+        return [self._search(search, vectors[i : i + 1], query) for i, query in enumerate(queries)]
 
     def vector(self, item_row: int) -> npt.NDArray[np.float32] | None:
         """Return the vector of an item, [D] float32; None where another group has it."""
@@ -79,7 +83,9 @@ class ShardGroup:
             return None
         return np.asarray(self._searcher.vectors([item_row])[0])
 
-    def _search(self, vector: npt.NDArray[np.float32], query: GroupQuery) -> Hits:
+    def _search(
+        self, search: Callable[..., list[Hits]], vector: npt.NDArray[np.float32], query: GroupQuery
+    ) -> Hits:
         allowed = None
         if query.filter:
             allowed = self._attributes.allowed(query.filter)
@@ -87,7 +93,7 @@ class ShardGroup:
             listed = Allowed.of_rows(self._own(query.allowed_rows), self._attributes.num_rows)
             allowed = listed if allowed is None else allowed & listed
         # What other groups hold must not make this one look for more.
-        return self._searcher.search(vector, query.k, [self._own(query.excluded)], allowed=allowed)[0]
+        return search(vector, query.k, [self._own(query.excluded)], allowed=allowed)[0]
 
     def _own(self, item_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return item_rows[self._searcher.contains(item_rows)] if len(item_rows) else item_rows
@@ -100,16 +106,23 @@ def merge_groups(found: Sequence[Hits], k: int) -> Hits:
     return hits_of(best_keys(ranking_keys(scores, rows)[None, :], k))[0]
 
 
-def pack_search(generation_id: str, vectors: npt.NDArray[np.float32], queries: Sequence[GroupQuery]) -> bytes:
+def pack_search(
+    generation_id: str,
+    vectors: npt.NDArray[np.float32],
+    queries: Sequence[GroupQuery],
+    exact: bool = False,
+) -> bytes:
     """Return the message that asks a group for its best items.
 
     Args:
         generation_id: of the generation that encoded the queries.
         vectors: [B, D] float32.
         queries: B queries.
+        exact: ask for exact search.
     """
     head = {
         "generation": generation_id,
+        "exact": exact,
         "shape": vectors.shape,
         "queries": [
             (q.k, len(q.excluded), q.filter, None if q.allowed_rows is None else len(q.allowed_rows))
@@ -122,6 +135,11 @@ def pack_search(generation_id: str, vectors: npt.NDArray[np.float32], queries: S
         if query.allowed_rows is not None:
             arrays.append(np.ascontiguousarray(query.allowed_rows, _ROW))
     return _packed(head, arrays)
+
+
+def is_exact(message: bytes) -> bool:
+    """Return whether a message asks for exact search."""
+    return bool(_head(message)[0].get("exact"))
 
 
 def unpack_search(message: bytes) -> tuple[str, npt.NDArray[np.float32], list[GroupQuery]]:
@@ -201,7 +219,7 @@ def answer(message: bytes, held: Mapping[str, ShardGroup]) -> bytes:
     if "item_row" in head:
         return pack_vector(group.vector(head["item_row"]))
     generation_id, vectors, queries = unpack_search(message)
-    return pack_hits(generation_id, group.search(vectors, queries))
+    return pack_hits(generation_id, group.search(vectors, queries, head["exact"]))
 
 
 def _packed(head: dict[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> bytes:

@@ -21,16 +21,12 @@ from twotower.errors import ArtefactError, RequestError
 from twotower.index.allowed import Allowed
 from twotower.index.gpu import GpuUnit
 from twotower.index.hits import Hits
-from twotower.index.recall import index_recalls
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
-from twotower.retrieval.front import Front, allowed_items, timing
+from twotower.retrieval.front import TIES, Front, allowed_items, timing
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy
 
 __all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever"]
-
-_TIES = 16
-"""Items behind the last that are looked at for its score."""
 
 
 @dataclass(frozen=True)
@@ -198,13 +194,10 @@ class Retriever(Front):
         if not encoded.searched:
             return None
         excluded = [encoded.inputs[0].excluded]
-        # More than k, since items that tie with the last one are as good.
         exact = self._searcher.search_exactly(
-            encoded.vectors, query.k + _TIES, excluded, self._allowed_sets([query], None)[0]
+            encoded.vectors, query.k + TIES, excluded, self._allowed_sets([query], None)[0]
         )
-        rows = self._item_ids.rows(item_ids)
-        shares = index_recalls([Hits(rows, np.zeros(len(rows), np.float32))], exact, query.k)
-        return float(shares[0]) if len(shares) else None
+        return self.share_of(exact[0], item_ids, query.k)
 
     def _found(self, queries: Sequence[Query], among: Allowed | None) -> tuple[list[Found], float]:
         """Return what was found for each query, and the time when they were encoded."""
