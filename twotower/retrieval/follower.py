@@ -3,7 +3,7 @@
 A change is noticed by asking for the pointer every so often. The generation that it names then is brought
 here, every byte of it is verified, it is loaded beside the one in use and probed, and one call lets it
 answer. A generation that fails is refused and reported, and the one in use stays. All of this happens in one
-background thread of low priority; nothing else waits for it. A process that starts while the pointer names
+background thread; nothing else waits for it. A process that starts while the pointer names
 one that fails begins with the latest that it named before and that does not.
 
 How a generation is loaded is up to the caller, so that one process or many may hold it.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import sys
 import threading
@@ -32,7 +31,6 @@ from twotower.retrieval.memory import return_memory
 from twotower.retrieval.store import Store
 
 T = TypeVar("T")
-_NICE = 10
 _TURN_S = 0.0005
 _FIRST_RETRY_S, _LAST_RETRY_S = 5.0, 300.0
 _RELEASE_S, _RELEASE_POLL_S = 30.0, 0.02
@@ -177,12 +175,7 @@ class Follower(Generic[T]):
         return self._problem
 
     def _run(self, use: Callable[[T], None]) -> None:
-        if sys.platform == "linux":
-            # There, a thread has a priority of its own.
-            with contextlib.suppress(OSError):
-                thread = threading.get_native_id()
-                niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICE
-                os.setpriority(os.PRIO_PROCESS, thread, niceness)
+        # Of the usual priority: a thread of a low one that has the GIL and no CPU holds up those that answer.
         while not self._stop.wait(self._poll_s):
             name = self._named()
             if name == self.generation_id:
