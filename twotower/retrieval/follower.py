@@ -3,8 +3,8 @@
 A change is noticed by asking for the pointer every so often. The generation that it names then is brought
 here, every byte of it is verified, it is loaded beside the one in use and probed, and one call lets it
 answer. A generation that fails is refused and reported, and the one in use stays. All of this happens in one
-background thread; nothing else waits for it. A process that starts while the pointer names
-one that fails begins with the latest that it named before and that does not.
+background thread; nothing else waits for it. A process that starts while the pointer names one that fails
+begins with the latest that it named before and that does not.
 
 How a generation is loaded is up to the caller, so that one process or many may hold it.
 """
