@@ -234,7 +234,7 @@ class GatewayService(Service[Front]):
         assert self._loop is not None
         answers = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
         found = [unpack_hits(answer, front.generation_id)[0] for answer in answers]
-        return front.share_of(merge_groups(found, deeper.k), item_ids, query.k)
+        return front.index_recall_of(merge_groups(found, deeper.k), item_ids, query.k)
 
     async def _vector(self, front: Front, row: int, deadline: float = math.inf) -> npt.NDArray[np.float32]:
         """Return the vector of an item, [D].

@@ -198,8 +198,8 @@ class Front:
         searched = [i for i, each in enumerate(inputs) if each.strategy != "popular"]
         return Encoded(queries, inputs, searched, self._vectors([inputs[i] for i in searched]))
 
-    def share_of(self, exact: Hits, item_ids: Sequence[str], k: int) -> float | None:
-        """Return the share of the k best items that an answer holds, in [0, 1].
+    def index_recall_of(self, exact: Hits, item_ids: Sequence[str], k: int) -> float | None:
+        """Return the index recall of an answer: the share of the k best items that it holds, in [0, 1].
 
         Args:
             exact: the best k + ``TIES`` items by exact search: those that tie with the last one are as good.

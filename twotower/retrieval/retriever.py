@@ -197,7 +197,7 @@ class Retriever(Front):
         exact = self._searcher.search_exactly(
             encoded.vectors, query.k + TIES, excluded, self._allowed_sets([query], None)[0]
         )
-        return self.share_of(exact[0], item_ids, query.k)
+        return self.index_recall_of(exact[0], item_ids, query.k)
 
     def _found(self, queries: Sequence[Query], among: Allowed | None) -> tuple[list[Found], float]:
         """Return what was found for each query, and the time when they were encoded."""
