@@ -13,7 +13,7 @@ from serve import documentation as docs
 from serve.admission import INLINE_BODY_BYTES, Bodies, deadline_of
 from serve.demo import add_demo
 from serve.errors import add_error_handlers, json_response
-from serve.middleware import BearerToken, Failures, Measured, RequestIds
+from serve.middleware import BearerToken, Failures, Heads, Measured, RequestIds
 from serve.schemas import (
     BadRequest,
     BatchAnswer,
@@ -147,6 +147,7 @@ def make_api(
     add_error_handlers(api)
     docs.document(api, service.max_k, limits, token is not None)
     # The last that is added sees a request first.
+    api.add_middleware(Heads)
     if token is not None:
         api.add_middleware(BearerToken, token=token)
     api.add_middleware(Failures, log_messages=log_user_ids)

@@ -82,6 +82,27 @@ class RequestIds:
         await self.app(scope, receive, send_with_id)
 
 
+class Heads:
+    """Middleware that answers HEAD with the headers of GET, as RFC 9110 (9.1) asks: monitors send it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an application."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+
+
 class Failures:
     """Middleware that answers 500 where a route fails, and logs what failed without the request's values.
 

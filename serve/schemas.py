@@ -53,9 +53,13 @@ def error_body(
     code: str, message: str, allowed: str, details: list[dict[str, str]] | None = None
 ) -> dict[str, Any]:
     """Return the JSON of an error: what was wrong, what is allowed, and an entry for each thing wrong."""
-    # A message may repeat a value of the request, which may be as long as a body.
-    message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."
-    return {"error": {"code": code, "message": message, "allowed": allowed, "details": details or []}}
+    # What was wrong may repeat a value of the request, which may be as long as a body.
+    cut = [{key: _cut(text) for key, text in detail.items()} for detail in details or []]
+    return {"error": {"code": code, "message": _cut(message), "allowed": allowed, "details": cut}}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "..."
 
 
 _DESCRIBED = ConfigDict(use_attribute_docstrings=True)

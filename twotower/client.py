@@ -53,7 +53,8 @@ class Request(TypedDict, total=False):
     features: Mapping[str, Any]
     """Values of user feature columns; each replaces the stored value."""
     at: datetime | str | None
-    """Only what happened strictly before this moment counts; now when not given. Without a zone: UTC."""
+    """What of the user's history counts: what happened strictly before this moment; now when not given.
+    Without a zone: UTC. What has been seen, and what is popular, is as of the generation all the same."""
     exclude_seen: bool
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: Sequence[str | int]

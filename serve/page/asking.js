@@ -33,7 +33,13 @@ function signIn(refused) {
     $("token").value = "";
     $("access-form").onsubmit = (event) => {
       event.preventDefault();
-      sessionStorage.setItem(TOKEN, $("token").value.trim());
+      const token = $("token").value.trim();
+      // What no header can hold would make every question fail, and nobody would be asked again.
+      if (!/^[\x21-\x7e]+$/.test(token)) {
+        $("access-note").textContent = "A token has ASCII characters only, without blanks.";
+        return;
+      }
+      sessionStorage.setItem(TOKEN, token);
       signingIn = dialog.onclose = null;
       dialog.close();
       done();

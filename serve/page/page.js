@@ -163,6 +163,7 @@ async function ask(plainly = false) {
   if (empty) {
     clearAnswer(who() === "user" ? "Pick a user." : "Pick a few items.");
     $("history").hidden = true;
+    $("results").removeAttribute("aria-busy");
     if (plainly) $(who() === "user" ? "user" : "item").focus();
     return;
   }

@@ -263,6 +263,10 @@ def test_a_token_is_asked_for_and_kept_in_this_tab_only(browser: Browser, librar
             dialog.get_by_label("Bearer token").fill("wrong-token")
             page.keyboard.press("Enter")
             expect(dialog.get_by_text("That token was not accepted.")).to_be_visible()
+            # A quotation mark that came along with a copy.
+            dialog.get_by_label("Bearer token").fill("right-token\u201d")
+            page.keyboard.press("Enter")
+            expect(dialog.get_by_text("A token has ASCII characters only")).to_be_visible()
             dialog.get_by_label("Bearer token").fill("right-token")
             dialog.get_by_role("button", name="Continue").click()
             expect(page.locator("#items > li")).to_have_count(10)

@@ -131,6 +131,9 @@ def test_what_listens_where(guarded: Guarded) -> None:
     ray = (
         "gcs_server",
         "raylet/raylet",
+        # Their metrics, unless the only address of the node is loopback.
+        "dashboard/dashboard.py",
+        "autoscaler/_private/monitor.py",
         "DashboardAgent",
         "RuntimeEnvAgent",
         "ServeController",
@@ -189,6 +192,12 @@ RAW: list[tuple[str, bytes, int, str]] = [
         415,
         "unsupported_media_type",
     ),
+    (
+        "a time limit of Ray's own",
+        POST + LENGTH + b"X-Request-Timeout-Seconds: 0.000001\r\n\r\n" + BODY,
+        200,
+        "",
+    ),
     ("two tokens", POST + AUTHORIZED.encode() + LENGTH + b"\r\n" + BODY, 401, "unauthorized"),
     ("a deadline of 0", POST + LENGTH + b"X-Deadline-Ms: 0\r\n\r\n" + BODY, 422, "invalid_request"),
     ("a request id of bytes", GET + b"X-Request-ID: \xff\xfe\r\n\r\n", 400, "malformed_header"),
@@ -229,6 +238,20 @@ def test_what_comes_over_a_connection(guarded: Guarded, data: bytes, status: int
         assert error["code"] == code
         assert error["message"]
         assert error["allowed"]
+
+
+def test_head_is_answered_like_get_without_the_body(guarded: Guarded) -> None:
+    last = b"Connection: close\r\n\r\n"
+    for path, status in ((b"/healthz", 200), (b"/", 200), (b"/v1/retrieve", 405)):
+        get = GET.replace(b"/v1/generation", path)
+        # The connection is closed after the second answer: what comes is all of both.
+        with socket.create_connection(("127.0.0.1", guarded.port), timeout=20) as connection:
+            connection.sendall(b"HEAD" + get[3:] + b"\r\n" + get + last)
+            data = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        first, second, body = data.split(b"\r\n\r\n", 2)
+        for head in (first, second):
+            assert head.startswith(b"HTTP/1.1 %d " % status)
+            assert b"\r\ncontent-length: %d\r\n" % len(body) in head.lower() + b"\r\n"
 
 
 def test_slow_clients_hold_up_nobody(guarded: Guarded) -> None:

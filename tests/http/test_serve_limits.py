@@ -336,11 +336,13 @@ def test_values_that_can_not_be_shown(api: FastAPI, body: bytes) -> None:
     ids=range(9),
 )
 def test_answers_to_large_bad_requests_are_small(api: FastAPI, body: dict[str, Any]) -> None:
-    answer = asyncio.run(retrieve(api, parts=[json.dumps(body).encode()]))
-    assert answer.status == 422
-    assert len(answer.error["message"]) >= 1
-    assert len(answer.error["details"]) <= 20
-    assert len(answer.content) < 8_000
+    single = asyncio.run(retrieve(api, parts=[json.dumps(body).encode()]))
+    batch = json.dumps({"requests": [{"k": 1}, body]}).encode()
+    for answer in (single, asyncio.run(ask(api, "POST", "/v1/retrieve/batch", [batch]))):
+        assert answer.status == 422
+        assert len(answer.error["message"]) >= 1
+        assert len(answer.error["details"]) <= 20
+        assert len(answer.content) < 8_000
 
 
 def test_only_the_token_opens_what_is_not_open(service: Service) -> None:

@@ -108,6 +108,7 @@ def test_lists_and_numbers_as_categories() -> None:
         (YEAR, ["nineteen"], "'year' .string. can not be read as the numeric feature"),
         (CLIP, [[1.0, 2.0, 3.0]], "width \\[3\\], declared is dim 2"),
         (CLIP, [[float("nan"), 2.0]], "NaN"),
+        (CLIP, [[2.0, -1e25]], r"vectors hold -1e\+25; 1e\+15 is the largest"),
         (
             FittedFeature(spec=NumericFeature(name="year", transform="log1p")),
             [-1.0],

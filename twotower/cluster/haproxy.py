@@ -2,9 +2,9 @@
 
 Ray writes HAProxy's configuration itself and has settings for some of it only: its ports for metrics and
 statistics are on all interfaces, a client may take as long as it likes to send a request's head, and where
-no replica answers HAProxy says 500 in plain text. Ray does let an installation name the program
-that it starts (RAY_SERVE_HAPROXY_BINARY_PATH). That program is this module, which changes the file and then
-becomes the real HAProxy.
+no replica answers, or none in time, HAProxy says 500 in plain text. Ray does let an installation name the
+program that it starts (RAY_SERVE_HAPROXY_BINARY_PATH). That program is this module, which changes the file
+and then becomes the real HAProxy.
 
 ``python -m twotower.cluster.haproxy FILE`` writes an executable FILE that does so, for
 RAY_SERVE_HAPROXY_BINARY_PATH before ``ray start``. ``jobs.serve`` does it by itself.
@@ -23,6 +23,7 @@ from pathlib import Path
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LOG_VARIABLE = "RAY_SERVE_HAPROXY_LOG_TARGET"
 HEAD_TIMEOUT_S = 10
+_AWAY, _LATE = "unavailable.http", "late.http"
 
 
 def _error(code: str, message: str, allowed: str) -> str:
@@ -31,6 +32,11 @@ def _error(code: str, message: str, allowed: str) -> str:
 
 
 _UNAVAILABLE = _error("unavailable", "no replica of the service answers", "try again in a second")
+_TOO_LATE = _error(
+    "deadline_exceeded",
+    "the replica took longer than the proxy waits (RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S)",
+    "fewer requests at a time",
+)
 _NOT_ASCII = _error(
     "malformed_header", "a header holds bytes that are not ASCII", "headers of ASCII characters"
 )
@@ -40,6 +46,8 @@ _RULES = f"""
 if {{ req.hdrs -m reg [\\x80-\\xff] }}
     # Ray spends two tasks a request on noticing a client that has gone; here a deadline ends what waits.
     http-request set-header X-Request-Disconnect-Disabled ?1
+    # A time limit of Ray's own, which answers in plain text; the service's is X-Deadline-Ms.
+    http-request del-header X-Request-Timeout-Seconds
     http-request set-var(txn.twotower_id) req.fhdr(x-request-id),bytes(0,200)
     http-after-response set-header X-Request-ID %[var(txn.twotower_id)] \
 if {{ var(txn.twotower_id) -m found }} !{{ res.hdr(x-request-id) -m found }}
@@ -61,15 +69,15 @@ _SILENT = "    http-request set-log-level silent\n"
 # Serve counts requests by lines of this form where RAY_SERVE_HAPROXY_METRICS_ENABLED is 1: those stay.
 _COUNTED_LINE = " format rfc5424 "
 # Ray's own files for some statuses, all of which answer 500.
-_ERROR_FILE = r"(\n +errorfile 50[234]) [^\n]+"
+_ERROR_FILE = r"(\n +errorfile (50[234])) [^\n]+"
 
 
-def narrowed(configuration: str, unavailable: Path, log_requests: bool = False) -> str:
+def narrowed(configuration: str, errors: Path, log_requests: bool = False) -> str:
     """Return HAProxy's configuration with its side ports on loopback, a time limit and answers in JSON.
 
     Args:
         configuration: what Ray wrote; what was narrowed already comes back as it is.
-        unavailable: file of :func:`write_unavailable`.
+        errors: folder of :func:`write_errors`.
         log_requests: keep the line of the log of each request, which names its path.
 
     Raises:
@@ -85,19 +93,28 @@ def narrowed(configuration: str, unavailable: Path, log_requests: bool = False) 
         configuration = re.sub(_REQUEST_LINE, "\n", configuration)
         if _COUNTED_LINE not in configuration:
             configuration = re.sub(_FRONTEND, rf"\1{_SILENT}", configuration)
-    return re.sub(_ERROR_FILE, rf"\1 {unavailable}", configuration)
+    return re.sub(
+        _ERROR_FILE,
+        lambda found: f"{found[1]} {errors / (_LATE if found[2] == '504' else _AWAY)}",
+        configuration,
+    )
 
 
-def write_unavailable(path: Path) -> None:
-    """Write what HAProxy answers where no replica does, with status and headers."""
+def write_errors(folder: Path) -> None:
+    """Write what HAProxy answers where no replica does, or none in time, with status and headers."""
+    _write_error(folder / _AWAY, "503 Service Unavailable", _UNAVAILABLE, ["Retry-After: 1"])
+    _write_error(folder / _LATE, "504 Gateway Timeout", _TOO_LATE)
+
+
+def _write_error(path: Path, status: str, body: str, headers: Sequence[str] = ()) -> None:
     lines = [
-        "HTTP/1.1 503 Service Unavailable",
+        f"HTTP/1.1 {status}",
         "Content-Type: application/json",
-        f"Content-Length: {len(_UNAVAILABLE)}",
+        f"Content-Length: {len(body)}",
         "Cache-Control: no-cache",
-        "Retry-After: 1",
+        *headers,
     ]
-    path.write_bytes("\r\n".join([*lines, "", _UNAVAILABLE]).encode())
+    path.write_bytes("\r\n".join([*lines, "", body]).encode())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -107,9 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.pop(VARIABLE, None)
     haproxy = get_haproxy_binary()
     path = Path(arguments[arguments.index("-f") + 1])
-    unavailable = path.with_name("unavailable.http")
-    write_unavailable(unavailable)
-    path.write_text(narrowed(path.read_text(), unavailable, bool(os.environ.get(LOG_VARIABLE))))
+    write_errors(path.parent)
+    path.write_text(narrowed(path.read_text(), path.parent, bool(os.environ.get(LOG_VARIABLE))))
     os.execv(haproxy, [haproxy, *arguments])
 
 

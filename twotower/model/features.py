@@ -219,6 +219,8 @@ def _vector(spec: VectorFeature, column: pa.Array) -> npt.NDArray[np.float32]:
     out[valid] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, spec.dim)
     if not np.isfinite(out).all():
         raise ValueError("vectors hold NaN or infinity; repair the column")
+    if len(large := out[np.abs(out) > _MAX_SCALED]):
+        raise ValueError(f"vectors hold {large[0]:g}; {_MAX_SCALED:g} is the largest; repair the column")
     return out
 
 
