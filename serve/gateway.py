@@ -302,7 +302,7 @@ def _encoded(front: Front, queries: Sequence[Query]) -> tuple[float, Encoded, di
     for place, (query, each) in enumerate(zip(queries, encoded.inputs, strict=True)):
         if each.strategy == "popular":
             only = allowed_items(generation, query.filter, query.allow_items)
-            hits[place] = front.most_popular(each.excluded, query.k, only)
+            hits[place] = front.popularity.best(each.excluded, query.k, only)
     asked = [_group_query(front, queries[i], encoded.inputs[i].excluded) for i in encoded.searched]
     return start, encoded, hits, pack_search(front.generation_id, encoded.vectors, asked)
 

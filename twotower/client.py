@@ -2,7 +2,8 @@
 
 A call ends within ``timeout_s``, its tries and the waits between them included; every try tells the service
 how long the client still waits, so that it does no work for nobody. Every route only reads, so a call whose
-connection broke, or that the service was too busy for, is tried again while there is time.
+connection broke, or that the service was too busy for, is tried again while there is time. Only a server
+that sends the head of its answer in drops can hold a call longer: each read of it has the whole time.
 
 This module loads neither torch nor faiss nor ray.
 """

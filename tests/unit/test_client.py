@@ -2,146 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 
+from tests.scripted import GOOD, Server, busy, drop, good, scripted_server, send, then
 from twotower.client import Client, Item, ServiceError
 from twotower.errors import ConfigError
-
-GOOD = {
-    "generation": "g7",
-    "items": [
-        {"item_id": "5", "score": 0.5, "title": "Heat"},
-        {"item_id": "a/b", "score": 0.25, "title": None},
-    ],
-    "strategy": "personal",
-    "partial": True,
-    "missing_groups": ["1"],
-    "timing_ms": {"encode": 0.1, "search": 0.2, "total": 0.3},
-}
-BUSY = {"error": {"code": "overloaded", "message": "too busy", "allowed": "try again", "details": []}}
-
-
-@dataclass
-class Received:
-    """One request as the server saw it."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    peer: tuple[str, int]
-    at: float
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-Script = Callable[[BaseHTTPRequestHandler, int], None]
-
-
-@dataclass
-class Server:
-    """A server that answers as a script of (handler, number of the request) says."""
-
-    url: str
-    script: Script | None = None
-    received: list[Received] = field(default_factory=list)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_one_request(self) -> None:
-            # The client breaks connections on purpose.
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                super().handle_one_request()
-                return
-            self.close_connection = True
-
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            with lock:
-                number = len(state.received)
-                state.received.append(
-                    Received(self.command, self.path, headers, body, self.client_address, time.monotonic())
-                )
-            assert state.script is not None
-            state.script(self, number)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
-        http_server.daemon_threads = False
-        state = Server(f"http://127.0.0.1:{http_server.server_port}")
-        thread = threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield state
-        finally:
-            http_server.shutdown()
-            thread.join()
-
-
-def send(
-    handler: BaseHTTPRequestHandler, content: Any = GOOD, status: int = 200, length: int = 0, **headers: str
-) -> None:
-    """Send an answer; ``length`` is how many bytes more than there are its header promises."""
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body) + length))
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def then(*scripts: Script) -> Script:
-    """Answer each request by the next script, and the rest by the last."""
-    return lambda handler, number: scripts[min(number, len(scripts) - 1)](handler, number)
-
-
-def good(handler: BaseHTTPRequestHandler, number: int) -> None:
-    send(handler)
-
-
-def busy(handler: BaseHTTPRequestHandler, number: int) -> None:
-    send(handler, BUSY, 503)
-
-
-def drop(handler: BaseHTTPRequestHandler, number: int) -> None:
-    handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def cut(handler: BaseHTTPRequestHandler, number: int) -> None:
-    send(handler, length=10)
-    drop(handler, number)
+    with scripted_server() as server:
+        yield server
 
 
 def test_a_request_and_its_answer(server):
@@ -222,154 +103,6 @@ def test_threads_share_a_client(server):
         answers = list(pool.map(lambda name: client.retrieve(k=1, user_id=name).generation, names))
     assert answers == names
     assert len({request.peer for request in server.received}) <= 8
-
-
-def test_a_busy_service_is_asked_again_with_the_same_id(server):
-    server.script = then(busy, busy, good)
-    with Client(server.url) as client:
-        assert client.retrieve(k=2).generation == "g7"
-    assert len(server.received) == 3
-    assert len({request.headers["x-request-id"] for request in server.received}) == 1
-
-
-def test_a_service_that_stays_busy_is_left_alone(server):
-    server.script = busy
-    with Client(server.url, retries=2) as client, pytest.raises(ServiceError) as raised:
-        client.retrieve(k=2)
-    assert len(server.received) == 3
-    error = raised.value
-    assert (error.status, error.code, error.message, error.allowed) == (
-        503,
-        "overloaded",
-        "too busy",
-        "try again",
-    )
-    with Client(server.url, retries=0) as client, pytest.raises(ServiceError):
-        client.retrieve(k=2)
-    assert len(server.received) == 4
-
-
-def test_retry_after_is_waited_for(server):
-    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After="1"), good)
-    with Client(server.url, timeout_s=20) as client:
-        assert client.retrieve(k=2).generation == "g7"
-    first, second = server.received
-    assert second.at - first.at >= 1.0
-
-
-@pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_a_wait_longer_than_the_client_has_ends_the_call_at_once(server, kind):
-    value = (
-        "30" if kind == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    )
-    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After=value), good)
-    began = time.monotonic()
-    with Client(server.url, timeout_s=20) as client, pytest.raises(ServiceError, match="too busy"):
-        client.retrieve(k=2)
-    assert len(server.received) == 1
-    assert time.monotonic() - began < 20
-
-
-def test_nonsense_in_retry_after_changes_nothing(server):
-    server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After="soon"), good)
-    with Client(server.url) as client:
-        assert client.retrieve(k=2).generation == "g7"
-
-
-@pytest.mark.parametrize("script", [drop, cut], ids=["before the answer", "in the middle of it"])
-def test_a_broken_connection_is_tried_again(server, script):
-    server.script = then(good, script, script, good)
-    with Client(server.url) as client:
-        client.retrieve(k=2)
-        assert client.retrieve(k=2).generation == "g7"
-    assert len(server.received) == 4
-    server.script = script
-    with Client(server.url, retries=1) as client, pytest.raises(ServiceError) as raised:
-        client.retrieve(k=2)
-    assert (raised.value.code, raised.value.status) == ("no_connection", None)
-    assert len(server.received) == 6
-
-
-def test_nobody_listens():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with Client(url) as client:
-            assert client.ready() is False
-            with pytest.raises(
-                ServiceError, match=r"no_connection: the connection to http://127.0.0.1:\d+ failed"
-            ):
-                client.generation()
-
-
-def wait_for_the_client(handler: BaseHTTPRequestHandler) -> None:
-    """Wait until the client has closed the connection."""
-    handler.connection.settimeout(20)
-    with contextlib.suppress(ConnectionError):
-        assert handler.connection.recv(1) == b""
-    handler.close_connection = True
-
-
-def silent(handler: BaseHTTPRequestHandler, number: int) -> None:
-    wait_for_the_client(handler)
-
-
-def stuck(handler: BaseHTTPRequestHandler, number: int) -> None:
-    send(handler, length=10)
-    wait_for_the_client(handler)
-
-
-def dripping(handler: BaseHTTPRequestHandler, number: int) -> None:
-    send(handler, b"{", length=1_000_000)
-    with contextlib.suppress(ConnectionError):
-        for _ in range(2_000):
-            handler.wfile.write(b" ")
-            time.sleep(0.01)
-    handler.close_connection = True
-
-
-def flooding(handler: BaseHTTPRequestHandler, number: int) -> None:
-    block = b" " * 100_000
-    send(handler, b"{", length=10_000_000_000)
-    with contextlib.suppress(ConnectionError):
-        while True:
-            handler.wfile.write(block)
-    handler.close_connection = True
-
-
-@pytest.mark.parametrize("script", [silent, stuck, dripping, flooding])
-def test_a_slow_answer_ends_the_call_after_its_time_and_is_not_asked_for_again(server, script):
-    server.script = then(script, good)
-    began = time.monotonic()
-    with Client(server.url, timeout_s=0.2, retries=0) as client:
-        with pytest.raises(ServiceError) as raised:
-            client.retrieve(k=2)
-        assert (raised.value.code, raised.value.status) == ("timeout", None)
-        assert "no answer within 0.2 s" in str(raised.value)
-        assert time.monotonic() - began < 15
-        assert len(server.received) == 1
-        # The rest of the slow answer must not be read as the next one.
-        assert client.retrieve(k=2).generation == "g7"
-
-
-def test_the_service_is_told_how_long_the_client_waits(server):
-    def slowly_busy(handler: BaseHTTPRequestHandler, number: int) -> None:
-        time.sleep(0.1)
-        busy(handler, number)
-
-    server.script = then(slowly_busy, good)
-    with Client(server.url, timeout_s=20) as client:
-        client.retrieve(k=2)
-    first, second = (int(request.headers["x-deadline-ms"]) for request in server.received)
-    assert 15_000 < first <= 20_000
-    assert second <= first - 100
-
-
-def test_a_very_patient_client_says_no_more_than_the_service_takes(server):
-    server.script = good
-    with Client(server.url, timeout_s=3_600) as client:
-        client.retrieve(k=2)
-    assert server.received[0].headers["x-deadline-ms"] == "600000"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from twotower.data.histories import Histories
 from twotower.errors import ArtefactError, NotAllowedError
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, profile_values
-from twotower.retrieval.front import popularity_scores
+from twotower.retrieval.popularity import popularity_scores
 from twotower.retrieval.query import UnknownItemError
 from twotower.retrieval.retriever import HistoryItem, Query, Retriever
 

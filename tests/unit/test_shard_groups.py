@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import math
-import shutil
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pytest
 from serve.gateway import GatewayService, NoGroupError
 from serve.hedging import Replicas
 from serve.schemas import BadRequest
-from tests.following import point
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.unit.test_retriever_filters import FILTERS
 from tests.updates import copied, table_of
@@ -37,7 +34,6 @@ from twotower.retrieval.groups import (
     unpack_hits,
     unpack_search,
 )
-from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
 from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
@@ -355,140 +351,3 @@ def test_merging_orders_by_score_then_by_row() -> None:
     assert merged.item_rows.tolist() == [7, 2, 3]
     np.testing.assert_allclose(merged.scores, [0.9, 0.5, 0.5])
     assert merge_groups([], 3).item_rows.tolist() == []
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def wait_for(
-    holder: GroupHolder,
-    held: Collection[str],
-    refused: Collection[str] = (),
-    failed: Collection[str] = (),
-) -> None:
-    deadline = time.monotonic() + 20
-    wanted = set(held), set(refused), set(failed)
-    while (set(holder.held), set(holder.refused), set(holder.failed)) != wanted:
-        assert time.monotonic() < deadline, (holder.held, holder.refused, holder.failed)
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def store(shop: tuple[Config, Path], tmp_path: Path) -> Store:
-    """A store with three generations, of which the last has a damaged shard."""
-    store = Store(copied(shop[0], tmp_path).store)
-    for name in ("g2", "g3"):
-        path = store.root / "generations" / name
-        shutil.copytree(store.path("g1"), path)
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "id": name}))
-    for name in Generation.open(store.path("g3"), verify=False).shard_groups(2)[0]:
-        victim = store.path("g3") / "shards" / name / "index.faiss"
-        content = bytearray(victim.read_bytes())
-        content[-3] ^= 1
-        victim.write_bytes(content)
-    return store
-
-
-def test_a_holder_holds_what_gateways_need(store: Store) -> None:
-    clock = Clock()
-    holder = GroupHolder(store, 0, 2, clock=clock)
-    holder.load("g1")
-    assert set(holder.held) == {"g1"}
-    holder.need("a", ["g1", "g2"])
-    wait_for(holder, {"g1", "g2"})
-    holder.need("b", ["g1"])
-    assert set(holder.held) == {"g1", "g2"}
-    holder.need("a", ["g2"])
-    assert set(holder.held) == {"g1", "g2"}
-    clock.now = LEASE_S / 2
-    holder.need("a", ["g2"])
-    # Gateway b has not been heard of for too long.
-    clock.now = LEASE_S + 1
-    holder.need("a", ["g2"])
-    assert set(holder.held) == {"g2"}
-
-
-def test_a_holder_says_what_it_can_not_hold(store: Store) -> None:
-    holder = GroupHolder(store, 0, 2)
-    holder.load("g1")
-    holder.need("a", ["g1", "g3", "none"])
-    wait_for(holder, {"g1"}, {"g3", "none"})
-    assert "index.faiss is damaged" in holder.refused["g3"]
-    holder.need("a", ["g1", "g2"])
-    wait_for(holder, {"g1", "g2"})
-    # The other group's files are whole: only a group's own are read.
-    other = GroupHolder(store, 1, 2)
-    other.load("g3")
-    assert set(other.held) == {"g3"}
-
-
-class FailingStore(Store):
-    """A store whose disk may fail."""
-
-    error: Exception | None = None
-    fetched = 0
-
-    def fetch(self, generation_id: str) -> Path:
-        self.fetched += 1
-        if self.error is not None:
-            raise self.error
-        return super().fetch(generation_id)
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
-def test_a_holder_tries_again_what_could_not_be_read(store: Store, error: Exception) -> None:
-    clock = Clock()
-    disk = FailingStore(store.root)
-    holder = GroupHolder(disk, 0, 2, clock=clock)
-    disk.error = error
-    holder.need("a", ["g1", "g3"])
-    wait_for(holder, set(), failed={"g1", "g3"})
-    assert type(error).__name__ in holder.failed["g1"]
-    disk.error = None
-    # Not at once: whoever asks meanwhile is told.
-    clock.now = RETRY_S - 1
-    holder.need("a", ["g1", "g3"])
-    assert set(holder.failed) == {"g1", "g3"}
-    assert disk.fetched == 2
-    clock.now = RETRY_S
-    holder.need("a", ["g1", "g3"])
-    wait_for(holder, {"g1"}, {"g3"})
-    # What was damaged is not read again.
-    fetched = disk.fetched
-    clock.now = 3 * RETRY_S
-    holder.need("a", ["g1", "g3"])
-    assert set(holder.refused) == {"g3"}
-    assert disk.fetched == fetched
-
-
-def test_a_holder_begins_with_what_is_published(store: Store) -> None:
-    def began(pointer: str = "CURRENT") -> set[str]:
-        holder = GroupHolder(store, 0, 2)
-        holder.begin(pointer)
-        assert not holder.refused
-        return set(holder.held)
-
-    assert began("NOWHERE") == set()
-    for name in ("g1", "g2"):
-        store.publish(name, force=True)
-    assert began() == {"g2"}
-    # Damaged in this group.
-    point(store, "g3")
-    assert began() == {"g2"}
-
-
-def test_a_holder_forgets_a_failure_that_nobody_waits_for(store: Store) -> None:
-    disk = FailingStore(store.root)
-    holder = GroupHolder(disk, 0, 2, clock=Clock())
-    disk.error = OSError(errno.EIO, "Input/output error")
-    holder.need("a", ["g1"])
-    wait_for(holder, set(), failed={"g1"})
-    holder.need("a", [])
-    disk.error = None
-    holder.need("a", ["g1"])
-    wait_for(holder, {"g1"})

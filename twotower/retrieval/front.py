@@ -31,6 +31,7 @@ from twotower.model.features import QueryFeatures, to_device
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
+from twotower.retrieval.popularity import Popularity
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 
 PAUSE_S = 0.005
@@ -38,7 +39,6 @@ PAUSE_S = 0.005
 TIES = 16
 """Items behind the last of an exact search that are looked at for their scores."""
 
-_BLOCK_ROWS = 1 << 22
 _WARM_UP_QUERIES = 12
 # Up to so many of each, a query takes about as long as most do.
 _FEW_IDS = 200
@@ -79,10 +79,7 @@ class Front:
         self._item_ids = generation.item_ids
         self._items = generation.items
         self._answerable = generation.answerable_rows()
-        self._popularity = popularity_ranking(generation, self._answerable)
-        self._popularity_scores = popularity_scores(
-            self._popularity, generation.seen_item_rows, len(generation.user_ids), len(generation.item_ids)
-        )
+        self._popularity = Popularity(generation, self._answerable)
         self._inputs = make_inputs(generation)
         self._features = QueryFeatures(self._checkpoint.schema, generation.profiles)
         self._usual_ms = math.inf
@@ -102,6 +99,11 @@ class Front:
     def answerable(self) -> npt.NDArray[np.int64]:
         """Item rows that can be answered: ascending [num_items] int64."""
         return self._answerable
+
+    @property
+    def popularity(self) -> Popularity:
+        """What those get of whom nothing is known."""
+        return self._popularity
 
     def prepare_thread(self) -> None:
         """Set the number of torch threads; call it once in each thread that retrieves."""
@@ -295,27 +297,6 @@ class Front:
             )
         return vectors
 
-    def most_popular(self, excluded: npt.NDArray[np.int64], k: int, allowed: Allowed | None) -> Hits:
-        """Return the most popular items that are allowed and not excluded.
-
-        Args:
-            excluded: [e] int64 item rows.
-            k: K.
-            allowed: item rows that alone may be answered; all when not given.
-        """
-        # Of the first k + e at most e are excluded; a filter may look further down the ranking.
-        start, size = 0, k + len(excluded)
-        kept = np.zeros(0, np.int64)
-        while start < len(self._popularity) and len(kept) < k:
-            block = self._popularity[start : start + size]
-            inside = ~np.isin(block, excluded)
-            if allowed is not None:
-                inside &= allowed.contains(block)
-            kept = np.concatenate([kept, start + np.flatnonzero(inside)])
-            start, size = start + size, size * 4
-        kept = kept[:k]
-        return Hits(self._popularity[kept], self._popularity_scores[kept])
-
 
 def _few(features: Mapping[str, Any]) -> bool:
     """Return whether the values of features are few and short."""
@@ -365,27 +346,6 @@ def allowed_items(
     return functools.reduce(operator.and_, sets) if sets else None
 
 
-def popularity_scores(
-    ranking: npt.NDArray[np.int64], seen_item_rows: npt.NDArray[np.int32], num_users: int, num_items: int
-) -> npt.NDArray[np.float32]:
-    """Return the score of each place of the popularity ranking: the share of users who have had the item.
-
-    The ranking counts positive interactions, having had an item counts of every kind. Where the two
-    disagree, a score is lowered to that of the place before, so that scores fall along the ranking.
-
-    Args:
-        ranking: [n] int64 item rows, the most popular first.
-        seen_item_rows: [m] int32, each user's seen items one after the other; may be memory-mapped.
-        num_users: number of users.
-        num_items: items of the vocabulary.
-    """
-    counts = np.zeros(num_items, np.int64)
-    for start in range(0, len(seen_item_rows), _BLOCK_ROWS):
-        counts += np.bincount(seen_item_rows[start : start + _BLOCK_ROWS], minlength=num_items)
-    shares = counts[ranking] / max(num_users, 1)
-    return np.minimum.accumulate(shares).astype(np.float32)
-
-
 def timing(start: float, encoded: float, searched: float) -> dict[str, float]:
     """Return the milliseconds of each stage, given when it began and what each ended at, until now."""
     end = time.perf_counter()
@@ -394,18 +354,3 @@ def timing(start: float, encoded: float, searched: float) -> dict[str, float]:
         "search": (searched - encoded) * 1e3,
         "total": (end - start) * 1e3,
     }
-
-
-def popularity_ranking(generation: Generation, answerable: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the item rows that can be answered, the most popular first, those of updates last.
-
-    Args:
-        generation: of the ranking.
-        answerable: its ``answerable_rows``.
-    """
-    built = np.array(generation.popularity, dtype=np.int64)
-    ranked = np.zeros(len(generation.item_ids), np.bool_)
-    ranked[built] = True
-    alive = np.zeros(len(ranked), np.bool_)
-    alive[answerable] = True
-    return np.concatenate([built[alive[built]], np.flatnonzero(alive & ~ranked)])

@@ -206,7 +206,7 @@ class Retriever(Front):
         allowed = self._allowed_sets(queries, among)
         inputs = encoded.inputs
         hits = [
-            self.most_popular(each.excluded, query.k, only) if each.strategy == "popular" else None
+            self.popularity.best(each.excluded, query.k, only) if each.strategy == "popular" else None
             for each, query, only in zip(inputs, queries, allowed, strict=True)
         ]
         groups: dict[tuple[int, int], list[int]] = {}
