@@ -5,7 +5,8 @@ answered goes past its handles, which take several times as long as the message 
 with a secret that only Serve hands out. Then each frame is its length and the number of its call (uint32
 each, little endian) and the message. A call that nobody waits for any more is taken back, so that a replica
 does not work on what is late. A connection that breaks fails all its calls at once, so that a killed replica
-is noticed within the time of one message.
+is noticed within the time of one message. One that falls silent, as that of a stopped process or of a network
+that drops packets does, is noticed by beats, which the listening end sends back.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ _HEAD = struct.Struct("<II")
 _SECRET_BYTES = 32
 _NONE = 0xFFFF_FFFF
 """Instead of a length: the call failed; from who called: it is taken back."""
+_BEAT = 0xFFFF_FFFE
+"""Instead of a length: a beat, which says that somebody is there."""
+_BEAT_S = 1.0
+_MOST_UNANSWERED = 3
+"""Beats without a word back, after which the calling end gives a connection up."""
+_SILENCE_S = 30.0
+"""How long the listening end waits for a word of a caller, who sends beats."""
 _CONNECT_TIMEOUT_S = 2.0
 _SECRET_TIMEOUT_S = 10.0
 
@@ -137,8 +145,8 @@ class _Frames(asyncio.Protocol):
         at = 0
         while len(self._buffer) - at >= _HEAD.size:
             length, number = _HEAD.unpack_from(self._buffer, at)
-            none = length == _NONE
-            length = 0 if none else length
+            word = length
+            length = 0 if word in (_NONE, _BEAT) else length
             if length > MAX_MESSAGE_BYTES:
                 logger.error(
                     "a frame of %d bytes was refused; at most %d are taken", length, MAX_MESSAGE_BYTES
@@ -148,7 +156,10 @@ class _Frames(asyncio.Protocol):
             end = at + _HEAD.size + length
             if len(self._buffer) < end:
                 break
-            self.received(number, None if none else bytes(self._buffer[at + _HEAD.size : end]))
+            if word == _BEAT:
+                self.beat()
+            else:
+                self.received(number, None if word == _NONE else bytes(self._buffer[at + _HEAD.size : end]))
             at = end
         del self._buffer[:at]
 
@@ -156,17 +167,32 @@ class _Frames(asyncio.Protocol):
         """Take a message; None means that the call failed, or is taken back."""
         raise NotImplementedError
 
+    def beat(self) -> None:
+        """Take a beat."""
+
     def send(self, number: int, message: bytes | None) -> None:
         """Send a message; None means that the call failed, or is taken back."""
+        length = _NONE if message is None else len(message)
+        self._write(_HEAD.pack(length, number) + (message or b""))
+
+    def send_beat(self) -> None:
+        self._write(_HEAD.pack(_BEAT, 0))
+
+    def _write(self, data: bytes) -> None:
         if self.closed or self._transport is None:
             raise ConnectionResetError("the connection has ended")
-        length = _NONE if message is None else len(message)
-        self._transport.write(_HEAD.pack(length, number) + (message or b""))
+        self._transport.write(data)
 
     def close(self) -> None:
         self.closed = True
         if self._transport is not None:
             self._transport.close()
+
+    def abort(self) -> None:
+        """End the connection without waiting for what is still to be sent."""
+        self.closed = True
+        if self._transport is not None:
+            self._transport.abort()
 
 
 class _ClientSide(_Frames):
@@ -177,14 +203,32 @@ class _ClientSide(_Frames):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert self._transport is not None
-        self._transport.write(self._secret)
+        self._write(self._secret)
+        self._unanswered = 0
+        self._next_beat = asyncio.get_running_loop().call_later(_BEAT_S, self._ask)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self._next_beat.cancel()
         for future in self.waiting.values():
             if not future.done():
                 future.set_exception(ConnectionResetError("the connection has ended"))
+
+    def data_received(self, data: bytes) -> None:
+        self._unanswered = 0
+        super().data_received(data)
+
+    def _ask(self) -> None:
+        """Send a beat, or end the connection where nothing has come back for too long."""
+        if self.closed:
+            return
+        if self._unanswered >= _MOST_UNANSWERED:
+            logger.warning("a replica of a shard group has fallen silent: its connection is given up")
+            self.abort()
+            return
+        self._unanswered += 1
+        self.send_beat()
+        self._next_beat = asyncio.get_running_loop().call_later(_BEAT_S, self._ask)
 
     def received(self, number: int, message: bytes | None) -> None:
         future = self.waiting.get(number)
@@ -204,6 +248,7 @@ class _ServerSide(_Frames):
         self._secret = secret
         self._log_messages = log_messages
         self._greeted = False
+        self._heard = False
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -225,10 +270,27 @@ class _ServerSide(_Frames):
                 self.close()
                 return
             self._greeted = True
-            self._patience.cancel()
+            self._expect()
             data = bytes(self._buffer[_SECRET_BYTES:])
             self._buffer.clear()
+        self._heard = True
         super().data_received(data)
+
+    def _expect(self) -> None:
+        """End the connection if nothing comes in a while."""
+        self._patience.cancel()
+        self._heard = False
+        self._patience = asyncio.get_running_loop().call_later(_SILENCE_S, self._look)
+
+    def _look(self) -> None:
+        if self._heard:
+            self._expect()
+        else:
+            self.abort()
+
+    def beat(self) -> None:
+        if not self.closed:
+            self.send_beat()
 
     def received(self, number: int, message: bytes | None) -> None:
         if message is None:

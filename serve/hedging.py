@@ -2,7 +2,8 @@
 
 A call goes to one replica. If it fails, another is asked at once; if it takes longer than nineteen in twenty
 calls do, another is asked too and the first answer counts (a hedged request, Dean and Barroso, "The tail at
-scale", 2013). A replica that failed is left alone for a while.
+scale", 2013). A replica that failed is left alone for a while, and so is one that says nothing at all while
+others are asked in its place again and again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _QUANTILE = 0.95
 _BURST = 20.0
 """Hedges that may come at once after a quiet time."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 1.0
+_SILENT_CALLS = 2
+"""Calls in a row that a replica has been outrun at without a word before it is left alone."""
 
 
 class GroupUnavailableError(Exception):
@@ -83,12 +86,12 @@ class Replicas:
         self.counts.calls += 1
         self._credit = min(self._credit + self._share, _BURST)
         waiting = self._order(began)
-        running: dict[asyncio.Future[bytes], _Replica] = {}
+        running: dict[asyncio.Future[bytes], tuple[_Replica, float]] = {}
         hedge_at = began + self._delay_s * num_queries
 
         def ask_next() -> None:
             replica = waiting.pop(0)
-            running[replica.start(message)] = replica
+            running[replica.start(message)] = replica, now()
 
         try:
             while waiting or running:
@@ -100,12 +103,15 @@ class Replicas:
                     running, timeout=max(until - now(), 0), return_when=asyncio.FIRST_COMPLETED
                 )
                 for future in done:
-                    replica = running.pop(future)
+                    replica, asked = running.pop(future)
                     answer = replica.finish(future, now())
                     if answer:
                         # The time of one query is what decides: a few batches must not raise it for all.
                         if num_queries == 1:
                             self._note(now() - began)
+                        for other, since in running.values():
+                            if since < asked and other.answered_at < since:
+                                other.outrun(now())
                         return answer
                     self.counts.retries += bool(waiting and not running)
                 if done:
@@ -116,11 +122,11 @@ class Replicas:
                     self._credit -= 1
                     self.counts.hedges += 1
                     ask_next()
-            for replica in running.values():
+            for replica, _ in running.values():
                 if blame and replica.answered_at < began:
                     replica.failed(now())
         finally:
-            for future, replica in running.items():
+            for future, (replica, _) in running.items():
                 replica.drop(future)
         self.counts.failures += 1
         raise GroupUnavailableError(self.name)
@@ -163,6 +169,7 @@ class _Replica:
     def __init__(self, call: Call) -> None:
         self.ask = call
         self._failures = 0
+        self._outrun = 0
         self.num_running = 0
         self.paused_until = 0.0
         self.answered_at = 0.0
@@ -179,6 +186,7 @@ class _Replica:
             self.failed(now)
             return b""
         self._failures = 0
+        self._outrun = 0
         self.paused_until = 0.0
         self.answered_at = now
         return b"" if error is not None else future.result()
@@ -191,6 +199,12 @@ class _Replica:
         elif not future.cancelled():
             # Asked for, so that asyncio does not report it as one that nobody looked at.
             future.exception()
+
+    def outrun(self, now: float) -> None:
+        """Note that one that was asked later answered first, and that this one has said nothing meanwhile."""
+        self._outrun += 1
+        if self._outrun >= _SILENT_CALLS:
+            self.failed(now)
 
     def failed(self, now: float) -> None:
         """Leave the replica alone for a while, longer each time."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,20 +91,27 @@ class GroupLinks:
         """Note which generations are needed; replicas are told within a second, and free all others."""
         self._needed = frozenset(generation_ids)
 
-    async def hold(self, generation_ids: Collection[str], timeout_s: float, away_s: float = math.inf) -> None:
-        """Have every replica of every group hold generations, and free all others.
+    async def hold(
+        self,
+        generation_id: str,
+        timeout_s: float,
+        away_s: float = math.inf,
+        keep: Collection[str] = (),
+    ) -> None:
+        """Have every replica of every group hold a generation, and free all but that and those to be kept.
 
         Args:
-            generation_ids: of the generations.
+            generation_id: of the generation.
             timeout_s: seconds.
             away_s: seconds for which replicas may not answer after the latest of the others began to.
+            keep: ids of generations that are needed too; a replica that can not hold them is no hindrance.
 
         Raises:
-            ArtefactError: a replica can not hold one, with the reason.
-            TimeoutError: a replica is away, or does not hold all of them in time.
-            OSError: a replica could not load one now, with the reason, and no other is still loading.
+            ArtefactError: a replica can not hold it, with the reason.
+            TimeoutError: a replica is away, or does not hold it in time.
+            OSError: a replica could not load it now, with the reason, and no other is still loading.
         """
-        self.need(generation_ids)
+        self.need({*keep, generation_id})
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         num_links = sum(map(len, self._links))
@@ -112,7 +119,7 @@ class GroupLinks:
         num_away, waits_until = num_links, math.inf
         say_at = loop.time() + _PATIENCE_S
         while True:
-            holds, now_away = await self._refresh()
+            holds, now_away = await self._refresh(generation_id)
             if holds:
                 return
             if now_away < num_away or not now_away:
@@ -122,12 +129,12 @@ class GroupLinks:
                 say_at = math.inf
                 logger.warning(
                     "%s: waiting for every replica to hold it; of %d replicas %d do not answer",
-                    ", ".join(sorted(generation_ids)),
+                    generation_id,
                     num_links,
                     num_away,
                 )
             if loop.time() >= min(deadline, waits_until):
-                raise TimeoutError(f"not every replica holds {', '.join(sorted(generation_ids))}")
+                raise TimeoutError(f"not every replica holds {generation_id}")
             await asyncio.sleep(_STARTING_PERIOD_S)
 
     async def watch(self) -> None:
@@ -145,7 +152,8 @@ class GroupLinks:
             holding = await link.refresh()
             if holding is None:
                 continue
-            reasons = self._reasons([{**holding.failed, **holding.refused}])
+            why = {**holding.failed, **holding.refused}
+            reasons = "; ".join(why[i] for i in sorted(why.keys() & self._needed))
             if reasons and reasons != said:
                 logger.error("a replica of %s does not hold what is needed: %s", group, reasons)
             said = reasons
@@ -154,30 +162,26 @@ class GroupLinks:
         """Return what replicas are told: who asks, and which generations it needs now."""
         return self._name, sorted(self._needed)
 
-    async def _refresh(self) -> tuple[bool, int]:
-        """Ask every replica once; return whether each holds all that is needed, and how many are away.
+    async def _refresh(self, generation_id: str) -> tuple[bool, int]:
+        """Ask every replica once; return whether each holds a generation, and how many are away.
 
         Raises:
-            ArtefactError: a replica can not hold something.
-            OSError: a replica could not load something, and there is nothing else to wait for.
+            ArtefactError: a replica can not hold it.
+            OSError: a replica could not load it, and there is nothing else to wait for.
         """
         links = [link for links in self._links for link in links]
         holdings = await asyncio.gather(*(link.refresh() for link in links))
         there = [holding for holding in holdings if holding is not None]
         num_away = len(links) - len(there)
-        if refused := self._reasons(holding.refused for holding in there):
-            raise ArtefactError(refused)
-        ended = all(self._needed <= {*holding.held, *holding.failed} for holding in there)
-        failed = self._reasons(holding.failed for holding in there)
-        if num_away or not ended:
+        if refused := [h.refused[generation_id] for h in there if generation_id in h.refused]:
+            raise ArtefactError("; ".join(refused))
+        failed = [h.failed[generation_id] for h in there if generation_id in h.failed]
+        num_held = sum(generation_id in h.held for h in there)
+        if num_away or num_held + len(failed) < len(links):
             return False, num_away
         if failed:
-            raise OSError(failed)
+            raise OSError("; ".join(failed))
         return True, 0
-
-    def _reasons(self, by_id: Iterable[dict[str, str]]) -> str:
-        """Return why something that is needed is not held."""
-        return "; ".join(reason for each in by_id for i, reason in sorted(each.items()) if i in self._needed)
 
 
 class _Link:

@@ -119,7 +119,7 @@ class Gateway:
         used = self._used()
         try:
             away_s = math.inf if used else _START_AWAY_S
-            self._wait(self._links.hold({*used, generation.id}, _LOAD_TIMEOUT_S, away_s))
+            self._wait(self._links.hold(generation.id, _LOAD_TIMEOUT_S, away_s, keep=used))
             self._service.probe(front, self._wait)
         except BaseException as error:
             if isinstance(error, OSError) and not used:

@@ -28,6 +28,10 @@ class ArtefactError(TwotowerError):
     """A dataset, checkpoint or generation is missing, incomplete, damaged or of another format."""
 
 
+class UnreachableError(ArtefactError):
+    """A store does not answer now, or refuses to; what it holds is not known."""
+
+
 class ArtefactMismatchError(ArtefactError):
     """Two artefacts that do not belong together were combined; both fingerprints are named."""
 
@@ -68,7 +72,7 @@ def may_pass(error: BaseException) -> bool:
     It may not where something was read and found wrong. It may where the system could not read what is there
     (a disk, a network, the number of open files), and after anything that nobody foresaw.
     """
-    if not isinstance(error, TwotowerError):
+    if not isinstance(error, TwotowerError) or isinstance(error, UnreachableError):
         return True
     # ``raise ... from None`` hides the context from people, and keeps it. Arrow's own errors have no number.
     cause = error.__context__

@@ -19,7 +19,7 @@ from tests.asking import Asking, num_partial
 from tests.following import damage, point
 from tests.generations import edit_manifest
 from tests.http.test_serve_answers import QUERIES
-from tests.http.test_serve_stop import Command, command_line
+from tests.http.test_serve_stop import Command, command_line, connected, listening
 from tests.service import Client, Shop
 from tests.updates import copied, table_of
 from twotower.cluster.processes import Process, descendants, free_port
@@ -242,3 +242,58 @@ def test_what_was_killed_is_back_while_what_is_published_is_damaged(
             asking.wait_for(30)
         assert num_partial(asking, library) == 0
         assert {a["generation"] for _, _, a in asking.answers} == {name}
+
+
+def test_a_stopped_replica_is_given_up_and_taken_back(
+    service: tuple[Client, Command], library: Retriever
+) -> None:
+    """A process that is there and says nothing, as on a network that drops packets."""
+    client, command = service
+    stopped = all_replicas(command, 0)[0]
+
+    def num_connections() -> int:
+        """Return how many connections to the stopped replica the gateway has."""
+        (gateway,) = processes(command, ":Gateway")
+        return len(connected({gateway}) & listening({stopped}))
+
+    with Asking(client) as asking:
+        asking.wait_for(50)
+        assert num_connections() == 1
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + RECOVERY_S
+            while num_connections():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            asking.wait_for(150)
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
+        while not num_connections():
+            assert time.monotonic() < deadline + RECOVERY_S
+            time.sleep(0.1)
+        asking.wait_for(50)
+    # Nobody waited for it as long as a group may take, so that no answer lacks the group.
+    assert num_partial(asking, library) == 0
+    assert stopped.alive
+
+
+def test_what_is_published_is_taken_where_a_prune_removed_what_answers(
+    service: tuple[Client, Command], library: Retriever
+) -> None:
+    """A group that was started again can not hold what answers any more, and needs only the next."""
+    client, command = service
+    store = store_of(command)
+    shutil.copytree(store.path("g1"), store.path("next"))
+    edit_manifest(store.path("next"), id="next")
+    with Asking(client) as asking:
+        asking.wait_for(30)
+        store.path("g1").rename(store.root / "gone")
+        for process in all_replicas(command, 1):
+            os.kill(process.pid, signal.SIGKILL)
+        store.publish("next", force=True)
+        wait_until(client, lambda s: s["held"] == ["next"])
+        assert client.get("/readyz").json["refused"] is None
+        seen = len(asking.answers)
+        asking.wait_for(60)
+    assert num_partial(asking, library) > 0
+    assert {(a["generation"], a["partial"]) for _, _, a in asking.answers[seen + 3 :]} == {("next", False)}

@@ -105,6 +105,15 @@ def config_path(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def listening(processes: set[Process]) -> set[tuple[str, int]]:
     """Return the TCP addresses that processes listen on, as (hexadecimal address, port)."""
+    return _sockets(processes, "0A", 1)
+
+
+def connected(processes: set[Process]) -> set[tuple[str, int]]:
+    """Return the TCP addresses that processes are connected to."""
+    return _sockets(processes, "01", 2)
+
+
+def _sockets(processes: set[Process], state: str, column: int) -> set[tuple[str, int]]:
     inodes = set()
     for process in processes:
         folder = f"/proc/{process.pid}/fd"
@@ -117,8 +126,8 @@ def listening(processes: set[Process]) -> set[tuple[str, int]]:
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, port = fields[1].split(":")
+            if fields[3] == state and fields[9] in inodes:
+                address, port = fields[column].split(":")
                 found.add((address, int(port, 16)))
     return found
 

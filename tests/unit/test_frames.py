@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -196,11 +198,34 @@ def test_who_says_nothing_is_not_listened_to_for_long(monkeypatch: pytest.Monkey
             writer.write(address.secret[:-1])
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
-            # Who said the secret may be silent for as long as it likes.
+            # Who said the secret has more time.
             assert await known.call(b"y") == b"y"
             known.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_a_connection_without_calls_stays_and_one_without_beats_does_not(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames, "_SILENCE_S", 0.4)
+    monkeypatch.setattr(frames, "_BEAT_S", 0.1)
+
+    async def main() -> None:
+        server, address = await serve_frames(echo, "127.0.0.1")
+        async with server:
+            idle = await Connection.connect(address)
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(address.secret)
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+            writer.close()
+            await asyncio.sleep(1)
+            assert not idle.closed
+            assert await idle.call(b"x") == b"x"
+            idle.close()
+
+    run(main())
 
 
 def test_nothing_listens() -> None:
@@ -230,27 +255,42 @@ SERVER = """
 """
 
 
-def test_a_killed_server_fails_the_calls_that_wait() -> None:
+@contextlib.contextmanager
+def silent_server() -> Iterator[tuple[subprocess.Popen[str], Address]]:
+    """Listen in a process of its own, and answer nothing."""
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SERVER)], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout is not None
             port, secret = process.stdout.readline().split()
-            address = Address("127.0.0.1", int(port), bytes.fromhex(secret))
-
-            async def main() -> None:
-                connection = await Connection.connect(address)
-                calls = [asyncio.ensure_future(connection.call(b"x")) for _ in range(3)]
-                await asyncio.sleep(0.1)
-                assert not any(c.done() for c in calls)
-                process.send_signal(signal.SIGKILL)
-                answers = await asyncio.gather(*calls, return_exceptions=True)
-                assert all(isinstance(a, ConnectionError) for a in answers)
-                assert connection.closed
-                with pytest.raises(ConnectionError):
-                    await connection.call(b"y")
-
-            asyncio.run(main())
+            yield process, Address("127.0.0.1", int(port), bytes.fromhex(secret))
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("run", RUNNERS)
+def test_a_killed_or_stopped_server_fails_the_calls_that_wait(
+    run, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames, "_BEAT_S", 0.2)
+    with silent_server() as (process, address):
+
+        async def main() -> None:
+            connection = await Connection.connect(address)
+            calls = [asyncio.ensure_future(connection.call(b"x")) for _ in range(3)]
+            # Longer than a server that is well may say nothing.
+            await asyncio.sleep(1.2)
+            assert not any(c.done() for c in calls)
+            process.send_signal(number)
+            # More than the system's buffers hold: not all of it can be sent.
+            calls += [asyncio.ensure_future(connection.call(bytes(16 << 20))) for _ in range(2)]
+            async with asyncio.timeout(20):
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(a, ConnectionError) for a in answers)
+            assert connection.closed
+            with pytest.raises(ConnectionError):
+                await connection.call(b"y")
+
+        run(main())

@@ -98,6 +98,43 @@ def test_a_slow_call_is_hedged_and_given_up() -> None:
     assert a.given_up >= 1
 
 
+def test_a_replica_that_says_nothing_is_left_alone_before_hedges_run_out() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def main() -> Replicas:
+        group = Replicas("g", [a, b])
+        await warm(group, 400)
+        before, asked = group.counts.hedges, a.asked
+        a.behave = a.never
+        for _ in range(300):
+            assert await group.call(b"x", LONG_S) == b"b"
+        # Two, and one more after each pause.
+        assert 2 <= a.asked - asked <= 4
+        assert group.counts.hedges - before == a.asked - asked
+        a.behave = a.at_once
+        await asyncio.sleep(1.1)
+        assert {await group.call(b"x", LONG_S) for _ in range(4)} == {b"a", b"b"}
+        return group
+
+    assert asyncio.run(main()).counts.failures == 0
+
+
+def test_a_replica_that_is_late_now_and_then_is_not_left_alone() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def main() -> None:
+        group = Replicas("g", [a, b], hedge_share=1)
+        await warm(group)
+        for _ in range(10):
+            a.behave = a.never
+            assert {await group.call(b"x", LONG_S) for _ in range(2)} == {b"b"}
+            a.behave = a.at_once
+            # It is asked in its turn.
+            assert {await group.call(b"x", LONG_S) for _ in range(2)} == {b"a", b"b"}
+
+    asyncio.run(main())
+
+
 def test_hedges_stay_within_their_share() -> None:
     a, b = Fake("a"), Fake("b")
 

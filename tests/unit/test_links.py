@@ -64,7 +64,7 @@ def run(replicas: list[Replica], work: Callable[[GroupLinks], Awaitable[None]]) 
 
 
 def hold(links: GroupLinks) -> Awaitable[None]:
-    return links.hold({"g1"}, TIMEOUT_S)
+    return links.hold("g1", TIMEOUT_S)
 
 
 def test_holding_waits_for_every_replica() -> None:
@@ -75,7 +75,7 @@ def test_holding_waits_for_every_replica() -> None:
 
 def test_who_is_away_is_not_waited_for_as_long_as_who_is_loading() -> None:
     def started(links: GroupLinks) -> Awaitable[None]:
-        return links.hold({"g1"}, TIMEOUT_S, away_s=0.25)
+        return links.hold("g1", TIMEOUT_S, away_s=0.25)
 
     # In steps of a tenth of a second: three times what a replica may be away.
     run([Replica(HOLDS), Replica(None, *[LOADING] * 8, HOLDS)], started)
@@ -109,6 +109,18 @@ def test_what_is_refused_is_refused_at_once() -> None:
     # Also beside a failure that may pass.
     with pytest.raises(ArtefactError, match="it is damaged"):
         run([Replica(FAILED), Replica(REFUSED)], hold)
+
+
+@pytest.mark.parametrize("why", ["refused", "failed"])
+def test_what_answers_now_is_no_hindrance_where_it_can_not_be_held_any_more(why: str) -> None:
+    """A replica that was started again finds that a prune has removed it: the next one is all it needs."""
+    back = Replica({why: {"g0": "it is gone"}}, {"held": {"g1": ""}, why: {"g0": "it is gone"}})
+    run(
+        [Replica({"held": {"g0": "", "g1": ""}}), back],
+        lambda links: links.hold("g1", TIMEOUT_S, keep=["g0"]),
+    )
+    assert back.needed[-1] == ["g0", "g1"]
+    assert len(back.says) == 1
 
 
 def test_a_failure_is_told_when_nothing_else_is_loading() -> None:
@@ -148,12 +160,12 @@ def test_a_successor_is_called_once_it_holds_what_is_needed_and_nobody_is_cut_of
 
         links = GroupLinks([[ask]])
         (link,) = links._links[0]
-        await links.hold({"g1"}, TIMEOUT_S)
+        await links.hold("g1", TIMEOUT_S)
         before = link._connection
         slow = asyncio.ensure_future(link.call(b"slow"))
         # Serve has started another, which answers what is asked in turn with the first.
         now = Holding(second[1], [], {}, {})
-        await links._refresh()
+        await links._refresh("g1")
         assert await link.call(b"x") == b"old"
         now = Holding(second[1], ["g1"], {}, {})
         # Two that ask at the same time connect once.
@@ -166,7 +178,7 @@ def test_a_successor_is_called_once_it_holds_what_is_needed_and_nobody_is_cut_of
             return await connect(address)
 
         monkeypatch.setattr(Connection, "connect", counted)
-        await asyncio.gather(links._refresh(), links._refresh())
+        await asyncio.gather(links._refresh("g1"), links._refresh("g1"))
         assert connects == 1
         assert await link.call(b"x") == b"new"
         release[0].set()

@@ -247,17 +247,27 @@ class Follower(Generic[T]):
         return opened
 
     def _opened(self, name: str, path: Path) -> T:
+        try:
+            generation = self._verified(path)
+        except ArtefactError as error:
+            # A copy of what is whole in a bucket is worth a second try.
+            if not self._store.repair(name):
+                raise
+            self._log.warning("the copy of generation %s was compared with the store's: %s", name, error)
+            generation = self._verified(path)
+        if generation.id != name:
+            raise ArtefactError(f"{path} holds generation {generation.id}, not {name}; publish it again")
+        return self._load(generation)
+
+    def _verified(self, path: Path) -> Generation:
         known = self._path if self._held and has_manifest(self._path) else None
         try:
-            generation = Generation.open(path, verify=True, verified=known)
+            return Generation.open(path, verify=True, verified=known)
         except ArtefactError:
             if known is None or has_manifest(known):
                 raise
             # A prune took the one in use away meanwhile.
-            generation = Generation.open(path, verify=True)
-        if generation.id != name:
-            raise ArtefactError(f"{path} holds generation {generation.id}, not {name}; publish it again")
-        return self._load(generation)
+            return Generation.open(path, verify=True)
 
     def _is_outdated(self, name: str) -> bool:
         """Return whether the pointer names another generation by now, which is to be loaded instead."""

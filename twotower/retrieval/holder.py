@@ -11,8 +11,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
-from twotower.errors import TwotowerError, may_pass
+from twotower.errors import ArtefactError, may_pass
 from twotower.retrieval.files import verify_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
@@ -68,14 +69,25 @@ class GroupHolder:
             ArtefactError: a file of the group is missing or damaged, or there are too few shards.
             OSError: a file can not be read now.
         """
-        generation = Generation.open(self._store.fetch(generation_id), verify=False)
+        path = self._store.fetch(generation_id)
+        try:
+            part = self._open(path)
+        except ArtefactError:
+            # A copy of what is whole in a bucket is worth a second try.
+            if not self._store.repair(generation_id):
+                raise
+            part = self._open(path)
+        with self._lock:
+            self.held = {**self.held, generation_id: part}
+
+    def _open(self, path: Path) -> ShardGroup:
+        """Return the group's part of a generation, after verifying its files."""
+        generation = Generation.open(path, verify=False)
         names = generation.shard_groups(self._num_groups)[self._group]
         prefixes = tuple(f"shards/{name}/" for name in names)
         files = {n: f for n, f in generation.manifest["files"].items() if n.startswith(prefixes)}
         verify_files(generation.path, files)
-        part = ShardGroup(generation, names, self._threads)
-        with self._lock:
-            self.held = {**self.held, generation_id: part}
+        return ShardGroup(generation, names, self._threads)
 
     def begin(self, pointer: str) -> None:
         """Hold what gateways will most likely need, in this thread.
@@ -132,13 +144,9 @@ class GroupHolder:
                     return
             try:
                 self.load(generation_id)
-            # FAISS raises RuntimeError where it can not read or has no memory; the bytes were right before.
-            except (TwotowerError, OSError, MemoryError, RuntimeError) as error:
+            # Whatever it is: FAISS raises RuntimeError where it can not read, and gateways are told why.
+            except Exception as error:
                 self._note(generation_id, error)
-            except BaseException:
-                with self._lock:
-                    self._loader = None
-                raise
 
     def _note(self, generation_id: str, error: Exception) -> None:
         """Note why a generation is not held, for good or until it is tried again."""

