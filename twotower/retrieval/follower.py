@@ -253,7 +253,8 @@ class Follower(Generic[T]):
             # A copy of what is whole in a bucket is worth a second try.
             if not self._store.repair(name):
                 raise
-            self._log.warning("the copy of generation %s was compared with the store's: %s", name, error)
+            # As text: a record that kept the error would keep the frames below, and what they load.
+            self._log.warning("the copy of generation %s was repaired: %s", name, str(error))
             generation = self._verified(path)
         if generation.id != name:
             raise ArtefactError(f"{path} holds generation {generation.id}, not {name}; publish it again")
