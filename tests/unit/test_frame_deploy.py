@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from twotower.cluster.haproxy import VARIABLE
 from twotower.environment import read_settings
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,18 @@ def test_the_environment_is_set_in_the_shell_of_each_start():
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         [command] = [c for c in CLUSTER[key] if "ray start" in c]
         assert command.startswith(". ~/twotower/deploy/ray.env && ")
+        program = f"export {VARIABLE}=$(python -m twotower.cluster.haproxy ~/twotower-haproxy) && "
+        assert program in command
+
+
+def test_the_image_starts_haproxy_through_the_program_that_it_holds():
+    lines = (ROOT / "deploy" / "Containerfile").read_text().splitlines()
+    [variable] = [line for line in lines if line.startswith("ENV ")]
+    name, _, path = variable.removeprefix("ENV ").partition("=")
+    assert name == VARIABLE
+    assert lines.index(f"RUN python -m twotower.cluster.haproxy {path}") > lines.index(
+        "RUN pip install --no-cache-dir --no-deps --editable ."
+    )
 
 
 def test_every_node_gets_the_token_and_the_code():
