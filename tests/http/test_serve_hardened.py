@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TOKEN = "only-for-this-test-0123456789"
 MARKER = "marker-user-4711"
 ITEM_MARKER = "marker-item-4712"
 LOOPBACK = "0100007F"
+PROXY_PATIENCE_S = 5
 AUTHORIZED = f"Authorization: Bearer {TOKEN}\r\n"
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 
@@ -81,7 +83,8 @@ def guarded(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gu
     path.write_text(yaml.safe_dump(values))
     # The names of Ray's sockets must be short.
     ray_folder = Path(tempfile.mkdtemp(prefix="tt"))
-    command = Command(folder, "--config", str(path), RAY_TMPDIR=str(ray_folder))
+    patience = {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(PROXY_PATIENCE_S)}
+    command = Command(folder, "--config", str(path), RAY_TMPDIR=str(ray_folder), **patience)
     try:
         command.wait_until_ready()
         yield Guarded(Client(f"http://127.0.0.1:{port}"), command, port, ray_folder)
@@ -252,6 +255,23 @@ def test_head_is_answered_like_get_without_the_body(guarded: Guarded) -> None:
         for head in (first, second):
             assert head.startswith(b"HTTP/1.1 %d " % status)
             assert b"\r\ncontent-length: %d\r\n" % len(body) in head.lower() + b"\r\n"
+
+
+def test_a_replica_that_says_nothing_is_given_up(guarded: Guarded) -> None:
+    (replica,) = guarded.processes("ServeReplica")
+    os.kill(replica.pid, signal.SIGSTOP)
+    try:
+        reply = guarded.ask({"k": 3}, **{"X-Request-ID": "late"})
+    finally:
+        os.kill(replica.pid, signal.SIGCONT)
+    check_error(reply, 504, "deadline_exceeded")
+    assert reply.headers["x-request-id"] == "late"
+    assert "retry-after" not in reply.headers
+    # HAProxy may have taken it out meanwhile.
+    deadline = time.monotonic() + 60
+    while guarded.ask({"k": 3}).status != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_slow_clients_hold_up_nobody(guarded: Guarded) -> None:
