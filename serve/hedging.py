@@ -109,8 +109,8 @@ class Replicas:
                         # The time of one query is what decides: a few batches must not raise it for all.
                         if num_queries == 1:
                             self._note(now() - began)
-                        for other, since in running.values():
-                            if since < asked and other.answered_at < since:
+                        for waited, (other, since) in running.items():
+                            if since < asked and not waited.done() and other.answered_at < since:
                                 other.outrun(now())
                         return answer
                     self.counts.retries += bool(waiting and not running)
@@ -203,7 +203,8 @@ class _Replica:
     def outrun(self, now: float) -> None:
         """Note that one that was asked later answered first, and that this one has said nothing meanwhile."""
         self._outrun += 1
-        if self._outrun >= _SILENT_CALLS:
+        # Calls that are outrun together make one pause, not longer and longer ones.
+        if self._outrun >= _SILENT_CALLS and self.paused_until <= now:
             self.failed(now)
 
     def failed(self, now: float) -> None:

@@ -100,7 +100,13 @@ class Heads:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self.app({**scope, "method": "GET"}, receive, send_without_body)
+        # The server must go on seeing HEAD, and who counts requests the route.
+        inner = {**scope, "method": "GET"}
+        try:
+            await self.app(inner, receive, send_without_body)
+        finally:
+            if "route" in inner:
+                scope["route"] = inner["route"]
 
 
 class Failures:

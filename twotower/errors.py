@@ -28,8 +28,12 @@ class ArtefactError(TwotowerError):
     """A dataset, checkpoint or generation is missing, incomplete, damaged or of another format."""
 
 
-class UnreachableError(ArtefactError):
-    """A store does not answer now, or refuses to; what it holds is not known."""
+class DamagedError(ArtefactError):
+    """A file is missing or is not the one that its manifest names."""
+
+
+class UnavailableError(ArtefactError):
+    """A store can not give something now: it does not answer, or an object has to be published again."""
 
 
 class ArtefactMismatchError(ArtefactError):
@@ -72,7 +76,7 @@ def may_pass(error: BaseException) -> bool:
     It may not where something was read and found wrong. It may where the system could not read what is there
     (a disk, a network, the number of open files), and after anything that nobody foresaw.
     """
-    if not isinstance(error, TwotowerError) or isinstance(error, UnreachableError):
+    if not isinstance(error, TwotowerError) or isinstance(error, UnavailableError):
         return True
     # ``raise ... from None`` hides the context from people, and keeps it. Arrow's own errors have no number.
     cause = error.__context__

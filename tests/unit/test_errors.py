@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from twotower.errors import ArtefactError, TwotowerError, UnreachableError, may_pass
+from twotower.errors import ArtefactError, TwotowerError, UnavailableError, may_pass
 
 
 def wrapped(cause: Exception) -> TwotowerError:
@@ -26,7 +26,7 @@ def wrapped(cause: Exception) -> TwotowerError:
         OSError(errno.EIO, "Input/output error"),
         MemoryError(),
         RuntimeError("FAISS"),
-        UnreachableError("s3://bucket: reading CURRENT failed"),
+        UnavailableError("s3://bucket: reading CURRENT failed"),
         wrapped(OSError(errno.EIO, "Input/output error")),
         wrapped(OSError(errno.EMFILE, "Too many open files")),
         wrapped(TimeoutError(errno.ETIMEDOUT, "Connection timed out")),

@@ -58,7 +58,9 @@ def test_the_environment_is_set_in_the_shell_of_each_start():
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         [command] = [c for c in CLUSTER[key] if "ray start" in c]
         assert command.startswith(". ~/twotower/deploy/ray.env && ")
-        program = f"export {VARIABLE}=$(python -m twotower.cluster.haproxy ~/twotower-haproxy) && "
+        program = (
+            f"{VARIABLE}=$(python -m twotower.cluster.haproxy ~/twotower-haproxy) && export {VARIABLE} && "
+        )
         assert program in command
 
 

@@ -119,6 +119,24 @@ def test_a_replica_that_says_nothing_is_left_alone_before_hedges_run_out() -> No
     assert asyncio.run(main()).counts.failures == 0
 
 
+def test_calls_that_are_outrun_together_make_one_short_pause() -> None:
+    a, b = Fake("a"), Fake("b")
+
+    async def main() -> None:
+        group = Replicas("g", [a, b], hedge_share=1)
+        await warm(group)
+        a.behave = a.never
+        answers = await asyncio.gather(*(group.call(b"x", LONG_S) for _ in range(20)))
+        assert set(answers) == {b"b"}
+        assert a.given_up == 10
+        a.behave = a.at_once
+        # Less than a pause after the third failure in a row, which would be 0.4 s.
+        await asyncio.sleep(0.15)
+        assert {await group.call(b"x", LONG_S) for _ in range(2)} == {b"a", b"b"}
+
+    asyncio.run(main())
+
+
 def test_a_replica_that_is_late_now_and_then_is_not_left_alone() -> None:
     a, b = Fake("a"), Fake("b")
 

@@ -102,9 +102,10 @@ def test_every_request_and_answer_is_counted(retriever: Retriever) -> None:
         ("GET", "/v1/items/none/similar", None),
         ("GET", "/secret/42", None),
         ("GET", "/healthz", None),
+        ("HEAD", "/healthz", None),
     ]
     statuses = ask(service, *requests)
-    assert Counter(statuses) == {200: 11, 404: 2, 422: 1}
+    assert Counter(statuses) == {200: 12, 404: 2, 422: 1}
     service.close()
     similar = "/v1/items/{item_id:path}/similar"
     assert sink.counter("twotower_requests") == {
@@ -113,7 +114,7 @@ def test_every_request_and_answer_is_counted(retriever: Retriever) -> None:
         (similar, "200"): 3,
         (similar, "404"): 1,
         ("other", "404"): 1,
-        ("/healthz", "200"): 1,
+        ("/healthz", "200"): 2,
     }
     assert sink.latest("twotower_request_ms_count", route="/v1/retrieve") == 8
     answers = {("personal",): 5, ("popular",): 2, ("similar",): 3}

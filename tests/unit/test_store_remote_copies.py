@@ -6,7 +6,7 @@ import pytest
 
 from tests.buckets import contents
 from tests.following import Make, damage
-from twotower.errors import ArtefactError, UnreachableError
+from twotower.errors import ArtefactError, UnavailableError
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.holder import GroupHolder
 from twotower.retrieval.objects import Objects
@@ -97,7 +97,7 @@ def test_a_copy_answers_while_the_bucket_does_not(
     monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
     away = RemoteStore(here.where, elsewhere.root)
     assert away.fetch("a") == path
-    with pytest.raises(UnreachableError, match="reading generations/b/manifest.json failed"):
+    with pytest.raises(UnavailableError, match="reading generations/b/manifest.json failed"):
         away.fetch("b")
     holder = GroupHolder(away, 0, 1)
     holder.need("gateway", ["a", "b"])

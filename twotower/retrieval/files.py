@@ -14,7 +14,7 @@ import pyarrow as pa
 from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_table
-from twotower.errors import ArtefactError
+from twotower.errors import ArtefactError, DamagedError
 
 KIND = "generation"
 FACTS = "shard.json"
@@ -87,7 +87,8 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
             and has the same facts in its manifest, is not read again.
 
     Raises:
-        ArtefactError: naming the first file that is missing or differs.
+        DamagedError: naming the first file that is missing or differs.
+        ArtefactError: a file can not be read.
     """
     known = {} if verified is None else read_manifest(verified, KIND)["files"]
     for name, facts in files.items():
@@ -96,14 +97,15 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
         try:
             size = os.stat(path).st_size
         except OSError as error:
-            raise ArtefactError(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
+            kind = DamagedError if isinstance(error, FileNotFoundError) else ArtefactError
+            raise kind(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
         if size != facts["bytes"]:
-            raise ArtefactError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {AGAIN}")
+            raise DamagedError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {AGAIN}")
         if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
             continue
         found = sha256_file(path)
         if found != facts["sha256"]:
-            raise ArtefactError(
+            raise DamagedError(
                 f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
                 f"{str(facts['sha256'])[:16]}... {AGAIN}"
             )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from twotower.artefacts import has_manifest
-from twotower.errors import ArtefactError, TwotowerError, may_pass
+from twotower.errors import ArtefactError, DamagedError, TwotowerError, may_pass
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.memory import return_memory
 from twotower.retrieval.store import Store
@@ -249,7 +249,7 @@ class Follower(Generic[T]):
     def _opened(self, name: str, path: Path) -> T:
         try:
             generation = self._verified(path)
-        except ArtefactError as error:
+        except DamagedError as error:
             # A copy of what is whole in a bucket is worth a second try.
             if not self._store.repair(name):
                 raise

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from twotower.errors import ArtefactError, may_pass
+from twotower.errors import DamagedError, may_pass
 from twotower.retrieval.files import verify_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
@@ -72,7 +72,7 @@ class GroupHolder:
         path = self._store.fetch(generation_id)
         try:
             part = self._open(path)
-        except ArtefactError:
+        except DamagedError:
             # A copy of what is whole in a bucket is worth a second try.
             if not self._store.repair(generation_id):
                 raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.config.service import check_store_url
-from twotower.errors import ArtefactError, ConfigError, UnreachableError
+from twotower.errors import ArtefactError, ConfigError, UnavailableError
 
 _PART_BYTES = 16 << 20
 _MAX_PARTS = 9_000
@@ -48,7 +48,7 @@ class Content:
 class Objects:
     """The objects below a URL; keys are relative to it.
 
-    What the bucket does not answer, or does not allow, raises an ``UnreachableError``.
+    What the bucket does not answer, or does not allow, is an ``UnavailableError``.
     """
 
     def __init__(self, url: str) -> None:
@@ -134,7 +134,7 @@ class Objects:
         """Write an object into a new file; returns its bytes and SHA-256 as they arrived.
 
         Raises:
-            ArtefactError: it is not there, or can not be read.
+            UnavailableError: it is not there, or can not be read.
         """
         digest, num_bytes = hashlib.sha256(), 0
         with self._plain_errors(f"reading {key}"):
@@ -147,7 +147,7 @@ class Objects:
                         num_bytes += len(block)
             except FileNotFoundError as error:
                 self._check_bucket(error)
-                raise ArtefactError(f"{self.url}/{key} is missing") from None
+                raise UnavailableError(f"{self.url}/{key} is missing") from None
         return num_bytes, digest.hexdigest()
 
     def list(self, prefix: str) -> list[Found]:
@@ -179,7 +179,7 @@ class Objects:
             yield
         except (self._api.exceptions.BaseError, PermissionError) as error:
             self._check_bucket(error)
-            raise UnreachableError(f"{self.url}: {what} failed: {_brief(error)}. {self._hint}") from None
+            raise UnavailableError(f"{self.url}: {what} failed: {_brief(error)}. {self._hint}") from None
 
 
 def _brief(error: Exception) -> str:

@@ -32,7 +32,7 @@ from twotower.artefacts import (
     parse_manifest,
     write_bytes,
 )
-from twotower.errors import ArtefactError, RefusedError, UnreachableError
+from twotower.errors import ArtefactError, RefusedError, UnavailableError
 from twotower.progress import say
 from twotower.retrieval.files import KIND, check_file_name, file_facts
 from twotower.retrieval.objects import Content, Objects
@@ -82,7 +82,7 @@ class RemoteStore(Store):
         path = self.path(generation_id)
         try:
             found = self._objects.get(_manifest_key(generation_id))
-        except UnreachableError as error:
+        except UnavailableError as error:
             if not has_manifest(path):
                 raise
             say(f"the copy of generation {generation_id} in {self.root} is taken: {error}")
@@ -101,8 +101,7 @@ class RemoteStore(Store):
         """Fetch the damaged files of a copy again; returns False where the bucket has no such generation.
 
         Raises:
-            ArtefactError: an object of it is missing or damaged.
-            UnreachableError: the bucket does not answer.
+            UnavailableError: the bucket does not answer, or an object of it is missing or damaged.
         """
         path = self.path(generation_id)
         found = self._objects.get(_manifest_key(generation_id))
@@ -376,7 +375,7 @@ class RemoteStore(Store):
         key = _blob_key(facts)
         num_bytes, sha256 = self._objects.download(key, path)
         if (num_bytes, sha256) != (facts["bytes"], facts["sha256"]):
-            raise ArtefactError(
+            raise UnavailableError(
                 f"{self.where}/{key} is damaged: it has {num_bytes} bytes and SHA-256 {sha256[:16]}..., its "
                 f"manifest says {facts['bytes']} bytes. Remove that object, and publish the generation again "
                 "where it was built"
@@ -448,7 +447,7 @@ def _linked(source: Path | None, target: Path, num_bytes: int) -> bool:
 def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
     try:
         return file_facts(path) == {"bytes": facts["bytes"], "sha256": facts["sha256"]}
-    except OSError:
+    except FileNotFoundError:
         return False
 
 

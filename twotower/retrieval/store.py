@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
 from twotower.config import Config
-from twotower.errors import ArtefactError, ConfigError, RefusedError
+from twotower.errors import ArtefactError, ConfigError, RefusedError, UnavailableError
 from twotower.retrieval.files import KIND
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
@@ -175,6 +175,8 @@ class Store:
         with contextlib.suppress(Exception):
             try:
                 successors = self._successors()
+            except UnavailableError:
+                raise
             except ArtefactError:
                 # One manifest that can not be read; what it replaces is outdated.
                 successors = {}
