@@ -35,9 +35,11 @@ def fingerprint(value: Any) -> str:
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+    with open(path, "rb", buffering=0) as file:
+        # One piece of memory for all blocks: to map and unmap one for each holds up other threads' memory.
+        block = memoryview(bytearray(min(_BLOCK_BYTES, os.fstat(file.fileno()).st_size + 1)))
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 

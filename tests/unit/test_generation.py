@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
-from twotower.artefacts import MANIFEST
+from twotower.artefacts import MANIFEST, sha256_file
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
@@ -231,3 +232,23 @@ def test_more_shards_than_items_leave_empty_ones(
     (hits,) = generation.searcher().search(real_queries(generation, checkpoint, 1, seed=1), 1_000)
     assert sorted(hits.item_rows.tolist()) == list(range(210))
     assert generation.items.take([5], ["item_id"]) == {"item_id": [small_dataset.item_ids.id(5)]}
+
+
+def test_weights_that_were_verified_are_not_read_for_their_hash_again(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr("twotower.retrieval.files.sha256_file", noted)
+    monkeypatch.setattr("twotower.model.checkpoint.sha256_file", noted)
+    first = Generation.open(built, verify=True).checkpoint()
+    weights = built / "model" / "model.safetensors"
+    assert hashed.count(weights) == 1
+    second = Generation.open(built, verify=False).checkpoint()
+    assert hashed.count(weights) == 2
+    for name, table in first.model.state_dict().items():
+        assert torch.equal(table, second.model.state_dict()[name])

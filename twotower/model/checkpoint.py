@@ -55,8 +55,13 @@ class Checkpoint:
         return self.model.embedding_dim
 
     @classmethod
-    def open(cls, path: Path | str, device: str = "cpu") -> Checkpoint:
+    def open(cls, path: Path | str, device: str = "cpu", known: str | None = None) -> Checkpoint:
         """Return the checkpoint of a directory, its model in evaluation mode.
+
+        Args:
+            path: the directory.
+            device: of torch.
+            known: SHA-256 of its weights, where they have just been read; they are not read twice then.
 
         Raises:
             ArtefactError: the directory is no finished checkpoint, or a file of it is damaged.
@@ -65,7 +70,7 @@ class Checkpoint:
         manifest = read_manifest(path, "checkpoint")
         weights = path / WEIGHTS
         try:
-            found = sha256_file(weights)
+            found = known or sha256_file(weights)
             schema = FeatureSchema.from_json(json.loads((path / "features.json").read_bytes()))
             config = parse_config(json.loads((path / "config.json").read_bytes()))
         except (OSError, ValueError) as error:
@@ -75,7 +80,7 @@ class Checkpoint:
                 f"{weights} has SHA-256 {found[:16]}..., its manifest says "
                 f"{manifest['fingerprint'][:16]}...: the file is damaged. Train again, or copy it anew."
             )
-        model = TwoTower(schema, config.model, config.train.loss.temperature, seed=0)
+        model = TwoTower(schema, config.model, config.train.loss.temperature, seed=None)
         try:
             model.load_state_dict(safetensors.torch.load_file(weights))
         except (SafetensorError, RuntimeError) as error:

@@ -126,25 +126,31 @@ class Towers(nn.Module):
 class TwoTower(nn.Module):
     """The whole model: tables, towers and temperature."""
 
-    def __init__(self, schema: FeatureSchema, config: ModelConfig, temperature: float, seed: int) -> None:
+    def __init__(
+        self, schema: FeatureSchema, config: ModelConfig, temperature: float, seed: int | None
+    ) -> None:
         """Build a freshly initialised model.
 
         Args:
             schema: fitted features.
             config: sizes.
             temperature: initial temperature.
-            seed: of the initial weights; the same seed gives the same model.
+            seed: of the initial weights; the same seed gives the same model. None leaves the tables as memory
+                happens to be, for weights that are to be loaded.
         """
         super().__init__()
         self.schema = schema
         self.embedding_dim = config.embedding_dim
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             self.tables = nn.ParameterDict()
             for name, (rows, width) in table_sizes(schema).items():
                 # In place and in its own type: a table may be most of the machine's memory.
                 table = torch.empty(rows, width, dtype=getattr(torch, config.table_dtype))
-                self.tables[name] = nn.Parameter(table.normal_(std=config.init_std))
+                self.tables[name] = nn.Parameter(
+                    table if seed is None else table.normal_(std=config.init_std)
+                )
             self.towers = Towers(
                 _tower(schema, "query", config.query_tower, config),
                 _tower(schema, "item", config.item_tower, config),

@@ -65,6 +65,7 @@ class Generation:
         """Take what ``open`` has checked."""
         self.path = path
         self.manifest = manifest
+        self._is_verified = False
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True, verified: Path | None = None) -> Generation:
@@ -85,6 +86,7 @@ class Generation:
         generation._check_fingerprints()
         if verify:
             verify_files(path, generation.manifest["files"], verified)
+            generation._is_verified = True
         return generation
 
     @property
@@ -111,9 +113,10 @@ class Generation:
     def checkpoint(self, device: str = "cpu") -> Checkpoint:
         """Return both towers, loaded anew, on a device of torch."""
         # Here: a process that only searches takes no second and no memory for torch.
-        from twotower.model.checkpoint import Checkpoint
+        from twotower.model.checkpoint import WEIGHTS, Checkpoint
 
-        return Checkpoint.open(self.path / "model", device)
+        known = self.manifest["files"][f"model/{WEIGHTS}"]["sha256"] if self._is_verified else None
+        return Checkpoint.open(self.path / "model", device, known)
 
     @functools.cached_property
     def schema(self) -> FeatureSchema:
