@@ -284,15 +284,13 @@ def _joined(group: list[tuple[Any, IntArray, IntArray]]) -> tuple[Any, IntArray,
     whole: Any = faiss.clone_index(first)
     lists: Any = faiss.ArrayInvertedLists(first.nlist, first.code_size)
     # The lists of a file are mapped read-only, so FAISS's own merging, which empties its source, is no help.
-    # What SWIG makes of templates and enumerations is not in FAISS's stubs.
-    api: Any = faiss
-    sources = api.InvertedListsPtrVector()
+    sources = _faiss.InvertedListsPtrVector()
     for index, _, _ in group:
         sources.push_back(innermost(index).invlists)
-    side_by_side = api.HStackInvertedLists(sources.size(), sources.data())
+    side_by_side = _faiss.HStackInvertedLists(sources.size(), sources.data())
     # List by list, each in one piece: lists that grow piece by piece lie so scattered that a search takes a
     # tenth longer. In one call: thousands would each give the interpreter's lock away and wait for it again.
-    side_by_side.copy_subset_to(lists, api.InvertedLists.SUBSET_TYPE_INVLIST, 0, first.nlist)
+    side_by_side.copy_subset_to(lists, _faiss.InvertedLists.SUBSET_TYPE_INVLIST, 0, first.nlist)
     lists.this.disown()
     whole.replace_invlists(lists, True)
     whole.ntotal = sum(len(rows) for _, rows, _ in group)
