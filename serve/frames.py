@@ -3,10 +3,11 @@
 Ray Serve starts the replicas, restarts them and tells the gateway where they listen; what is asked and
 answered goes past its handles, which take several times as long as the message itself. A connection begins
 with a secret that only Serve hands out. Then each frame is its length and the number of its call (uint32
-each, little endian) and the message. A call that nobody waits for any more is taken back, so that a replica
-does not work on what is late. A connection that breaks fails all its calls at once, so that a killed replica
-is noticed within the time of one message. One that falls silent, as that of a stopped process or of a network
-that drops packets does, is noticed by beats, which the listening end sends back.
+each, little endian) and the message; two lengths that no message has say something else. A call that nobody
+waits for any more is taken back, so that a replica does not work on what is late. A connection that breaks
+fails all its calls at once, so that a killed replica is noticed within the time of one message. One that falls
+silent, as that of a stopped process or of a network that drops packets does, is noticed by beats, which the
+listening end sends back.
 """
 
 from __future__ import annotations
@@ -144,9 +145,8 @@ class _Frames(asyncio.Protocol):
         self._buffer += data
         at = 0
         while len(self._buffer) - at >= _HEAD.size:
-            length, number = _HEAD.unpack_from(self._buffer, at)
-            word = length
-            length = 0 if word in (_NONE, _BEAT) else length
+            word, number = _HEAD.unpack_from(self._buffer, at)
+            length = 0 if word in (_NONE, _BEAT) else word
             if length > MAX_MESSAGE_BYTES:
                 logger.error(
                     "a frame of %d bytes was refused; at most %d are taken", length, MAX_MESSAGE_BYTES

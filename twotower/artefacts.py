@@ -37,7 +37,8 @@ def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         # One piece of memory for all blocks: to map and unmap one for each holds up other threads' memory.
-        block = memoryview(bytearray(min(_BLOCK_BYTES, os.fstat(file.fileno()).st_size + 1)))
+        size = os.fstat(file.fileno()).st_size
+        block = memoryview(bytearray(min(_BLOCK_BYTES, size) or _BLOCK_BYTES))
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()

@@ -28,6 +28,16 @@ async def echo(message: bytes) -> bytes:
     return message
 
 
+async def heard_after(address: Address, data: bytes) -> bytes:
+    """Return what a server says to who sends only this, until it closes the connection."""
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(data)
+    try:
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+
+
 RUNNERS = [asyncio.run, uvloop.run]
 
 
@@ -177,10 +187,10 @@ def test_a_stranger_gets_nothing() -> None:
             right = await Connection.connect(address)
             assert await right.call(b"y") == b"y"
             # A message that claims to be longer than any is.
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            writer.write(address.secret + struct.pack("<II", MAX_MESSAGE_BYTES + 1, 0))
-            assert await reader.read() == b""
-            writer.close()
+            assert (
+                await heard_after(address, address.secret + struct.pack("<II", MAX_MESSAGE_BYTES + 1, 0))
+                == b""
+            )
             right.close()
         assert heard == [b"y"]
 
@@ -194,10 +204,7 @@ def test_who_says_nothing_is_not_listened_to_for_long(monkeypatch: pytest.Monkey
         server, address = await serve_frames(echo, "127.0.0.1")
         async with server:
             known = await Connection.connect(address)
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            writer.write(address.secret[:-1])
-            assert await asyncio.wait_for(reader.read(), 20) == b""
-            writer.close()
+            assert await heard_after(address, address.secret[:-1]) == b""
             # Who said the secret has more time.
             assert await known.call(b"y") == b"y"
             known.close()
@@ -216,10 +223,7 @@ def test_a_connection_without_calls_stays_and_one_without_beats_does_not(
         server, address = await serve_frames(echo, "127.0.0.1")
         async with server:
             idle = await Connection.connect(address)
-            reader, writer = await asyncio.open_connection(address.host, address.port)
-            writer.write(address.secret)
-            assert await asyncio.wait_for(reader.read(), 20) == b""
-            writer.close()
+            assert await heard_after(address, address.secret) == b""
             await asyncio.sleep(1)
             assert not idle.closed
             assert await idle.call(b"x") == b"x"

@@ -32,8 +32,11 @@ class Popularity:
 
         Args:
             excluded: [e] int64 item rows.
-            k: K.
+            k: how many are wanted.
             allowed: item rows that alone may be answered; all when not given.
+
+        Returns:
+            At most k of them, best first.
         """
         # Of the first k + e at most e are excluded; a filter may look further down the ranking.
         start, size = 0, k + len(excluded)
@@ -54,7 +57,10 @@ def popularity_ranking(generation: Generation, answerable: npt.NDArray[np.int64]
 
     Args:
         generation: of the ranking.
-        answerable: its ``answerable_rows``.
+        answerable: its ``answerable_rows``: ascending [n] int64.
+
+    Returns:
+        [n] int64.
     """
     built = np.array(generation.popularity, dtype=np.int64)
     ranked = np.zeros(len(generation.item_ids), np.bool_)
@@ -77,6 +83,9 @@ def popularity_scores(
         seen_item_rows: [m] int32, each user's seen items one after the other; may be memory-mapped.
         num_users: number of users.
         num_items: items of the vocabulary.
+
+    Returns:
+        [n] float32 in [0, 1], falling.
     """
     counts = np.zeros(num_items, np.int64)
     for start in range(0, len(seen_item_rows), _BLOCK_ROWS):

@@ -76,8 +76,8 @@ class RemoteStore(Store):
         never pushed is returned as it is, and so is a copy while the bucket does not answer.
 
         Raises:
-            ArtefactError: there is none of that id, an object of it is missing or damaged, or it is of a
-                newer schema.
+            ArtefactError: there is none of that id, or it is of a newer schema.
+            UnavailableError: the bucket does not answer, or an object of it is missing or damaged.
         """
         path = self.path(generation_id)
         try:

@@ -176,6 +176,7 @@ class Store:
             try:
                 successors = self._successors()
             except UnavailableError:
+                # What is outdated can not be told.
                 raise
             except ArtefactError:
                 # One manifest that can not be read; what it replaces is outdated.
