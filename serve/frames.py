@@ -5,9 +5,9 @@ answered goes past its handles, which take several times as long as the message 
 with a secret that only Serve hands out. Then each frame is its length and the number of its call (uint32
 each, little endian) and the message; two lengths that no message has say something else. A call that nobody
 waits for any more is taken back, so that a replica does not work on what is late. A connection that breaks
-fails all its calls at once, so that a killed replica is noticed within the time of one message. One that falls
-silent, as that of a stopped process or of a network that drops packets does, is noticed by beats, which the
-listening end sends back.
+fails all its calls at once, so that a killed replica is noticed within the time of one message. One that
+falls silent, as that of a stopped process or of a network that drops packets does, is noticed by beats, which
+the listening end sends back.
 """
 
 from __future__ import annotations
