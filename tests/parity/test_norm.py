@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.parity.workers import assert_close, free_port
+from tests.parity.workers import assert_close
+from twotower.cluster.processes import free_port
 from twotower.model.norm import GlobalBatchNorm
 
 E = 6

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.parity.workers import assert_close, free_port, step_results
+from tests.parity.workers import assert_close, step_results
 from tests.streams import keys, keys_of, uneven_dataset, with_train
+from twotower.cluster.processes import free_port
 from twotower.config import Config, parse_config
 from twotower.data.blocks import read_blocks
 from twotower.data.dataset import Dataset

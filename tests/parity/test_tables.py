@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.parity.workers import assert_close, free_port
+from tests.parity.workers import assert_close
+from twotower.cluster.processes import free_port
 from twotower.model.features import Bag
 from twotower.training.collectives import World
 from twotower.training.tables import RowGradient, TouchedRows

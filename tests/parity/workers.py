@@ -1,7 +1,6 @@
 """Runs training steps in spawned gloo processes and brings their gradients back."""
 
 import os
-import socket
 from pathlib import Path
 from unittest import mock
 
@@ -10,16 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from twotower.cluster.processes import free_port
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def step_results(

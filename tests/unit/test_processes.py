@@ -59,6 +59,10 @@ def test_ports() -> None:
         assert free_port(port) != port
         assert wait_until_free([("127.0.0.1", port)], 0.1) == [port]
     assert wait_until_free([("127.0.0.1", port)], 5) == []
+    # None that the system may give to another process, by Linux's defaults, before it is used.
+    chosen = {free_port() for _ in range(20)}
+    assert all(20_000 <= port < 30_000 for port in chosen)
+    assert len(chosen) > 1
 
 
 def test_a_process_is_its_pid_and_its_start() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ from pathlib import Path
 _POLL_S = 0.05
 _GRACE_S = 3.0
 _PROC = Path("/proc")
+_QUIET_PORTS = range(20_000, 30_000)
+"""Below those that the system gives to whoever names none, such as Ray's processes, which start between
+choosing a port and using it, and beside those of Ray's workers (10,002 to 19,999) and Serve's replicas."""
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -41,12 +45,17 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def free_port(preferred: int | None = None, host: str = "") -> int:
-    """Return ``preferred`` if it is free, else a port that is free at this moment."""
+    """Return ``preferred`` if it is free, else a port that is free now and that nobody gets by chance.
+
+    Raises:
+        OSError: none of ten thousand ports is free.
+    """
     if preferred is not None and port_is_free(host, preferred):
         return preferred
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    for port in random.sample(_QUIET_PORTS, len(_QUIET_PORTS)):
+        if port_is_free(host, port):
+            return port
+    raise OSError(f"no port of {_QUIET_PORTS.start} to {_QUIET_PORTS.stop - 1} is free")
 
 
 def wait_until_free(addresses: Iterable[tuple[str, int]], timeout_s: float) -> list[int]:
