@@ -220,15 +220,17 @@ def test_sigterm_leaves_a_checkpoint_that_another_number_of_workers_goes_on_from
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_step(config, 50, lambda: job.poll() is None)
+    # The memory of negatives is full and others have been mined.
+    wait_for_step(config, 32, lambda: job.poll() is None)
     job.send_signal(signal.SIGTERM)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 143, said
     assert "run it again to go on" in said
-    before = losses(config)
-    assert 50 <= max(before) < 100
+    before, wanted = losses(config), losses(undisturbed[0])
+    # However many steps it takes until both workers have heard of it.
+    assert 32 <= max(before) < max(wanted)
     train(variant(config, tmp_path, num_workers=1), small_dataset)
-    found, wanted = losses(config), losses(undisturbed[0])
+    found = losses(config)
     assert found.keys() == wanted.keys()
     assert all(found[step] == wanted[step] for step in before)
     first = max(before) + 1
