@@ -23,25 +23,12 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 REPLACED = ".replaced"
 """Ending of the hidden name of an artefact while another takes its place."""
-_BLOCK_BYTES = 1 << 20
 
 
 def fingerprint(value: Any) -> str:
     """Return the first 16 hex digits of the SHA-256 of ``value`` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        # One piece of memory for all blocks: to map and unmap one for each holds up other threads' memory.
-        size = os.fstat(file.fileno()).st_size
-        block = memoryview(bytearray(min(_BLOCK_BYTES, size) or _BLOCK_BYTES))
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

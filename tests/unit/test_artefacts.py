@@ -181,14 +181,6 @@ def test_fingerprints_depend_on_content_only():
     assert len(artefacts.fingerprint("x")) == 16
 
 
-def test_sha256_of_a_file_larger_than_a_block(tmp_path):
-    import hashlib
-
-    data = bytes(range(256)) * 9_000
-    (tmp_path / "f").write_bytes(data)
-    assert artefacts.sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
-
-
 def test_a_manifest_names_its_kind_and_schema_version(tmp_path):
     artefacts.write_manifest(tmp_path, "report", {"metrics": {"recall@10": 0.5}})
     assert json.loads((tmp_path / artefacts.MANIFEST).read_text()) == {

@@ -13,9 +13,9 @@ import pytest
 
 from tests.datasets import write_zip
 from twotower import progress
-from twotower.artefacts import sha256_file
 from twotower.data.sources.download import fetch_zip
 from twotower.errors import DownloadError
+from twotower.hashing import sha256_file
 
 FILE = "ml-1m.zip"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -21,8 +22,8 @@ import pytest
 from serve.fused import FusedService
 from tests.following import Make, damage, point
 from tests.generations import edit_manifest
-from twotower.artefacts import sha256_file
 from twotower.errors import ArtefactError
+from twotower.hashing import sha256_file
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
@@ -289,7 +290,7 @@ def test_files_that_are_shared_are_not_read_again(
         read.append(path)
         return sha256_file(path)
 
-    monkeypatch.setattr("twotower.retrieval.files.sha256_file", reading)
+    monkeypatch.setattr("twotower.retrieval.follower.hashing_aside", lambda: contextlib.nullcontext(reading))
     point(store, "a")
     user.wait_for("a")
     names = {path.name for path in read}

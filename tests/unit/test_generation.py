@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
-from twotower.artefacts import MANIFEST, sha256_file
+from twotower.artefacts import MANIFEST
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.errors import ArtefactError, ArtefactMismatchError, RequestError
+from twotower.hashing import sha256_file
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, profile_values
 from twotower.retrieval.encoding import real_queries
@@ -243,9 +244,8 @@ def test_weights_that_were_verified_are_not_read_for_their_hash_again(
         hashed.append(path)
         return sha256_file(path)
 
-    monkeypatch.setattr("twotower.retrieval.files.sha256_file", noted)
     monkeypatch.setattr("twotower.model.checkpoint.sha256_file", noted)
-    first = Generation.open(built, verify=True).checkpoint()
+    first = Generation.open(built, verify=True, sha256=noted).checkpoint()
     weights = built / "model" / "model.safetensors"
     assert hashed.count(weights) == 1
     second = Generation.open(built, verify=False).checkpoint()

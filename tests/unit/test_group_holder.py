@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -15,6 +16,7 @@ from tests.following import point
 from tests.shop import build_store
 from tests.updates import copied
 from twotower.config import Config
+from twotower.hashing import sha256_file
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
 from twotower.retrieval.store import Store
@@ -161,3 +163,22 @@ def test_a_holder_forgets_a_failure_that_nobody_waits_for(store: Store) -> None:
     disk.error = None
     holder.need("a", ["g1"])
     wait_for(holder, {"g1"})
+
+
+def test_what_answers_keeps_the_cpus_while_another_is_verified(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside: list[Path] = []
+
+    def noted(path: Path) -> str:
+        aside.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr("twotower.retrieval.holder.hashing_aside", lambda: contextlib.nullcontext(noted))
+    holder = GroupHolder(store, 0, 2)
+    holder.load("g1")
+    assert not aside
+    holder.need("a", ["g1", "g2"])
+    wait_for(holder, {"g1", "g2"})
+    assert {path.name for path in aside} > {"index.faiss", "item_rows.npy"}
+    assert all(path.is_relative_to(store.path("g2")) for path in aside)

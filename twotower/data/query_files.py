@@ -20,9 +20,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.artefacts import sha256_file
 from twotower.data.sources import tables
 from twotower.errors import DataError
+from twotower.hashing import sha256_file
 
 Kind = Literal["parquet", "csv", "tsv", "jsonl"]
 SUFFIXES: dict[str, Kind] = {

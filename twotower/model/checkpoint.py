@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from twotower.artefacts import read_manifest, sha256_file, write_json, write_manifest
+from twotower.artefacts import read_manifest, write_json, write_manifest
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.hashing import sha256_file
 from twotower.model.towers import TwoTower
 from twotower.schema import FeatureSchema
 

@@ -14,8 +14,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from twotower.artefacts import MANIFEST, link_or_copy, read_manifest, sha256_file, write_json, write_manifest
+from twotower.artefacts import MANIFEST, link_or_copy, read_manifest, write_json, write_manifest
 from twotower.data.forget import Erasure
+from twotower.hashing import sha256_file
 from twotower.model.checkpoint import WEIGHTS
 from twotower.model.towers import table_name
 from twotower.schema import UNKNOWN_ROW, FeatureSchema, IdFeature

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
 
-from twotower.artefacts import MANIFEST, read_manifest, sha256_file, write_json
+from twotower.artefacts import MANIFEST, read_manifest, write_json
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_table
 from twotower.errors import ArtefactError, DamagedError
+from twotower.hashing import sha256_file
 
 KIND = "generation"
 FACTS = "shard.json"
@@ -77,7 +78,12 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Path | None = None) -> None:
+def verify_files(
+    directory: Path,
+    files: dict[str, dict[str, Any]],
+    verified: Path | None = None,
+    sha256: Callable[[Path], str] = sha256_file,
+) -> None:
     """Refuse a directory whose files are not those of the list.
 
     Args:
@@ -85,6 +91,7 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
         files: bytes and SHA-256 by relative path.
         verified: directory of a generation that was checked before. What is the same file there, by inode,
             and has the same facts in its manifest, is not read again.
+        sha256: hashes a file.
 
     Raises:
         DamagedError: naming the first file that is missing or differs.
@@ -103,7 +110,7 @@ def verify_files(directory: Path, files: dict[str, dict[str, Any]], verified: Pa
             raise DamagedError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {AGAIN}")
         if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
             continue
-        found = sha256_file(path)
+        found = sha256(path)
         if found != facts["sha256"]:
             raise DamagedError(
                 f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 from twotower.artefacts import has_manifest
 from twotower.errors import ArtefactError, DamagedError, TwotowerError, may_pass
+from twotower.hashing import hashing_aside
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.memory import return_memory
 from twotower.retrieval.store import Store
@@ -261,14 +262,18 @@ class Follower(Generic[T]):
         return self._load(generation)
 
     def _verified(self, path: Path) -> Generation:
-        known = self._path if self._held and has_manifest(self._path) else None
-        try:
-            return Generation.open(path, verify=True, verified=known)
-        except ArtefactError:
-            if known is None or has_manifest(known):
-                raise
-            # A prune took the one in use away meanwhile.
-            return Generation.open(path, verify=True)
+        if not self._held:
+            return Generation.open(path)
+        known = self._path if has_manifest(self._path) else None
+        # What answers meanwhile needs the CPUs.
+        with hashing_aside() as sha256:
+            try:
+                return Generation.open(path, verified=known, sha256=sha256)
+            except ArtefactError:
+                if known is None or has_manifest(known):
+                    raise
+                # A prune took the one in use away meanwhile.
+                return Generation.open(path, sha256=sha256)
 
     def _is_outdated(self, name: str) -> bool:
         """Return whether the pointer names another generation by now, which is to be loaded instead."""

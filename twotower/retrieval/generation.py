@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -29,6 +29,7 @@ from twotower.config import AttributeConfig
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.hashing import sha256_file
 from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.filter_plan import FilterPlan
@@ -68,7 +69,13 @@ class Generation:
         self._is_verified = False
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True, verified: Path | None = None) -> Generation:
+    def open(
+        cls,
+        path: Path | str,
+        verify: bool = True,
+        verified: Path | None = None,
+        sha256: Callable[[Path], str] = sha256_file,
+    ) -> Generation:
         """Return the generation of a directory.
 
         Args:
@@ -76,6 +83,7 @@ class Generation:
             verify: check the bytes and SHA-256 of every file.
             verified: directory of a generation whose files were checked before; files that this one shares
                 with it are not read again.
+            sha256: hashes a file.
 
         Raises:
             ArtefactMismatchError: its query tower and a shard are of different checkpoints.
@@ -85,7 +93,7 @@ class Generation:
         generation = cls(path, read_manifest(path, KIND))
         generation._check_fingerprints()
         if verify:
-            verify_files(path, generation.manifest["files"], verified)
+            verify_files(path, generation.manifest["files"], verified, sha256)
             generation._is_verified = True
         return generation
 

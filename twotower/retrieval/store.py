@@ -17,6 +17,7 @@ from typing import Any, Final
 from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
 from twotower.config import Config
 from twotower.errors import ArtefactError, ConfigError, RefusedError, UnavailableError
+from twotower.hashing import hashing_aside
 from twotower.retrieval.files import KIND
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
@@ -387,7 +388,9 @@ def checked_name(name: str, what: str) -> str:
 
 def _verified(path: Path, generation_id: str, known: Path | None) -> dict[str, Any]:
     """Check every file of a generation and return its manifest."""
-    generation = Generation.open(path, verify=True, verified=known)
+    # A service on this machine needs the CPUs.
+    with hashing_aside() as sha256:
+        generation = Generation.open(path, verify=True, verified=known, sha256=sha256)
     if generation.id != generation_id:
         raise ArtefactError(f"{path} holds generation {generation.id}; rename the directory to that")
     return generation.manifest

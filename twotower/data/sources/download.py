@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower import progress
-from twotower.artefacts import fingerprint, locked, sha256_file, write_json
+from twotower.artefacts import fingerprint, locked, write_json
 from twotower.errors import DownloadError
+from twotower.hashing import sha256_file
 
 _BLOCK_BYTES = 1 << 18
 _TIMEOUT_S = 30

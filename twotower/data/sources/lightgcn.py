@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from twotower.artefacts import sha256_file
 from twotower.config import LightGCNSource
 from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, SideTable, TimeUnit
 from twotower.data.sources.tables import stamp
 from twotower.errors import DataError
+from twotower.hashing import sha256_file
 
 _SPLITS = {"train.txt": "train", "test.txt": "test"}
 
