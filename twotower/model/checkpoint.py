@@ -83,7 +83,7 @@ class Checkpoint:
             )
         model = TwoTower(schema, config.model, config.train.loss.temperature, seed=None)
         try:
-            model.load_state_dict(safetensors.torch.load_file(weights))
+            model.load_state_dict(_tensors(weights), assign=True)
         except (SafetensorError, RuntimeError) as error:
             raise ArtefactError(f"{weights} does not fit its configuration: {error}") from None
         return cls(path, model.to(device).eval(), schema, config, manifest)
@@ -100,6 +100,15 @@ class Checkpoint:
                 f"dataset {dataset.path} has {dataset.vocabulary_hash}. Train on this dataset, "
                 f"or give the dataset {self.dataset_fingerprint} that it was trained on."
             )
+
+
+def _tensors(weights: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by name: tables in its own pages, which processes share until they write.
+
+    What is multiplied is copied: the last bits of a product depend on how its factors lie in memory.
+    """
+    tensors = safetensors.torch.load_file(weights)
+    return {name: t if name.startswith("tables.") else t.clone() for name, t in tensors.items()}
 
 
 def weights_of(model: TwoTower) -> dict[str, torch.Tensor]:
