@@ -47,8 +47,8 @@ class User:
         self.wait(lambda: self.retriever.generation_id == name and self.follower.held == [name])
 
     def wait_a_few_polls(self) -> None:
-        """Wait until the pointer has certainly been read some times."""
-        time.sleep(0.2)
+        """Wait until the pointer has certainly been read some times, and what it names could be loaded."""
+        time.sleep(0.6)
 
 
 Make = Callable[..., User]

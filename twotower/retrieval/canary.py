@@ -9,14 +9,14 @@ Symbols: m items, D embedding_dim.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
-from twotower.retrieval.front import PAUSE_S, Front
+from twotower.retrieval.front import Front
+from twotower.retrieval.pause import pause
 from twotower.retrieval.query import Answer, HistoryItem, Query, UnknownItemError
 
 FloatArray = npt.NDArray[np.float32]
@@ -29,6 +29,8 @@ _ITEMS = 32
 _SHARE = 0.5
 """Least share of the items that must be found again: an approximate index may round or miss some."""
 _TOLERANCE = 1e-3
+_SEARCHED = 4
+"""Items that are searched for at a time."""
 
 
 def check_answers(front: Front, answer: Callable[[Query], Answer]) -> None:
@@ -42,7 +44,7 @@ def check_answers(front: Front, answer: Callable[[Query], Answer]) -> None:
         ArtefactError: an answer is none, or makes no sense.
     """
     for query in _queries(front):
-        time.sleep(PAUSE_S)
+        pause()
         what = "nobody" if query.history is None and query.user_id is None else "a history"
         what = "a known user" if query.user_id is not None else what
         try:
@@ -77,7 +79,11 @@ def check_vectors(
             "them: its vectors are those of other items or of another tower"
         )
     scores = np.einsum("md,md->m", encoded, stored)
-    found = search(encoded) >= scores - _TOLERANCE * np.maximum(1, np.abs(scores))
+    best = np.empty_like(scores)
+    for begin in range(0, len(encoded), _SEARCHED):
+        pause()
+        best[begin : begin + _SEARCHED] = search(encoded[begin : begin + _SEARCHED])
+    found = best >= scores - _TOLERANCE * np.maximum(1, np.abs(scores))
     if len(found) and found.mean() < _SHARE:
         raise ArtefactError(f"a search finds only {found.mean():.0%} of {len(found)} items by their vectors")
 

@@ -31,11 +31,10 @@ from twotower.model.features import QueryFeatures, to_device
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
+from twotower.retrieval.pause import pause
 from twotower.retrieval.popularity import Popularity
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 
-PAUSE_S = 0.005
-"""Between questions to a generation before it answers: those to the one in use, beside it, have time."""
 TIES = 16
 """Items behind the last of an exact search that are looked at for their scores."""
 
@@ -76,10 +75,14 @@ class Front:
         self._device = device
         self._checkpoint = generation.checkpoint(device)
         self._model = self._checkpoint.model
+        pause()
         self._item_ids = generation.item_ids
         self._items = generation.items
+        pause()
         self._answerable = generation.answerable_rows()
+        pause()
         self._popularity = Popularity(generation, self._answerable)
+        pause()
         self._inputs = make_inputs(generation)
         self._features = QueryFeatures(self._checkpoint.schema, generation.profiles)
         self._usual_ms = math.inf
@@ -145,7 +148,7 @@ class Front:
             start = time.perf_counter()
             work(query)
             times.append(time.perf_counter() - start)
-            time.sleep(PAUSE_S)
+            pause()
         self._usual_ms = min(times) * 1e3
 
     @property

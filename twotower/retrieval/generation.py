@@ -50,6 +50,7 @@ from twotower.retrieval.files import (
     verify_files,
 )
 from twotower.retrieval.items import ItemTables, mapped_table
+from twotower.retrieval.pause import pause
 from twotower.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ class Generation:
             )
             for s in self._named_shards(self.shard_names if names is None else names)
         ]
+        pause()
         filters = self.manifest["index"].get("filters")
         return Searcher(shards, self.effort, threads, FilterPlan.from_json(filters) if filters else None)
 

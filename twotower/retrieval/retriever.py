@@ -24,6 +24,7 @@ from twotower.index.hits import Hits
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.front import TIES, Front, allowed_items, timing
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.pause import pause
 from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy
 
 __all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever"]
@@ -50,6 +51,7 @@ class Retriever(Front):
             device: of torch, for the query tower; shards go to the GPUs that FAISS finds.
         """
         super().__init__(generation, threads, device)
+        pause()
         self._searcher = generation.searcher(threads)
 
     @classmethod
@@ -115,7 +117,9 @@ class Retriever(Front):
             hits = self._searcher.search(vectors, 1)
             return np.array([each.scores.max(initial=-np.inf) for each in hits], np.float32)
 
-        check_vectors(self.encode_items(rows), self._searcher.vectors(rows), best)
+        encoded = self.encode_items(rows)
+        pause()
+        check_vectors(encoded, self._searcher.vectors(rows), best)
 
     def retrieve(self, query: Query) -> Answer:
         """Return the best allowed items for one query.
