@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from twotower.artefacts import MANIFEST
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
-from twotower.errors import ArtefactError, ArtefactMismatchError, RequestError
+from twotower.errors import ArtefactError, ArtefactMismatchError, DamagedError, RequestError, may_pass
 from twotower.hashing import sha256_file
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, profile_values
@@ -252,3 +254,17 @@ def test_weights_that_were_verified_are_not_read_for_their_hash_again(
     assert hashed.count(weights) == 2
     for name, table in first.model.state_dict().items():
         assert torch.equal(table, second.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_a_file_that_goes_while_others_are_read_is_said(built: Path, number: int) -> None:
+    def hashed(path: Path) -> str:
+        if path.name == "popularity.npy":
+            raise OSError(number, os.strerror(number), str(path))
+        return sha256_file(path)
+
+    with pytest.raises(ArtefactError, match=r"popularity\.npy can not be read") as raised:
+        Generation.open(built, sha256=hashed)
+    # Of what is gone a copy may be whole; what a disk does not give now it may give later.
+    assert isinstance(raised.value, DamagedError) == (number == errno.ENOENT)
+    assert may_pass(raised.value) == (number == errno.EIO)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -101,21 +102,30 @@ def verify_files(
     for name, facts in files.items():
         check_file_name(name, str(directory))
         path = directory / name
-        try:
+        with _readable(path):
             size = os.stat(path).st_size
-        except OSError as error:
-            kind = DamagedError if isinstance(error, FileNotFoundError) else ArtefactError
-            raise kind(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
         if size != facts["bytes"]:
             raise DamagedError(f"{path} has {size} bytes, its manifest says {facts['bytes']}. {AGAIN}")
         if verified is not None and known.get(name) == facts and _same_file(path, verified / name):
             continue
-        found = sha256(path)
+        # It may be removed while others are read.
+        with _readable(path):
+            found = sha256(path)
         if found != facts["sha256"]:
             raise DamagedError(
                 f"{path} is damaged: it has SHA-256 {found[:16]}..., its manifest says "
                 f"{str(facts['sha256'])[:16]}... {AGAIN}"
             )
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of a file that can not be read what that means for its generation."""
+    try:
+        yield
+    except OSError as error:
+        kind = DamagedError if isinstance(error, FileNotFoundError) else ArtefactError
+        raise kind(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
 
 
 def check_file_name(name: str, place: str) -> None:
