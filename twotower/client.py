@@ -138,7 +138,7 @@ class Client:
         self,
         url: str,
         token: str | None = None,
-        timeout_s: float = 1.0,
+        timeout_s: float = 2.0,
         retries: int = 2,
         connections: int = 16,
     ) -> None:
@@ -147,9 +147,9 @@ class Client:
         Args:
             url: of the service, such as ``http://127.0.0.1:8000``; a path before the routes is kept.
             token: bearer token, where the service wants one.
-            timeout_s: longest time of a call in seconds, its tries and the waits between them included.
-            retries: further tries of a call whose connection broke, or that the service was too busy for and
-                that has time left after the wait it asks for, a second.
+            timeout_s: longest time of a call in seconds, its tries and the waits between them included; in
+                less than the second that a busy service asks to wait, such a call is not tried again.
+            retries: further tries of a call whose connection broke, or that the service was too busy for.
             connections: kept open between calls; more threads than that open further ones for a call each.
 
         Raises:

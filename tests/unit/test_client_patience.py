@@ -49,7 +49,8 @@ def test_a_service_that_stays_busy_is_left_alone(server):
 
 def test_retry_after_is_waited_for(server):
     server.script = then(lambda handler, _: send(handler, BUSY, 503, Retry_After="1"), good)
-    with Client(server.url, timeout_s=20) as client:
+    # By default there is time for it.
+    with Client(server.url) as client:
         assert client.retrieve(k=2).generation == "g7"
     first, second = server.received
     assert second.at - first.at >= 1.0
