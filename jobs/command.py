@@ -78,7 +78,7 @@ def run(
         argv: the command line without the program; that of the process when not given.
         default_config: the file read without ``--config``; built-in defaults when not given.
     """
-    options = _parser(job, description, arguments, default_config).parse_args(argv)
+    options = _parser(job, description, arguments, default_config).parse_intermixed_args(argv)
     apply_environment()
     _stopped.clear()
     stop_on_sigterm()
