@@ -48,8 +48,10 @@ export function combobox(input, list, search, choose) {
     const entries = options.map((option, i) => {
       const entry = make("li", { role: "option", id: `${list.id}-${i}`, "aria-selected": "false" }, option.label);
       if (option.detail) entry.append(make("span", { className: "quiet" }, option.detail));
-      // Before the input loses the focus.
-      entry.onpointerdown = (event) => { event.preventDefault(); pick(option); };
+      // The input keeps the focus, without which the list would close before the click. A finger that scrolls
+      // the list makes no click.
+      entry.onmousedown = (event) => event.preventDefault();
+      entry.onclick = () => pick(option);
       return entry;
     });
     list.replaceChildren(...entries);

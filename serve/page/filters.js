@@ -14,9 +14,14 @@ let changed = () => {};
 let filters = [];
 
 // Takes attributes by name {type, operators}, frequent values by name, and what to call after a change.
+// Filters on what there no longer is go.
 export function setFilters(known, values, onChange) {
   [attributes, frequent, changed] = [known, values, onChange];
   $("filters").hidden = !Object.keys(attributes).length;
+  const stays = ({ attribute, operator }) => attributes[attribute]?.operators.includes(operator);
+  filters.filter((each) => !stays(each)).forEach((each) => each.element.remove());
+  filters = filters.filter(stays);
+  filters.forEach(renderFilter);
 }
 
 function select(label, pairs, value) {

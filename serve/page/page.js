@@ -83,14 +83,13 @@ const closeItemOptions = combobox(
 );
 $("item").addEventListener("keydown", takeFirst);
 
+// The columns of items that are shown; an attribute made from a column of another name is none.
+const shownFields = () => [...new Set(["title", ...Object.keys(facts.attributes)])]
+  .filter((name) => facts.item_fields.includes(name));
+
 function readQuestion() {
   const k = $("k").value.trim();
-  const question = {
-    k: typed(k, "integer"),
-    exclude_seen: $("exclude-seen").checked,
-    fields: ["title", ...Object.keys(facts.attributes)].filter((name, i, all) =>
-      facts.item_fields.includes(name) && all.indexOf(name) === i),
-  };
+  const question = { k: typed(k, "integer"), exclude_seen: $("exclude-seen").checked, fields: shownFields() };
   const filter = readFilter();
   if (Object.keys(filter).length) question.filter = filter;
   if (who() === "user") question.user_id = $("user").value.trim();
@@ -170,7 +169,7 @@ async function ask(plainly = false) {
   $("results").setAttribute("aria-busy", "true");
   const past = who() === "user" ? showHistory($("user").value.trim(), turn) : ($("history").hidden = true, null);
   try {
-    const answer = await call("v1/retrieve", readQuestion());
+    const answer = await current(() => call("v1/retrieve", readQuestion()));
     if (turn === asked) showAnswer(answer);
   } catch (error) {
     if (turn !== asked) return;
@@ -213,9 +212,10 @@ async function showSimilar(item) {
   $("similar-items").replaceChildren();
   if (!$("similar").open) $("similar").showModal();
   try {
-    const { fields } = readQuestion();
-    const query = new URLSearchParams({ k: 10, fields: fields.join(",") });
-    const { content, ms } = await call(`v1/items/${encodeURIComponent(item.item_id)}/similar?${query}`);
+    const { content, ms } = await current(() => {
+      const query = new URLSearchParams({ k: 10, fields: shownFields().join(",") });
+      return call(`v1/items/${encodeURIComponent(item.item_id)}/similar?${query}`);
+    });
     if (turn !== compared) return;
     $("similar-status").textContent = `${counted(content.items, BASIS.similar)}; ${milliseconds(ms)} round trip, generation ${content.generation}.`;
     $("similar-items").replaceChildren(...itemEntries(content.items, showSimilar));
@@ -225,6 +225,36 @@ async function showSimilar(item) {
     $("similar-status").textContent = "";
     showError($("similar-error"), error);
   }
+}
+
+// ---- The generation ----
+
+// Takes what is known of the generation that answers, if it is another one than before.
+async function learn() {
+  const { content } = await call("v1/generation");
+  if (content.id === facts.id) return;
+  const { values } = (await call("demo/values")).content;
+  facts = content;
+  const number = new Intl.NumberFormat("en");
+  $("generation").textContent = `generation ${facts.id} · ${number.format(facts.num_items)} items · `
+    + `${number.format(facts.num_users)} users · index recall ${facts.index.index_recall.toFixed(3)}`;
+  setFilters(facts.attributes, values, () => ask());
+}
+
+// Asks, and once more where another generation has taken its place since: it may have other columns and attributes.
+async function current(question) {
+  const { id } = facts;
+  try {
+    const answer = await question();
+    if (answer.content.generation === id) return answer;
+    await learn();
+    if (facts.id === id) return answer;
+  } catch (error) {
+    // Another question may have found out meanwhile.
+    await learn();
+    if (facts.id === id) throw error;
+  }
+  return question();
 }
 
 // ---- Start ----
@@ -248,14 +278,7 @@ $("similar").addEventListener("click", (event) => { if (event.target === $("simi
 
 async function start() {
   try {
-    const [generation, users, frequent] = await Promise.all([
-      call("v1/generation"), call("demo/users?limit=4"), call("demo/values"),
-    ]);
-    facts = generation.content;
-    const number = new Intl.NumberFormat("en");
-    $("generation").textContent = `generation ${facts.id} · ${number.format(facts.num_items)} items · `
-      + `${number.format(facts.num_users)} users · index recall ${facts.index.index_recall.toFixed(3)}`;
-    setFilters(facts.attributes, frequent.content.values, () => ask());
+    const [users] = await Promise.all([call("demo/users?limit=4"), learn()]);
     const examples = users.content.users;
     const buttons = examples.map((id) => {
       const button = make("button", { type: "button", className: "link" }, id);
