@@ -5,6 +5,7 @@ They go where Serve's own lines go, as JSON in a replica. No fact names a user o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 
@@ -41,4 +42,6 @@ def log_event(event: str, message: str, level: int = logging.INFO, **facts: str 
     _EVENTS.log(level, message, extra={"event": event, **facts}, stacklevel=2)
     # With the throughput settings Serve collects a thousand lines before it writes any.
     for handler in _SERVE.handlers:
-        handler.flush()
+        # As with a line itself: a full disk or a closed stream must not fail what happened.
+        with contextlib.suppress(OSError, ValueError):
+            handler.flush()

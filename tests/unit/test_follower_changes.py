@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.buckets import change, hashes
-from tests.following import Make
+from tests.following import Make, point
+from tests.generations import edit_manifest
 from twotower.errors import ArtefactError
 from twotower.retrieval import follower as module
 from twotower.retrieval.generation import Generation
@@ -77,6 +79,58 @@ def test_a_pointer_that_is_set_faster_than_generations_load_is_followed(store: S
     # The first was passed over, the second is used although it is not the newest any more.
     user.wait_for("a")
     assert user.used == ["c", "a"]
+
+
+def test_a_pointer_that_is_set_faster_than_generations_are_fetched_and_loaded_is_followed(
+    store: Store, make: Make
+) -> None:
+    """Both times that one looks whether it is still named, after fetching and after loading, it is not."""
+    store.publish("b")
+    # As many as are never named again before something else answers.
+    names = [f"a{i}" for i in range(7)]
+    for name in names:
+        shutil.copytree(store.path("a"), store.root / "generations" / name)
+        edit_manifest(store.path(name), id=name)
+    following: list[bool] = []
+
+    def move() -> None:
+        if following:
+            point(store, names[(names.index(store.published("CURRENT")) + 1) % len(names)])
+
+    class SlowStore(Store):
+        def fetch(self, generation_id: str) -> Path:
+            path = super().fetch(generation_id)
+            move()
+            return path
+
+    def load(generation: Generation) -> Retriever:
+        move()
+        return Retriever.ready(generation)
+
+    user = make(SlowStore(store.root), load=load)
+    following.append(True)
+    point(store, names[0])
+    user.wait(lambda: len(user.used) >= 3)
+    following.clear()
+
+
+def test_an_error_of_a_callback_does_not_end_following(
+    store: Store, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.publish("b")
+    user = make(store)
+    failures: list[str] = []
+
+    def failing(name: str) -> None:
+        failures.append(name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    user.follower._gone = failing
+    store.publish("a")
+    user.wait(lambda: failures)
+    store.publish("c")
+    user.wait_for("c")
+    assert "No space left" in caplog.text
 
 
 def test_what_may_pass_is_tried_again(

@@ -178,13 +178,21 @@ class Follower(Generic[T]):
     def _run(self, use: Callable[[T], None]) -> None:
         # Of the usual priority: a thread of a low one that has the GIL and no CPU holds up those that answer.
         while not self._stop.wait(self._poll_s):
-            name = self._named()
-            if name == self.generation_id:
-                self._accept()
-            elif name is not None and self._is_due(name):
-                with _short_turns():
-                    self._change(name, use)
-            self._forget_gone()
+            try:
+                self._look(use)
+            # Whatever a callback has to say: what is published next is followed all the same.
+            except Exception as error:
+                self._log.error("following pointer %s goes on after %r", self._pointer, error)
+
+    def _look(self, use: Callable[[T], None]) -> None:
+        """Look at the pointer once, and change what answers where it names another generation."""
+        name = self._named()
+        if name == self.generation_id:
+            self._accept()
+        elif name is not None and self._is_due(name):
+            with _short_turns():
+                self._change(name, use)
+        self._forget_gone()
 
     def _named(self) -> str | None:
         """Return the id that the pointer names; None where that can not be told now."""
@@ -213,15 +221,17 @@ class Follower(Generic[T]):
     def _change(self, name: str, use: Callable[[T], None]) -> None:
         """Load a generation and let it answer, unless it fails or the pointer names another one by then."""
         path = None
+        # Where the pointer is set faster than generations are fetched and loaded, every second one is used.
+        insists, self._passed_over = self._passed_over, False
         try:
             path = self._store.fetch(name)
-            if self._is_outdated(name):
+            if self._is_passed_over(name, insists):
                 return
             new = self._opened(name, path)
         except Exception as error:
             self._refuse(name, self._failure(error, path))
         else:
-            if not self._is_outdated(name):
+            if not self._is_passed_over(name, insists):
                 self._switch(name, path, new, use)
                 return
             del new
@@ -275,13 +285,15 @@ class Follower(Generic[T]):
                 # A prune took the one in use away meanwhile.
                 return Generation.open(path, sha256=sha256)
 
-    def _is_outdated(self, name: str) -> bool:
-        """Return whether the pointer names another generation by now, which is to be loaded instead."""
+    def _is_passed_over(self, name: str, insists: bool) -> bool:
+        """Return whether the pointer names another generation by now that is to be used instead.
+
+        Args:
+            name: of the generation that is being loaded.
+            insists: use it all the same, unless what answers now is named again.
+        """
         latest = self._named()
-        if latest in (name, None):
-            return False
-        # Where it is set faster than generations load, every second one is used.
-        self._passed_over = latest == self.generation_id or not self._passed_over
+        self._passed_over = latest not in (name, None) and (not insists or latest == self.generation_id)
         return self._passed_over
 
     def _switch(self, name: str, path: Path, new: T, use: Callable[[T], None]) -> None:
@@ -290,7 +302,6 @@ class Follower(Generic[T]):
         self._held = [*self._held, (name, weakref.ref(new))]
         use(new)
         self._path = path
-        self._passed_over = False
         self._accept()
         self._log.info("generation %s answers now, before %s", name, before)
         # Whoever lets go of it last frees it, which takes a while: this thread, not one that answers.
