@@ -6,17 +6,21 @@ import contextlib
 import errno
 import json
 import shutil
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.following import point
+from tests.following import damage, point
 from tests.shop import build_store
 from tests.updates import copied
 from twotower.config import Config
+from twotower.errors import ArtefactError, DamagedError
 from twotower.hashing import sha256_file
+from twotower.retrieval.files import file_facts
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
 from twotower.retrieval.store import Store
@@ -135,6 +139,55 @@ def test_a_holder_tries_again_what_could_not_be_read(store: Store, error: Except
     holder.need("a", ["g1", "g3"])
     assert set(holder.refused) == {"g3"}
     assert disk.fetched == fetched
+
+
+def test_a_holder_looks_again_for_what_is_not_there_yet(store: Store) -> None:
+    class LateStore(FailingStore):
+        def fetch(self, generation_id: str) -> Path:
+            try:
+                return super().fetch(generation_id)
+            finally:
+                self.error = None
+
+    late = LateStore(store.root)
+    late.error = ArtefactError("there is no generation g1 yet")
+    holder = GroupHolder(late, 0, 2)
+    holder.need("a", ["g1"])
+    wait_for(holder, {"g1"})
+    assert late.fetched == 2
+
+
+@pytest.mark.parametrize("change", [damage, Path.unlink], ids=["damaged", "missing"])
+@pytest.mark.parametrize("name", ["config.json", "item_ids.arrow", "tombstones.npy"])
+def test_a_holder_verifies_what_it_reads_beside_its_shards(
+    store: Store, name: str, change: Callable[[Path], None]
+) -> None:
+    path = store.path("g2")
+    if name == "tombstones.npy":
+        np.save(path / name, np.array([3]))
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name] = file_facts(path / name)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    GroupHolder(store, 0, 2).load("g2")
+    change(path / name)
+    with pytest.raises(DamagedError, match=name):
+        GroupHolder(store, 0, 2).load("g2")
+
+
+def test_a_holder_whose_thread_can_not_be_started_tries_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = GroupHolder(store, 0, 2)
+    with monkeypatch.context() as patch:
+
+        def no_thread(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="new thread"):
+            holder.need("a", ["g1"])
+    holder.need("a", ["g1"])
+    wait_for(holder, {"g1"})
 
 
 def test_a_holder_begins_with_what_is_published(store: Store) -> None:

@@ -25,6 +25,8 @@ ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
 """Tables of a shard: what people read about its items, and what queries filter by."""
 BASE, DELTA = "base", "delta"
 """Roles of shards: built from the whole catalogue, or holding what updates changed since."""
+CONFIG, ITEM_IDS = "config.json", "item_ids.arrow"
+"""What the generation was built with, and the ids of its items by item row."""
 TOMBSTONES = "tombstones.npy"
 """Item rows of base shards that updates deleted or replaced."""
 HISTORY = ("offsets", "item_rows", "times", "weights")

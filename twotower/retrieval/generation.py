@@ -40,8 +40,10 @@ from twotower.retrieval.files import (
     ATTRIBUTES,
     BASE,
     COLUMN,
+    CONFIG,
     DELTA,
     HISTORY,
+    ITEM_IDS,
     ITEMS,
     KIND,
     PROFILE,
@@ -140,7 +142,7 @@ class Generation:
     @functools.cached_property
     def item_ids(self) -> Vocabulary:
         """Item ids in row order: of the catalogue, those only in interactions, those that updates added."""
-        return Vocabulary.open(self.path / "item_ids.arrow")
+        return Vocabulary.open(self.path / ITEM_IDS)
 
     @functools.cached_property
     def histories(self) -> Histories:
@@ -179,7 +181,7 @@ class Generation:
     @functools.cached_property
     def declared_attributes(self) -> dict[str, AttributeConfig]:
         """Attributes that queries can filter by, as the configuration of the build declared them."""
-        declared = json.loads((self.path / "config.json").read_bytes())["index"].get("attributes", {})
+        declared = json.loads((self.path / CONFIG).read_bytes())["index"].get("attributes", {})
         return {name: AttributeConfig.model_validate(values) for name, values in declared.items()}
 
     @functools.cached_property

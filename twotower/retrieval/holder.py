@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from twotower.errors import DamagedError, may_pass
+from twotower.errors import ArtefactError, DamagedError, may_pass
 from twotower.hashing import hashing_aside, sha256_file
-from twotower.retrieval.files import verify_files
+from twotower.retrieval.files import CONFIG, ITEM_IDS, TOMBSTONES, verify_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
 from twotower.retrieval.memory import return_memory
@@ -25,6 +25,10 @@ LEASE_S = 60.0
 """How long what a gateway needs is kept after it last said so (seconds)."""
 RETRY_S = 10.0
 """How long after an error that may pass a generation is tried again (seconds)."""
+_FETCHES, _FETCH_PAUSE_S = 4, 0.5
+"""How often, and after how many seconds again, a generation is looked for that is not there."""
+_FILES_OF_ALL = {CONFIG, ITEM_IDS, TOMBSTONES}
+"""What every group reads beside its shards: attributes, how many item rows there are, and the dead ones."""
 
 
 class GroupHolder:
@@ -70,7 +74,7 @@ class GroupHolder:
             ArtefactError: a file of the group is missing or damaged, or there are too few shards.
             OSError: a file can not be read now.
         """
-        path = self._store.fetch(generation_id)
+        path = self._fetched(generation_id)
         try:
             part = self._open(path)
         except DamagedError:
@@ -81,12 +85,27 @@ class GroupHolder:
         with self._lock:
             self.held = {**self.held, generation_id: part}
 
+    def _fetched(self, generation_id: str) -> Path:
+        for left in reversed(range(_FETCHES)):
+            try:
+                return self._store.fetch(generation_id)
+            except ArtefactError:
+                # A gateway found it there. A prune of a bucket puts back what was published meanwhile.
+                if not left:
+                    raise
+                time.sleep(_FETCH_PAUSE_S)
+        raise AssertionError
+
     def _open(self, path: Path) -> ShardGroup:
         """Return the group's part of a generation, after verifying its files."""
         generation = Generation.open(path, verify=False)
         names = generation.shard_groups(self._num_groups)[self._group]
         prefixes = tuple(f"shards/{name}/" for name in names)
-        files = {n: f for n, f in generation.manifest["files"].items() if n.startswith(prefixes)}
+        files = {
+            n: f
+            for n, f in generation.manifest["files"].items()
+            if n.startswith(prefixes) or n in _FILES_OF_ALL
+        }
         # What is held answers meanwhile, and needs the CPUs.
         with hashing_aside() if self.held else contextlib.nullcontext(sha256_file) as sha256:
             verify_files(generation.path, files, sha256=sha256)
@@ -123,8 +142,10 @@ class GroupHolder:
             self._retry_at = {i: at for i, at in self._retry_at.items() if i in needed and at > now}
             self.failed = {i: reason for i, reason in self.failed.items() if i in self._retry_at}
             if self._loader is None and self._next() is not None:
-                self._loader = threading.Thread(target=self._load_all, name="holder", daemon=True)
-                self._loader.start()
+                loader = threading.Thread(target=self._load_all, name="holder", daemon=True)
+                # It waits for the lock. Where none can be started, the next gateway that asks tries again.
+                loader.start()
+                self._loader = loader
             freed = len(self.held) < len(before)
         # Only now, without the lock: to free much takes long.
         del before

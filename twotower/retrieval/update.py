@@ -25,12 +25,19 @@ from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
 from twotower.progress import say
 from twotower.retrieval.delta import CatalogueState
-from twotower.retrieval.files import DELTA, KIND, TOMBSTONES, file_facts, write_items, write_shard_facts
+from twotower.retrieval.files import (
+    DELTA,
+    ITEM_IDS,
+    KIND,
+    TOMBSTONES,
+    file_facts,
+    write_items,
+    write_shard_facts,
+)
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import CURRENT, Store
 
 _FACTORY = "Flat"
-_ITEM_IDS = "item_ids.arrow"
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,9 @@ def _write(state: CatalogueState, directory: Path, name: str, checkpoint_fingerp
     files = {n: f for n, f in manifest["files"].items() if not _is_replaced(n)}
     new = []
     if len(state.item_ids) > len(state.base.item_ids):
-        state.item_ids.write(directory / _ITEM_IDS)
-        del files[_ITEM_IDS]
-        new.append(_ITEM_IDS)
+        state.item_ids.write(directory / ITEM_IDS)
+        del files[ITEM_IDS]
+        new.append(ITEM_IDS)
     for file in files:
         link_or_copy(state.base.path / file, directory / file)
     if state.dead.any():

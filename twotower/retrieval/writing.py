@@ -19,7 +19,9 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import encode_columns, profile_values
 from twotower.retrieval.files import (
     BASE,
+    CONFIG,
     HISTORY,
+    ITEM_IDS,
     KIND,
     column_file,
     list_files,
@@ -41,10 +43,10 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
     """
     checkpoint.require_dataset(dataset)
     schema = checkpoint.schema
-    write_json(directory / "config.json", config.to_json())
+    write_json(directory / CONFIG, config.to_json())
     shutil.copytree(checkpoint.path, directory / "model")
     dataset.user_ids.write(directory / "user_ids.arrow")
-    dataset.item_ids.write(directory / "item_ids.arrow")
+    dataset.item_ids.write(directory / ITEM_IDS)
 
     users = directory / "users"
     users.mkdir()
