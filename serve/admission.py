@@ -66,6 +66,16 @@ class Admission:
             self._count -= 1
 
 
+def deadline_exceeded() -> BadRequest:
+    """Return the answer to a request that its client waits for no longer than it could be answered in."""
+    return BadRequest(
+        "the deadline passed before the request could be answered",
+        f"a larger {DEADLINE_HEADER}, or fewer requests at a time",
+        504,
+        "deadline_exceeded",
+    )
+
+
 def check_deadline(deadline: float) -> None:
     """Check that a reading of ``time.monotonic`` is not there yet.
 
@@ -73,12 +83,7 @@ def check_deadline(deadline: float) -> None:
         BadRequest: it has passed (504).
     """
     if time.monotonic() >= deadline:
-        raise BadRequest(
-            "the deadline passed before the request could be answered",
-            f"a larger {DEADLINE_HEADER}, or fewer requests at a time",
-            504,
-            "deadline_exceeded",
-        )
+        raise deadline_exceeded()
 
 
 def deadline_of(request: Request, default_ms: int) -> float:

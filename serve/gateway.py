@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from serve.admission import check_deadline
-from serve.hedging import GroupUnavailableError, Replicas
+from serve.admission import check_deadline, deadline_exceeded
+from serve.hedging import CutShortError, GroupUnavailableError, Replicas
 from serve.metrics import Metrics
 from serve.probe import Probe
 from serve.service import Service, name_the_wrong_one
@@ -96,7 +96,7 @@ class GatewayService(Service[Front]):
         Raises:
             RequestError: the query asks for something that is not allowed.
             NoGroupError: no group answered.
-            BadRequest: the deadline passed before the groups were asked.
+            BadRequest: the deadline passed before the groups were asked, or left them too little time.
         """
         front = self.front
         answer = (await self.answers(front, [query], deadline))[0]
@@ -111,7 +111,7 @@ class GatewayService(Service[Front]):
         Raises:
             NotAllowedError: a query asks for something that is not allowed; its place is named.
             NoGroupError: no group answered.
-            BadRequest: the deadline passed before the groups were asked.
+            BadRequest: as of ``retrieve``.
         """
         front = self.front
         try:
@@ -131,7 +131,7 @@ class GatewayService(Service[Front]):
             deadline: reading of ``time.monotonic`` from which on work does not begin and no group is asked.
 
         Raises:
-            BadRequest: the deadline has passed.
+            BadRequest: the deadline has passed, or left the groups too little time.
             RequestError: a query asks for something that is not allowed.
             NoGroupError: no group answered.
         """
@@ -160,7 +160,7 @@ class GatewayService(Service[Front]):
         Raises:
             RequestError: there is no such item, or something that is not allowed is asked for.
             NoGroupError: the group that holds the item did not answer.
-            BadRequest: the deadline passed before the groups were asked.
+            BadRequest: as of ``retrieve``.
         """
         check_deadline(deadline)
         start = time.perf_counter()
@@ -241,11 +241,13 @@ class GatewayService(Service[Front]):
 
         Raises:
             NoGroupError: the group that holds it did not answer.
+            BadRequest: the deadline has passed, or left that group too little time.
         """
-        for answer in await self._called(pack_vector_request(front.generation_id, row), 1, deadline):
+        answers = await self._called(pack_vector_request(front.generation_id, row), 1, deadline)
+        for answer in answers:
             if isinstance(answer, bytes) and (vector := unpack_vector(answer)) is not None:
                 return vector
-        raise NoGroupError("the part of the index that holds the item did not answer in time")
+        raise _no_answer("the part of the index that holds the item did not answer in time", answers)
 
     async def _called(self, message: bytes, num_queries: int, deadline: float) -> list[bytes | BaseException]:
         """Return the answer of each group, or why there is none."""
@@ -254,7 +256,7 @@ class GatewayService(Service[Front]):
         check_deadline(deadline)
         # The client has to get the answer too, with what was found.
         timeout_s = min(own_s, _SHARE_OF_DEADLINE * (deadline - time.monotonic()))
-        blame = timeout_s >= self._deadline_s
+        blame = timeout_s >= own_s
         calls = (group.call(message, timeout_s, blame, num_queries) for group in self.groups)
         return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -265,6 +267,7 @@ class GatewayService(Service[Front]):
 
         Raises:
             NoGroupError: none did.
+            BadRequest: none did, in what time the deadline left.
         """
         answers = await self._called(message, num_queries, deadline)
         found, missing = [], []
@@ -276,8 +279,21 @@ class GatewayService(Service[Front]):
             else:
                 raise answer
         if not found:
-            raise NoGroupError("no part of the index answered in time")
+            raise _no_answer("no part of the index answered in time", answers)
         return found, missing
+
+
+def _no_answer(reason: str, answers: Sequence[bytes | BaseException]) -> Exception:
+    """Return what to raise where groups are missing that an answer needs.
+
+    Args:
+        reason: what is missing, for where that is the groups' own fault.
+        answers: of each group, or why there is none.
+    """
+    # A group that was cut short may have been about to answer: what was missing is the client's time.
+    if any(isinstance(answer, CutShortError) for answer in answers):
+        return deadline_exceeded()
+    return NoGroupError(reason)
 
 
 def _check_complete(missing: Sequence[str]) -> None:

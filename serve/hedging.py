@@ -30,6 +30,10 @@ class GroupUnavailableError(Exception):
     """No replica of a shard group answered in time."""
 
 
+class CutShortError(GroupUnavailableError):
+    """No replica had answered when the caller's time was over, which is less than a group is given."""
+
+
 class UnansweredError(Exception):
     """A replica that is well could not answer this message."""
 
@@ -45,7 +49,7 @@ class Counts:
     retries: int = 0
     """Second calls because the first failed, or was to a replica without the generation."""
     failures: int = 0
-    """Calls that no replica answered in time."""
+    """Calls that no replica answered in time, but for those that were cut short."""
 
 
 class Replicas:
@@ -74,11 +78,12 @@ class Replicas:
         Args:
             message: for the replica.
             timeout_s: seconds after which none is waited for.
-            blame: leave a replica alone for a while that has answered nothing in that time.
+            blame: leave a replica alone for a while that has answered nothing in that time. False: the caller
+                has less time than a group is given, so that one who is late has not failed.
             num_queries: in the message; a replica answers them one after the other.
 
         Raises:
-            GroupUnavailableError: none answered in time.
+            GroupUnavailableError: none answered in time; a ``CutShortError`` where that is not to be blamed.
         """
         now = asyncio.get_running_loop().time
         began = now()
@@ -122,8 +127,11 @@ class Replicas:
                     self._credit -= 1
                     self.counts.hedges += 1
                     ask_next()
+            # Those that failed, or do not hold the generation, run no more.
+            if running and not blame:
+                raise CutShortError(self.name)
             for replica, _ in running.values():
-                if blame and replica.answered_at < began:
+                if replica.answered_at < began:
                     replica.failed(now())
         finally:
             for future, (replica, _) in running.items():

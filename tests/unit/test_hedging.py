@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from serve.hedging import GroupUnavailableError, Replicas, UnansweredError
+from serve.hedging import CutShortError, GroupUnavailableError, Replicas, UnansweredError
 
 LONG_S = 30.0
 
@@ -308,6 +308,24 @@ def test_a_message_that_nobody_can_answer_takes_no_replica_out() -> None:
         return group
 
     assert asyncio.run(main()).counts.retries == 10
+
+
+@pytest.mark.parametrize("how", ["never", "fail"])
+@pytest.mark.parametrize("blame", [True, False])
+def test_only_what_is_late_and_not_to_be_blamed_is_cut_short(how: str, blame: bool) -> None:
+    a = Fake("a")
+    a.behave = getattr(a, how)
+
+    async def main() -> Replicas:
+        group = Replicas("g", [a])
+        with pytest.raises(GroupUnavailableError, match="g") as caught:
+            await group.call(b"x", 0.02, blame)
+        cut_short = how == "never" and not blame
+        assert isinstance(caught.value, CutShortError) == cut_short
+        assert group.counts.failures == (0 if cut_short else 1)
+        return group
+
+    assert asyncio.run(main())._replicas[0].num_running == 0
 
 
 @pytest.mark.parametrize("why", ["the time was the client's", "it answered others meanwhile"])

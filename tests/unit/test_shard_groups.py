@@ -270,6 +270,55 @@ def test_a_group_is_not_waited_for_longer_than_the_client_waits(shop: tuple[Conf
     asyncio.run(run())
 
 
+def test_a_client_with_too_little_time_is_told_so_and_no_group_is_blamed(shop: tuple[Config, Path]) -> None:
+    # A query has its time in a group and a batch has not, each in less than the group is given.
+    service = slow_gateway(shop[1], 0.1, 0.25)
+    query = Query(k=5, user_id="1")
+
+    async def run() -> None:
+        for late in (
+            lambda deadline: service.retrieve(query, deadline),
+            lambda deadline: service.similar("1001", 5, [], None, deadline),
+            lambda deadline: service.retrieve_batch([query] * 8, deadline + 0.4),
+        ):
+            with pytest.raises(BadRequest) as caught:
+                await late(time.monotonic() + 0.05)
+            assert (caught.value.status, caught.value.headers) == (504, {})
+            assert caught.value.content["error"]["code"] == "deadline_exceeded"
+        assert [group.counts.failures for group in service.groups] == [0, 0]
+        assert not json.loads(await service.retrieve(query))["partial"]
+
+    asyncio.run(run())
+
+
+def test_what_groups_fail_in_is_not_the_clients_time(shop: tuple[Config, Path]) -> None:
+    query = Query(k=5, user_id="1")
+
+    async def missing(service: GatewayService, wait_s: float) -> list[Exception]:
+        found = []
+        for call in (
+            lambda deadline: service.retrieve(query, deadline),
+            lambda deadline: service.similar("1001", 5, [], None, deadline),
+        ):
+            with pytest.raises((NoGroupError, BadRequest)) as caught:
+                await call(time.monotonic() + wait_s)
+            found.append(caught.value)
+        return found
+
+    # The groups' own time is the shorter one; they are away; they do not hold the generation.
+    slow = slow_gateway(shop[1], 10.0, 0.05)
+    gone = gateway(shop[1], [Replicas(f"group-{g}", [away]) for g in range(2)])
+    other = gateway(shop[1], [Replicas(f"group-{g}", [caller({})]) for g in range(2)])
+    for service, wait_s in ((slow, 30.0), (gone, 3.0), (other, 3.0)):
+        for error in asyncio.run(missing(service, wait_s)):
+            assert isinstance(error, NoGroupError)
+    # With more time one of these would have answered.
+    mixed = slow_gateway(shop[1], 0.5, 30.0)
+    mixed.groups[0]._replicas[0].ask = away
+    for error in asyncio.run(missing(mixed, 0.1)):
+        assert isinstance(error, BadRequest)
+
+
 def probed(service: GatewayService) -> None:
     """Probe as a gateway does: in a thread of its own, beside the event loop."""
 
