@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ from twotower.retrieval.groups import (
     unpack_vector,
 )
 from twotower.retrieval.query import Answer, Query
+
+T = TypeVar("T")
 
 _SHARE_OF_DEADLINE = 0.8
 """Of the time that a client waits, how much may go by until the groups have answered."""
@@ -99,11 +101,15 @@ class GatewayService(Service[Front]):
             BadRequest: the deadline passed before the groups were asked, or left them too little time.
         """
         front = self.front
-        answer = (await self.answers(front, [query], deadline))[0]
-        if not answer.missing_groups:
-            self._loop = asyncio.get_running_loop()
-            self._probe.offer(front, query, answer)
-        return self.noted(answer)
+        self._loop = asyncio.get_running_loop()
+
+        def finish(answers: list[Answer]) -> bytes:
+            (answer,) = answers
+            if not answer.missing_groups:
+                self._probe.offer(front, query, answer)
+            return self.noted(answer)
+
+        return await self._finished(front, [query], deadline, finish)
 
     async def retrieve_batch(self, queries: Sequence[Query], deadline: float = math.inf) -> bytes:
         """Return the answers to queries, in their order, as the JSON of a batch.
@@ -115,7 +121,7 @@ class GatewayService(Service[Front]):
         """
         front = self.front
         try:
-            return self.noted_batch(await self.answers(front, queries, deadline))
+            return await self._finished(front, queries, deadline, self.noted_batch)
         except NotAllowedError:
             await self.workers.run(name_the_wrong_one, front, queries)
             raise
@@ -135,6 +141,16 @@ class GatewayService(Service[Front]):
             RequestError: a query asks for something that is not allowed.
             NoGroupError: no group answered.
         """
+        return await self._finished(front, queries, deadline, list)
+
+    async def _finished(
+        self, front: Front, queries: Sequence[Query], deadline: float, finish: Callable[[list[Answer]], T]
+    ) -> T:
+        """Return what ``finish`` makes of the answers to queries, where their items are described.
+
+        JSON of thousands of items takes tens of milliseconds: in the event loop it would hold up messages,
+        beats and hedges.
+        """
         run = self.runner(front, queries[0]) if len(queries) == 1 else self.workers.run
         start, encoded, hits, message = await run(_encoded, front, queries, deadline=deadline)
         done = time.perf_counter()
@@ -144,8 +160,12 @@ class GatewayService(Service[Front]):
             found, missing = await self._ask(message, front, len(encoded.searched), deadline)
         searched = time.perf_counter()
         times = start, done, searched
-        answers: list[Answer] = await run(_described, front, encoded, hits, found, tuple(missing), times)
-        return answers
+
+        def describe() -> T:
+            return finish(_described(front, encoded, hits, found, tuple(missing), times))
+
+        finished: T = await run(describe)
+        return finished
 
     async def similar(
         self,
@@ -175,10 +195,13 @@ class GatewayService(Service[Front]):
         message = pack_search(front.generation_id, vector[None, :], [query])
         found, missing = await self._ask(message, front, 1, deadline)
         searched = time.perf_counter()
-        hits = merge_groups([group[0] for group in found], k)
-        items = await self.workers.run(front.describe_hits, hits, fields)
-        took = timing(start, encoded, searched)
-        return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+
+        def finish() -> bytes:
+            items = front.describe_hits(merge_groups([group[0] for group in found], k), fields)
+            took = timing(start, encoded, searched)
+            return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+
+        return await self.workers.run(finish)
 
     def probe(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         """Ask a generation that the groups hold questions whose answers can be checked.

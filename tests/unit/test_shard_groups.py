@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,9 +16,12 @@ import pytest
 
 from serve.gateway import GatewayService, NoGroupError
 from serve.hedging import Replicas
+from serve.metrics import Metrics
 from serve.schemas import BadRequest
+from serve.service import to_json
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.unit.test_retriever_filters import FILTERS
+from tests.unit.test_serve_metrics import Collected
 from tests.updates import copied, table_of
 from twotower.config import Config
 from twotower.errors import ArtefactError, NotAllowedError, RequestError, may_pass
@@ -34,7 +38,7 @@ from twotower.retrieval.groups import (
     unpack_hits,
     unpack_search,
 )
-from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, UnknownItemError
+from twotower.retrieval.query import MAX_WEIGHT, Answer, HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
@@ -317,6 +321,41 @@ def test_what_groups_fail_in_is_not_the_clients_time(shop: tuple[Config, Path]) 
     mixed.groups[0]._replicas[0].ask = away
     for error in asyncio.run(missing(mixed, 0.1)):
         assert isinstance(error, BadRequest)
+
+
+def test_json_is_made_where_the_items_are_described_and_counted_once(
+    shop: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Collected()
+    groups = [Replicas(f"group-{g}", [caller(held)]) for g, held in enumerate(held_by(shop[1], 2))]
+    front = Front(Generation.open(shop[1]))
+    service = GatewayService(front, groups, 1000, 1, SETTINGS, deadline_s=5.0, metrics=Metrics(sink))
+    in_loop: list[bool] = []
+
+    def noting(answer: Answer) -> bytes:
+        in_loop.append(threading.current_thread() is threading.main_thread())
+        return to_json(answer)
+
+    monkeypatch.setattr("serve.service.to_json", noting)
+
+    async def where(call: Awaitable[bytes]) -> list[bool]:
+        in_loop.clear()
+        assert json.loads(await call)
+        return [*in_loop]
+
+    async def run() -> None:
+        short, long = Query(k=5, user_id="1"), Query(k=500, user_id="1", fields=["title"])
+        for usual_ms in (math.inf, 0.0):
+            front._usual_ms = usual_ms
+            assert await where(service.retrieve_batch([short, Query(k=5)])) == [False, False]
+            assert await where(service.retrieve(long)) == [False]
+            assert await where(service.similar("1001", 5, ["title"], None)) == [False]
+            # What is short takes less time in the loop than a thread takes to begin.
+            assert await where(service.retrieve(short)) == [usual_ms == 0]
+
+    asyncio.run(run())
+    service.close()
+    assert sink.counter("twotower_answers") == {("personal",): 6, ("popular",): 2, ("similar",): 2}
 
 
 def probed(service: GatewayService) -> None:
