@@ -260,28 +260,45 @@ class GatewayService(Service[Front]):
         return front.index_recall_of(merge_groups(found, deeper.k), item_ids, query.k)
 
     async def _vector(self, front: Front, row: int, deadline: float = math.inf) -> npt.NDArray[np.float32]:
-        """Return the vector of an item, [D].
+        """Return the vector of an item, [D], as soon as one group has said it.
 
         Raises:
             NoGroupError: the group that holds it did not answer.
             BadRequest: the deadline has passed, or left that group too little time.
         """
-        answers = await self._called(pack_vector_request(front.generation_id, row), 1, deadline)
-        for answer in answers:
-            if isinstance(answer, bytes) and (vector := unpack_vector(answer)) is not None:
-                return vector
-        raise _no_answer("the part of the index that holds the item did not answer in time", answers)
+        message = pack_vector_request(front.generation_id, row)
+        calls = [asyncio.ensure_future(call) for call in self._calls(message, 1, deadline)]
+        missing: list[GroupUnavailableError] = []
+        try:
+            for first in asyncio.as_completed(calls):
+                try:
+                    answer = await first
+                except GroupUnavailableError as error:
+                    # Another may have it: only when all have spoken is it known that it was this one.
+                    missing.append(error)
+                    continue
+                if (vector := unpack_vector(answer)) is not None:
+                    return vector
+        finally:
+            for call in calls:
+                call.cancel()
+            # The search that follows is not to take replicas for busy that have just been let go.
+            await asyncio.gather(*calls, return_exceptions=True)
+        raise _no_answer("the part of the index that holds the item did not answer in time", missing)
 
-    async def _called(self, message: bytes, num_queries: int, deadline: float) -> list[bytes | BaseException]:
-        """Return the answer of each group, or why there is none."""
+    def _calls(self, message: bytes, num_queries: int, deadline: float) -> list[Coroutine[Any, Any, bytes]]:
+        """Return a call of each group, not begun.
+
+        Raises:
+            BadRequest: the deadline has passed.
+        """
         # A group answers the queries of a message one after the other.
         own_s = self._deadline_s * num_queries
         check_deadline(deadline)
         # The client has to get the answer too, with what was found.
         timeout_s = min(own_s, _SHARE_OF_DEADLINE * (deadline - time.monotonic()))
         blame = timeout_s >= own_s
-        calls = (group.call(message, timeout_s, blame, num_queries) for group in self.groups)
-        return await asyncio.gather(*calls, return_exceptions=True)
+        return [group.call(message, timeout_s, blame, num_queries) for group in self.groups]
 
     async def _ask(
         self, message: bytes, front: Front, num_queries: int, deadline: float = math.inf
@@ -292,29 +309,31 @@ class GatewayService(Service[Front]):
             NoGroupError: none did.
             BadRequest: none did, in what time the deadline left.
         """
-        answers = await self._called(message, num_queries, deadline)
-        found, missing = [], []
+        calls = self._calls(message, num_queries, deadline)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        found, errors, missing = [], [], []
         for group, answer in zip(self.groups, answers, strict=True):
             if isinstance(answer, bytes):
                 found.append(unpack_hits(answer, front.generation_id))
             elif isinstance(answer, GroupUnavailableError):
+                errors.append(answer)
                 missing.append(group.name)
             else:
                 raise answer
         if not found:
-            raise _no_answer("no part of the index answered in time", answers)
+            raise _no_answer("no part of the index answered in time", errors)
         return found, missing
 
 
-def _no_answer(reason: str, answers: Sequence[bytes | BaseException]) -> Exception:
+def _no_answer(reason: str, errors: Sequence[GroupUnavailableError]) -> Exception:
     """Return what to raise where groups are missing that an answer needs.
 
     Args:
         reason: what is missing, for where that is the groups' own fault.
-        answers: of each group, or why there is none.
+        errors: of those groups.
     """
     # A group that was cut short may have been about to answer: what was missing is the client's time.
-    if any(isinstance(answer, CutShortError) for answer in answers):
+    if any(isinstance(error, CutShortError) for error in errors):
         return deadline_exceeded()
     return NoGroupError(reason)
 

@@ -43,6 +43,7 @@ from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
+LONG_S = 30.0
 SETTINGS: dict[str, dict[str, str]] = {"active": {}, "missing": {}}
 QUERIES = [
     *(Query(k=9, user_id=str(u)) for u in range(NUM_USERS)),
@@ -224,6 +225,10 @@ def test_a_vector_of_nan_is_no_query_and_takes_no_group_out(
     assert not json.loads(asyncio.run(service.retrieve(query)))["partial"]
 
 
+def is_vector_request(message: bytes) -> bool:
+    return b'"item_row"' in message[:200]
+
+
 class Slow:
     """A group that takes some time for each query, one after the other."""
 
@@ -233,8 +238,7 @@ class Slow:
 
     async def __call__(self, message: bytes) -> bytes:
         found = answer(message, self.held)
-        is_vector = b'"item_row"' in message[:200]
-        count = 1 if is_vector else len(unpack_search(message)[2])
+        count = 1 if is_vector_request(message) else len(unpack_search(message)[2])
         await asyncio.sleep(self.each_s * count)
         return found
 
@@ -356,6 +360,67 @@ def test_json_is_made_where_the_items_are_described_and_counted_once(
     asyncio.run(run())
     service.close()
     assert sink.counter("twotower_answers") == {("personal",): 6, ("popular",): 2, ("similar",): 2}
+
+
+@pytest.mark.parametrize("stalled", [0, 1])
+def test_the_first_group_that_has_the_vector_of_an_item_is_enough(
+    shop: tuple[Config, Path], stalled: int
+) -> None:
+    held = held_by(shop[1], 2)
+    service = gateway(shop[1], [Replicas(f"group-{g}", [caller(h)]) for g, h in enumerate(held)])
+    front, stalling = service.front, service.groups[stalled]
+    taken_back = 0
+
+    async def stall(message: bytes) -> bytes:
+        nonlocal taken_back
+        if is_vector_request(message):
+            try:
+                await asyncio.sleep(LONG_S)
+            except asyncio.CancelledError:
+                taken_back += 1
+                raise
+        return answer(message, held[stalled])
+
+    stalling._replicas[0].ask = stall
+
+    def has(group: int, row: int) -> bool:
+        return held[group]["g1"].vector(row) is not None
+
+    rows = [front.row_of(str(1000 + i)) for i in range(40)]
+    there = next(row for row in rows if has(1 - stalled, row))
+    theirs = next(row for row in rows if has(stalled, row))
+
+    async def run() -> None:
+        vector = await asyncio.wait_for(service._vector(front, there), 2.0)
+        np.testing.assert_array_equal(vector, held[1 - stalled]["g1"].vector(there))
+        # What nobody waits for any more is neither left running nor held against the replica.
+        await asyncio.sleep(0)
+        assert taken_back == 1
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert stalling._replicas[0].num_running == 0
+        item_id = front.generation.item_ids.id(there)
+        found = json.loads(await asyncio.wait_for(service.similar(item_id, 5, [], None), 2.0))
+        assert (found["partial"], len(found["items"])) == (False, 5)
+        assert stalling.counts.failures == 0
+        # A group that says nothing may be the one that has it.
+        service._deadline_s = 0.05
+        with pytest.raises(NoGroupError):
+            await service._vector(front, theirs)
+        assert stalling.counts.failures == 1
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        stalling._replicas[0].paused_until = 0.0
+        # Nor does a client that goes away leave calls behind.
+        service._deadline_s = 5.0
+        gone = asyncio.ensure_future(service._vector(front, theirs))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert stalling._replicas[0].num_running == 0
+
+    asyncio.run(run())
 
 
 def probed(service: GatewayService) -> None:
