@@ -9,6 +9,7 @@ Shapes: B queries, R of them that are searched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 _SHARE_OF_DEADLINE = 0.8
 """Of the time that a client waits, how much may go by until the groups have answered."""
+_TRIES, _TRY_PAUSE_S = 4, 0.5
+"""How often a generation is probed where groups are late, and seconds in between."""
 _PROBE_TIMEOUT_S = 30.0
 
 
@@ -206,15 +209,24 @@ class GatewayService(Service[Front]):
     def probe(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         """Ask a generation that the groups hold questions whose answers can be checked.
 
+        Where a group is late they are asked again, a few times: first queries read the index from the disk.
+
         Args:
             front: of the generation.
             wait: runs a coroutine in the event loop and returns what it returns; this is another thread.
 
         Raises:
             ArtefactError: it answers nonsense.
-            TimeoutError: a group did not answer in time.
+            TimeoutError: a group did not answer in time, or is away.
         """
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(TimeoutError):
+                self._probe_once(front, wait)
+                return
+            time.sleep(_TRY_PAUSE_S)
+        self._probe_once(front, wait)
 
+    def _probe_once(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         def answer(query: Query) -> Answer:
             answer: Answer = wait(self.answers(front, [query]))[0]
             _check_complete(answer.missing_groups)

@@ -451,6 +451,23 @@ def test_a_slow_generation_is_probed_and_a_late_group_says_nothing_about_it(
         probed(gateway(shop[1], [Replicas("group-0", [away]), Replicas("group-1", [away])]))
 
 
+def test_a_group_that_is_late_once_is_probed_again(shop: tuple[Config, Path]) -> None:
+    service = slow_gateway(shop[1], 0.0, 0.1)
+    held = held_by(shop[1], 2)[1]
+    asked: list[bytes] = []
+
+    async def cold(message: bytes) -> bytes:
+        asked.append(message)
+        if len(asked) == 1:
+            await asyncio.sleep(10)
+        return answer(message, held)
+
+    service.groups[1]._replicas[0].ask = cold
+    probed(service)
+    # All questions, not only those that had no answer yet.
+    assert len(asked) > 10
+
+
 def test_another_generation_is_never_mixed_in(shop: tuple[Config, Path], tmp_path: Path) -> None:
     held = held_by(shop[1], 1)[0]
     message = pack_search("g2", np.zeros((1, 11), np.float32), [GroupQuery(3, np.zeros(0, np.int64))])
