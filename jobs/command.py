@@ -1,9 +1,10 @@
 """The command line that all jobs share: configuration in, one library call, one JSON line out.
 
 A job's module holds ``work(config, arguments) -> Result`` and calls :func:`run`. Progress goes to stderr. The
-last line on stdout is ``TWOTOWER_RESULT`` and one JSON object. Exit codes: 0 done, 2 bad configuration or
-input, 3 refused by a gate, 143 stopped by SIGTERM. A job imports Ray and the ``twotower.cluster`` modules
-inside ``work``, since Ray reads its environment when it is imported and that is set here first.
+last line on stdout is ``TWOTOWER_RESULT`` and one JSON object. Exit codes: 0 done, 1 out of memory or a
+defect, 2 bad configuration or input, 3 refused by a gate, 143 stopped by SIGTERM. A job imports Ray and the
+``twotower.cluster`` modules inside ``work``, since Ray reads its environment when it is imported and that is
+set here first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from twotower.environment import apply_environment
 from twotower.errors import ConfigError, TwotowerError
 
 RESULT_PREFIX = "TWOTOWER_RESULT"
+EXIT_FAILED = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -92,6 +94,10 @@ def run(
     except TwotowerError as error:
         print(f"\njobs.{job}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except MemoryError as error:
+        advice = "run it again with less beside it, or on a larger machine"
+        print(f"\njobs.{job}: out of memory: {error}; {advice}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"\njobs.{job}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

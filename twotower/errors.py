@@ -1,9 +1,13 @@
 """The errors a person is meant to read: each says which value, which rule and what to do."""
 
 import errno
+import os
+import re
 
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """What the system says of a file that is not there, however often it is asked."""
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+_REFUSAL = re.compile(r"(?:could not|unable to) .*: ([^:()]+?)(?: \(\d+\))?\s*$", re.MULTILINE)
 
 
 class TwotowerError(Exception):
@@ -81,3 +85,14 @@ def may_pass(error: BaseException) -> bool:
     # ``raise ... from None`` hides the context from people, and keeps it. Arrow's own errors have no number.
     cause = error.__context__
     return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _LASTING
+
+
+def system_error(error: RuntimeError) -> OSError | None:
+    """Return what the system refused, where a C++ library put that into its text; None where it did not.
+
+    FAISS and torch say so of opening and mapping a file. What FAISS says of reading one ends with words of
+    the system too, but they may be of an earlier call.
+    """
+    found = _REFUSAL.search(str(error))
+    number = None if found is None else _NUMBERS.get(found[1])
+    return None if number is None else OSError(number, os.strerror(number))

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
+from tests.limits import open_files
 from twotower.artefacts import MANIFEST
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -268,3 +270,49 @@ def test_a_file_that_goes_while_others_are_read_is_said(built: Path, number: int
     # Of what is gone a copy may be whole; what a disk does not give now it may give later.
     assert isinstance(raised.value, DamagedError) == (number == errno.ENOENT)
     assert may_pass(raised.value) == (number == errno.EIO)
+
+
+def test_sound_weights_that_there_is_no_memory_for_are_not_called_damaged(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        # Of torch itself: more than any machine has.
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(MemoryError, match=r"no memory for the model of .*model\.safetensors"):
+        Generation.open(built).checkpoint()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_sound_weights_that_the_system_does_not_open_now_are_not_called_damaged(
+    built: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    """They are opened twice: by safetensors, which calls what it can not open missing, and by torch."""
+    load = safetensors.torch.load_file
+
+    def limited(path: Path) -> Any:
+        with open_files(more):
+            return load(path)
+
+    monkeypatch.setattr(safetensors.torch, "load_file", limited)
+    with pytest.raises(ArtefactError, match=r"model\.safetensors can not be read now") as caught:
+        Generation.open(built).checkpoint()
+    assert may_pass(caught.value)
+    monkeypatch.undo()
+    Generation.open(built).checkpoint()
+
+
+def test_weights_of_other_sizes_and_none_are_refused_for_good(copied: Path) -> None:
+    weights = copied / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    whole = weights.read_bytes()
+    known = sha256_file(weights)
+    name = next(n for n in tensors if n.startswith("tables."))
+    other = safetensors.torch.save({**tensors, name: tensors[name][1:].clone()})
+    for content, says in ((other, "does not fit its configuration"), (whole[:-10], "is damaged")):
+        weights.unlink()
+        weights.write_bytes(content)
+        with pytest.raises(ArtefactError, match=says) as caught:
+            Checkpoint.open(copied / "model", known=known)
+        assert not may_pass(caught.value)

@@ -10,7 +10,8 @@ import faiss
 import numpy as np
 import pytest
 
-from twotower.errors import ArtefactError, ConfigError
+from tests.limits import open_files
+from twotower.errors import ArtefactError, ConfigError, may_pass
 from twotower.index.build import (
     build_shard,
     check_item_rows,
@@ -153,10 +154,58 @@ def test_an_index_file_other_than_described_is_refused(rng: np.random.Generator,
     content = path.read_bytes()
     for damaged in (content[:-10], content[:20], b"", b"\xff" * 200):
         path.write_bytes(damaged)
-        with pytest.raises(ArtefactError, match=r"index\.faiss"):
+        with pytest.raises(ArtefactError, match=r"index\.faiss is damaged") as caught:
             read_index(path, "Flat", DIM, 90)
-    with pytest.raises(ArtefactError, match="missing"):
+        assert not may_pass(caught.value)
+    with pytest.raises(ArtefactError, match="missing") as caught:
         read_index(tmp_path / "none.faiss", "Flat", DIM, 90)
+    assert not may_pass(caught.value)
+
+
+def test_a_sound_file_that_the_system_does_not_open_now_is_not_called_damaged(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    path = tmp_path / "index.faiss"
+    write_index(build_shard(unit_vectors(rng, 90), "Flat"), path)
+    for read in (lambda: read_index(path, "Flat", DIM, 90), lambda: read_trained(path)):
+        with pytest.raises(ArtefactError, match="can not be read") as caught, open_files(more=0):
+            read()
+        assert "Too many open files" in str(caught.value)
+        assert may_pass(caught.value)
+    assert read_index(path, "Flat", DIM, 90).ntotal == 90
+
+
+_SMALL = """
+import re, resource, sys
+from pathlib import Path
+from twotower.errors import ArtefactError, may_pass
+from twotower.index.build import read_index, read_trained
+
+path, rows = Path(sys.argv[1]), int(sys.argv[2])
+size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + path.stat().st_size // 2, -1))
+for read in (lambda: read_index(path, "Flat", 24, rows), lambda: read_trained(path)):
+    try:
+        read()
+    except (ArtefactError, MemoryError) as error:
+        print(type(error).__name__, may_pass(error), error)
+"""
+
+
+def test_a_sound_file_that_there_is_no_memory_for_is_not_called_damaged(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    path = tmp_path / "index.faiss"
+    # More than what the allocator keeps in reserve.
+    write_index(build_shard(unit_vectors(rng, 500_000), "Flat"), path)
+    done = subprocess.run(
+        [sys.executable, "-c", _SMALL, str(path), "500000"], capture_output=True, text=True, timeout=60
+    )
+    mapped, copied = done.stdout.splitlines()
+    assert mapped.startswith(f"ArtefactError True {path} can not be read (Cannot allocate memory)"), (
+        done.stderr
+    )
+    assert copied.startswith(f"MemoryError True there is no memory for {path}"), done.stderr
 
 
 def test_an_oversized_length_inside_a_file_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:

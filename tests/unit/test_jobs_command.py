@@ -88,6 +88,37 @@ def test_work_gets_the_configuration_with_all_overrides(tmp_path, capsys):
     assert _last_object(capsys.readouterr().out) == {"job": "probe"}
 
 
+def test_a_job_without_memory_says_so(capsys):
+    def work(config, arguments):
+        raise MemoryError("there is no memory for index.faiss")
+
+    assert _run(work) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "jobs.probe: out of memory: there is no memory for index.faiss; run it again" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_worker_without_memory_says_so():
+    import pyarrow as pa
+
+    from twotower.cluster.pool import Guarded, _raise_error
+
+    class Full:
+        def __init__(self, when):
+            self.when = when
+            if when == "made":
+                raise MemoryError("there is no memory for the model")
+
+        def __call__(self, part):
+            raise MemoryError("there is no memory for index.faiss")
+
+    for when, says in (("made", "the model"), ("called", r"index\.faiss")):
+        (fact,) = Guarded(Full, {"when": when})(pa.table({"part": [1]})).to_pylist()
+        with pytest.raises(MemoryError, match=says):
+            _raise_error(fact)
+
+
 @pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (DataError, 2), (RefusedError, 3)])
 def test_errors_for_people_have_no_stack_trace(tmp_path, capsys, error, code):
     def work(config, arguments):

@@ -21,6 +21,7 @@ from twotower.config import Config
 from twotower.errors import TwotowerError
 
 _ERROR = "error"
+_NO_MEMORY = "MemoryError"
 FEWEST = 64
 """Users of a part that are not worth sharing out, where a part may be that large."""
 
@@ -39,6 +40,7 @@ def work_through(
 
     Raises:
         TwotowerError: an actor raised one.
+        MemoryError: an actor raised one.
     """
     if not parts:
         return
@@ -78,10 +80,10 @@ class Guarded:
 
     def __init__(self, worker: type[Any], settings: dict[str, Any]) -> None:
         """Make the worker; an error of that is told when it is called."""
-        self._error: TwotowerError | None = None
+        self._error: TwotowerError | MemoryError | None = None
         try:
             self._worker = worker(**settings)
-        except TwotowerError as error:
+        except (TwotowerError, MemoryError) as error:
             self._error = error
 
     def __call__(self, part: pa.Table) -> pa.Table:
@@ -89,14 +91,17 @@ class Guarded:
         if self._error is None:
             try:
                 return self._worker(part)
-            except TwotowerError as error:
+            except (TwotowerError, MemoryError) as error:
                 self._error = error
-        return pa.table({_ERROR: [type(self._error).__name__], "message": [str(self._error)]})
+        # Of NumPy's own kind of it, too.
+        kind = _NO_MEMORY if isinstance(self._error, MemoryError) else type(self._error).__name__
+        return pa.table({_ERROR: [kind], "message": [str(self._error)]})
 
 
 def _raise_error(fact: dict[str, Any]) -> None:
     if fact.get(_ERROR) is not None:
-        raise getattr(errors, fact[_ERROR], TwotowerError)(fact["message"])
+        kind = MemoryError if fact[_ERROR] == _NO_MEMORY else getattr(errors, fact[_ERROR], TwotowerError)
+        raise kind(fact["message"])
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ Symbols: D embedding_dim, n vectors of a shard.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from twotower.errors import ArtefactError, ConfigError
+from twotower.errors import ArtefactError, ConfigError, system_error
 from twotower.index.gpu import Gpu
 from twotower.index.gpu_build import add_with_rows, build_graph, train
 from twotower.index.spec import Effort, empty_index, innermost, is_cagra, ivf_of, keeps_rows, map_labels
@@ -159,7 +160,9 @@ def read_index(path: Path, factory: str, dim: int, rows: int) -> Any:
         rows: n that it must have.
 
     Raises:
-        ArtefactError: the file is damaged, or holds another index than the one described.
+        ArtefactError: the file is missing, damaged, can not be read now, or holds another index than the one
+            described; ``may_pass`` tells.
+        MemoryError: there is no room for it now.
     """
     expected = type(empty_index(factory if rows else _EMPTY, dim))
     index = _read_limited(path)
@@ -176,16 +179,24 @@ def read_trained(path: Path) -> Any:
     """Return the trained, empty index of a file, to be filled.
 
     Raises:
-        ArtefactError: the file is missing or damaged.
+        ArtefactError: the file is missing, damaged, or can not be read now; ``may_pass`` tells.
+        MemoryError: there is no room for it now.
     """
     return _read_limited(path, 0)
 
 
 def _read_limited(path: Path, flags: int = faiss.IO_FLAG_MMAP_IFC) -> Any:
     try:
-        size = path.stat().st_size
+        return _read(path, path.stat().st_size, flags)
     except FileNotFoundError:
         raise ArtefactError(f"{path} is missing; build the generation again") from None
+    except OSError as error:
+        raise ArtefactError(f"{path} can not be read ({error.strerror}); try again") from None
+    except RuntimeError as error:
+        raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
+
+
+def _read(path: Path, size: int, flags: int) -> Any:
     # No vector inside a file is larger than the file, and no loop runs once for less than a byte.
     with _READ_LOCK:
         limits = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
@@ -194,8 +205,14 @@ def _read_limited(path: Path, flags: int = faiss.IO_FLAG_MMAP_IFC) -> Any:
         try:
             # Inner products have no use for the tables of IVFPQ, which may be larger than the file.
             return faiss.read_index(str(path), flags | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-        except (RuntimeError, MemoryError) as error:
-            raise ArtefactError(f"{path} is damaged ({_last_line(error)}); build it again") from None
+        except MemoryError:
+            raise MemoryError(f"there is no memory for {path}, a file of {size:,} bytes") from None
+        except RuntimeError as error:
+            refused = system_error(error)
+            # An empty file is damaged, and so refused.
+            if refused is None or refused.errno == errno.EINVAL:
+                raise
+            raise refused from None
         finally:
             faiss.set_deserialization_vector_byte_limit(limits[0])
             faiss.set_deserialization_loop_limit(limits[1])

@@ -5,7 +5,9 @@ No pickle is read: a checkpoint may come from a shared bucket.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from twotower.artefacts import read_manifest, write_json, write_manifest
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.errors import ArtefactError, ArtefactMismatchError, UnavailableError, system_error
 from twotower.hashing import sha256_file
 from twotower.model.towers import TwoTower
 from twotower.schema import FeatureSchema
@@ -65,7 +67,9 @@ class Checkpoint:
             known: SHA-256 of its weights, where they have just been read; they are not read twice then.
 
         Raises:
-            ArtefactError: the directory is no finished checkpoint, or a file of it is damaged.
+            ArtefactError: the directory is no finished checkpoint, or a file of it is damaged or can not be
+                read now; ``may_pass`` tells.
+            MemoryError: there is no room for it now.
         """
         path = Path(path)
         manifest = read_manifest(path, "checkpoint")
@@ -81,10 +85,12 @@ class Checkpoint:
                 f"{weights} has SHA-256 {found[:16]}..., its manifest says "
                 f"{manifest['fingerprint'][:16]}...: the file is damaged. Train again, or copy it anew."
             )
-        model = TwoTower(schema, config.model, config.train.loss.temperature, seed=None)
+        with _memory_errors(weights):
+            model = TwoTower(schema, config.model, config.train.loss.temperature, seed=None)
+            tensors = _tensors(weights)
         try:
-            model.load_state_dict(_tensors(weights), assign=True)
-        except (SafetensorError, RuntimeError) as error:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
             raise ArtefactError(f"{weights} does not fit its configuration: {error}") from None
         return cls(path, model.to(device).eval(), schema, config, manifest)
 
@@ -107,8 +113,35 @@ def _tensors(weights: Path) -> dict[str, torch.Tensor]:
 
     What is multiplied is copied: the last bits of a product depend on how its factors lie in memory.
     """
-    tensors = safetensors.torch.load_file(weights)
+    tensors = _loaded(weights)
     return {name: t if name.startswith("tables.") else t.clone() for name, t in tensors.items()}
+
+
+def _loaded(weights: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, and tell what is damaged from what the system refuses now."""
+    try:
+        return safetensors.torch.load_file(weights)
+    except SafetensorError as error:
+        raise ArtefactError(f"{weights} is damaged ({error}). Train again, or copy it anew.") from None
+    except FileNotFoundError as error:
+        # So safetensors calls whatever it can not open.
+        raise UnavailableError(f"{weights} can not be read now ({error}); try again") from None
+    except RuntimeError as error:
+        refused = system_error(error)
+        if refused is None:
+            raise
+        raise UnavailableError(f"{weights} can not be read now ({refused.strerror}); try again") from None
+
+
+@contextlib.contextmanager
+def _memory_errors(weights: Path) -> Iterator[None]:
+    """Raise as a MemoryError what torch raises where it gets no memory: a RuntimeError, as for any defect."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MemoryError(f"there is no memory for the model of {weights}: {error}") from None
 
 
 def weights_of(model: TwoTower) -> dict[str, torch.Tensor]:
