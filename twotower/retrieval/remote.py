@@ -17,7 +17,7 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,11 +273,17 @@ class RemoteStore(Store):
         return [name for name in names if name not in named]
 
     def _set(self, entry: Publication) -> str | None:
-        """Push the generation and swap the pointer if it still names ``entry.previous``."""
+        """Push the generation and swap the pointer if it still names ``entry.previous``.
+
+        Raises:
+            RefusedError: the pointer names another one, or users were forgotten; it has not been set.
+            UnavailableError: the bucket does not answer; the message says so if the pointer may be set.
+        """
         for pushed in (False, True):
             now = self._pointer_now(entry.pointer)
             current = None if now is None else now.entry.id
             if current == entry.id:
+                self._complete(entry)
                 return current
             if current != entry.previous:
                 raise too_late(entry, current)
@@ -290,13 +296,29 @@ class RemoteStore(Store):
         number = 1 if now is None else now.number + 1
         data = json.dumps({**entry.to_json(), "number": number}).encode()
         key = f"{_POINTERS}{entry.pointer}"
-        if not self._objects.swap(key, data, None if now is None else now.content):
+        unknown = f"it is not known whether {entry.pointer} names generation {entry.id} now; publish it again"
+        with _explained(unknown):
+            done = self._objects.swap(key, data, None if now is None else now.content)
+        if not done:
             raise too_late(entry, self.current(entry.pointer))
-        self._log(_Pointer(entry, number, Content(data, {})))
-        if not self._objects.exists(_manifest_key(entry.id)):
-            # A prune has removed it while nothing named it.
-            self.push(entry.id)
+        try:
+            self._log(_Pointer(entry, number, Content(data, {})))
+        except UnavailableError as error:
+            # The pointer says it too, and the next publisher writes what it says into the log.
+            say(f"{entry.pointer} names generation {entry.id}, which is not logged yet: {error}")
+        self._complete(entry)
         return entry.previous
+
+    def _complete(self, entry: Publication) -> None:
+        """Push what a pointer names by now again, where a prune removed it while nothing named it."""
+        with _explained(
+            f"{entry.pointer} names generation {entry.id} now, but it is not known whether {self.where} has "
+            f"all of it; run python -m jobs.generations publish {entry.id} --pointer {entry.pointer}"
+        ):
+            if not self._objects.exists(_manifest_key(entry.id)):
+                # Where another machine has pushed one of that id meanwhile, the pointer names that.
+                with contextlib.suppress(RefusedError):
+                    self.push(entry.id)
 
     def _refuse_pushed(self, entry: Publication) -> None:
         """Refuse again: who forgets users supersedes their vocabularies before he looks for generations."""
@@ -449,6 +471,15 @@ def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
         return file_facts(path) == {"bytes": facts["bytes"], "sha256": facts["sha256"]}
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what it means that the bucket does not answer inside the block."""
+    try:
+        yield
+    except UnavailableError as error:
+        raise UnavailableError(f"{what}. {error}") from None
 
 
 def _read(path: Path) -> bytes | None:

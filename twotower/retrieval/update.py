@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.artefacts import building, fingerprint, has_manifest, link_or_copy, locked, write_manifest
-from twotower.errors import ArtefactError, TwotowerError
+from twotower.errors import ArtefactError, TwotowerError, UnavailableError
 from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
 from twotower.progress import say
@@ -91,6 +91,8 @@ def update_items(
         DataError: the items can not be read as the features of the towers, an id is given twice, both changed
             and deleted, or deleted and not known.
         ArtefactError: the pointer names no generation, or it is damaged.
+        UnavailableError: the bucket does not answer; the result, where it was made, stays in the local
+            folder. The same update again publishes it, unless the message says that the pointer names it.
         RefusedError: another publisher was faster; the result is removed, and nothing has changed.
     """
     base_id = store.current(pointer)
@@ -119,8 +121,8 @@ def update_items(
         if publish:
             try:
                 store.publish(name, pointer, expected=base_id, force=force)
-            except TwotowerError:
-                if made:
+            except TwotowerError as error:
+                if made and not _may_be_named(store, name, error):
                     _remove(directory)
                 raise
     counts = (edit.num_added, edit.num_changed, edit.num_deleted)
@@ -176,6 +178,17 @@ def _write(state: CatalogueState, directory: Path, name: str, checkpoint_fingerp
 def _is_replaced(name: str) -> bool:
     """Whether a file of a generation is written anew by every update."""
     return name == TOMBSTONES or name.startswith(f"shards/{DELTA}/")
+
+
+def _may_be_named(store: Store, name: str, error: TwotowerError) -> bool:
+    """Return whether a pointer names a generation that could not be published, as far as can be told."""
+    # A request whose answer was lost may have been carried out, or be yet.
+    if isinstance(error, UnavailableError):
+        return True
+    try:
+        return name in store.pointers().values()
+    except TwotowerError:
+        return True
 
 
 def _remove(directory: Path) -> None:
