@@ -57,6 +57,15 @@ def test_from_a_list_to_a_roll_back(run: Any, store: Store) -> None:
     assert "nothing to roll back to" in text
 
 
+@pytest.mark.parametrize("places", ["action config id", "config action id", "action id config"])
+def test_arguments_may_stand_on_either_side_of_the_configuration(
+    config_file: Path, store: Store, places: str
+) -> None:
+    said = {"action": ["publish"], "id": ["b"], "config": ["--config", str(config_file)]}
+    assert generations.main([word for place in places.split() for word in said[place]]) == 0
+    assert store.current() == "b"
+
+
 def test_a_gate_is_overridden_by_force_and_that_is_recorded(run: Any, store: Store) -> None:
     edit_index(store.path("a"), index_recall=0.5)
     code, text, _ = run("publish", "a")
