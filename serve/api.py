@@ -19,7 +19,6 @@ from serve.schemas import (
     BatchAnswer,
     GenerationAnswer,
     HealthAnswer,
-    ReadyAnswer,
     RetrieveAnswer,
     parse_batch,
     parse_retrieve,
@@ -127,7 +126,7 @@ def make_api(
         "/readyz",
         summary="The index is loaded and has answered a query",
         response_model=None,
-        responses=docs.responses(ReadyAnswer, docs.READY_EXAMPLE, (503,)),
+        responses=docs.ready_responses(),
     )
     async def readyz() -> Response:
         if not service.ready:

@@ -11,14 +11,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from serve.admission import DEADLINE_HEADER, MAX_DEADLINE_MS
-from serve.schemas import ErrorAnswer, error_body
+from serve.schemas import ErrorAnswer, ReadyAnswer, error_body
 from twotower.config import LimitsConfig
 from twotower.retrieval.request import ALLOWED_FILTER, RetrieveRequest, allowed_k
 
 DESCRIPTION = """Which k items for this user, now?
 
-Every answer has a header X-Request-ID: that of the request, or a new one. Every answer with a status of 400
-or more has the body {"error": {"code", "message", "allowed", "details"}}."""
+Every answer has a header X-Request-ID: that of the request, or a new one. Every answer of the service itself
+with a status of 400 or more has the body {"error": {"code", "message", "allowed", "details"}}; a proxy in
+front of it may refuse in its own words."""
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -54,8 +55,9 @@ _REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Status: what it means, and code, message and allowed of an example.
-_ERRORS: dict[int, tuple[str, str, str, str]] = {
+_Error = tuple[str, str, str, str]
+"""What a status means, and code, message and allowed of an example."""
+_ERRORS: dict[int, _Error] = {
     400: (
         "The body is not JSON",
         "malformed_json",
@@ -90,7 +92,7 @@ _ERRORS: dict[int, tuple[str, str, str, str]] = {
         "try again",
     ),
     503: (
-        "Overloaded, or not ready yet",
+        "Overloaded, not ready yet, or without the shard group that is needed",
         "overloaded",
         "the service is overloaded: too many requests wait",
         "try again after 1 s, or send fewer requests at a time",
@@ -102,6 +104,7 @@ _ERRORS: dict[int, tuple[str, str, str, str]] = {
         "a larger X-Deadline-Ms, or fewer requests at a time",
     ),
 }
+_NOT_READY: _Error = ("Not ready yet", "not_ready", "the index is being loaded", "try again in a second")
 _HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "Bearer"}},
     503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait"}},
@@ -115,19 +118,21 @@ SIMILAR_ERRORS = (404, 422, 503, 504)
 def responses(model: Any, example: Any, errors: tuple[int, ...] = ()) -> Responses:
     """Return the answers of a route: its own, and those of errors."""
     found: Responses = {200: {"model": model, "content": {"application/json": {"example": example}}}}
-    for status in (*errors, 500):
-        text, code, message, allowed = _ERRORS[status]
-        where = message.partition(":")[0]
-        details = [{"where": where, "message": message.partition(": ")[2], "allowed": allowed}]
-        body = error_body(code, message, allowed, details if status == 422 else None)
-        found[status] = {
-            "model": ErrorAnswer,
-            "description": text,
-            "content": {"application/json": {"example": body}},
-        }
-        if status in _HEADERS:
-            found[status]["headers"] = _HEADERS[status]
-    return found
+    return found | {status: _error(status, _ERRORS[status]) for status in (*errors, 500)}
+
+
+def ready_responses() -> Responses:
+    """Return the answers of GET /readyz."""
+    return responses(ReadyAnswer, READY_EXAMPLE) | {503: _error(503, _NOT_READY)}
+
+
+def _error(status: int, error: _Error) -> dict[str, Any]:
+    text, code, message, allowed = error
+    where = message.partition(":")[0]
+    details = [{"where": where, "message": message.partition(": ")[2], "allowed": allowed}]
+    body = error_body(code, message, allowed, details if status == 422 else None)
+    found = {"model": ErrorAnswer, "description": text, "content": {"application/json": {"example": body}}}
+    return found | ({"headers": dict(_HEADERS[status])} if status in _HEADERS else {})
 
 
 RETRIEVE_EXAMPLE = _ANSWER

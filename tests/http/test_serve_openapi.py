@@ -48,6 +48,15 @@ def test_the_document_is_valid_and_whole(document: dict[str, Any]) -> None:
                 assert ("Retry-After" in answer["headers"]) == (status == "503")
 
 
+def test_not_ready_is_no_overload(document: dict[str, Any]) -> None:
+    def code(path: str, method: str) -> str:
+        answer = document["paths"][path][method]["responses"]["503"]
+        found: str = answer["content"]["application/json"]["example"]["error"]["code"]
+        return found
+
+    assert (code("/readyz", "get"), code("/v1/retrieve", "post")) == ("not_ready", "overloaded")
+
+
 def resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "components": document["components"]}
 
