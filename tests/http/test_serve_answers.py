@@ -233,7 +233,6 @@ def test_popular_items_are_those_that_most_users_have_had(client: Client, shop: 
     assert [i["item_id"] for i in client.items(k=3, exclude_items=[best])] == [
         i["item_id"] for i in items[1:4]
     ]
-    assert [i["item_id"] for i in client.items(k=3, history=["zz", best], at="2024-01-01")]
 
 
 def test_fewer_than_k_only_where_fewer_are_allowed(client: Client) -> None:

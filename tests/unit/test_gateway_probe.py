@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from twotower.index.search import Searcher
 from twotower.retrieval.front import Front
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import is_exact
-from twotower.retrieval.query import Query
+from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.retriever import Retriever
 
 
@@ -109,15 +110,16 @@ def test_every_nth_whole_answer_is_probed(generation: Path) -> None:
     assert [group.counts.calls for group in groups.replicas] == [6, 6]
 
 
-def test_a_partial_answer_is_not_probed(generation: Path) -> None:
-    sink = Collected()
-    groups = [Groups(generation).replicas[0], Replicas("group-1", [away])]
-    service = gateway(generation, groups, sink, 1)
-    answer = asyncio.run(service.retrieve(Query(k=5, user_id="3")))
-    assert b'"partial":true' in answer
-    assert service._probe._waiting.empty()
-    service.close()
-    assert sink.total("twotower_probes") == 0
+def test_a_partial_answer_is_not_probed(generation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[Answer] = []
+    whole = Groups(generation).replicas
+    for groups in ([whole[0], Replicas("group-1", [away])], whole):
+        service = gateway(generation, groups, Collected(), 1)
+        monkeypatch.setattr(service._probe, "offer", lambda front, query, answer: offered.append(answer))
+        answer = json.loads(asyncio.run(service.retrieve(Query(k=5, user_id="3"))))
+        service.close()
+        assert answer["partial"] == (groups is not whole)
+        assert len(offered) == (groups is whole)
 
 
 def test_a_group_that_can_not_be_asked() -> None:
