@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twotower.config.service import check_store_url
 from twotower.errors import ArtefactError, ConfigError, UnavailableError
 
+T = TypeVar("T")
+R = TypeVar("R")
+_THREADS = 8
 _PART_BYTES = 16 << 20
 _MAX_PARTS = 9_000
 _BLOCK_BYTES = 8 << 20
@@ -180,6 +184,12 @@ class Objects:
         except (self._api.exceptions.BaseError, PermissionError) as error:
             self._check_bucket(error)
             raise UnavailableError(f"{self.url}: {what} failed: {_brief(error)}. {self._hint}") from None
+
+
+def at_once(call: Callable[[T], R], values: Iterable[T]) -> list[R]:
+    """Call a function that waits for the network on several values at a time; answers in their order."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(call, values))
 
 
 def _brief(error: Exception) -> str:

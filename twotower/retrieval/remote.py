@@ -9,43 +9,28 @@
 A bucket has no renames, links or memory maps, so that generations are read from the cache, whose files are
 verified when they arrive and are links where another generation has them already. A push that is killed
 leaves objects that nothing refers to; a prune removes them when they are old.
+
+The first two kinds of keys are those of ``remote_generations``, the next two those of ``remote_pointers``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from twotower.artefacts import (
-    MANIFEST,
-    building,
-    has_manifest,
-    link_or_copy,
-    locked,
-    parse_manifest,
-    write_bytes,
-)
+from twotower.artefacts import MANIFEST, has_manifest, locked
 from twotower.errors import ArtefactError, RefusedError, UnavailableError
 from twotower.progress import say
-from twotower.retrieval.files import KIND, check_file_name, file_facts
-from twotower.retrieval.objects import Content, Objects
+from twotower.retrieval.files import file_facts
+from twotower.retrieval.objects import Objects
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import Publication
-from twotower.retrieval.store import CURRENT, Store, checked_name, checked_pointer, too_late
+from twotower.retrieval.remote_generations import RemoteGenerations
+from twotower.retrieval.remote_pointers import RemotePointers
+from twotower.retrieval.store import CURRENT, Store, too_late
 from twotower.retrieval.superseded import SUPERSEDED, added
-
-T = TypeVar("T")
-R = TypeVar("R")
-_THREADS = 8
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOBS, _GENERATIONS, _POINTERS, _LOG = "objects/", "generations/", "pointers/", "publications/"
 
 
 class RemoteStore(Store):
@@ -63,6 +48,8 @@ class RemoteStore(Store):
         """
         super().__init__(cache)
         self._objects = Objects(url)
+        self._generations = RemoteGenerations(self._objects)
+        self._pointers = RemotePointers(self._objects)
 
     @property
     def where(self) -> str:
@@ -81,7 +68,7 @@ class RemoteStore(Store):
         """
         path = self.path(generation_id)
         try:
-            found = self._objects.get(_manifest_key(generation_id))
+            found = self._generations.get(generation_id)
         except UnavailableError as error:
             if not has_manifest(path):
                 raise
@@ -91,10 +78,10 @@ class RemoteStore(Store):
             if has_manifest(path):
                 return path
             raise ArtefactError(f"{self.where} has no generation {generation_id}, and {self.root} neither")
-        manifest = self._parse(generation_id, found.data)
+        manifest = self._generations.parse(generation_id, found.data)
         with locked(self.root / ".fetch.lock"):
             if _read(path / MANIFEST) != found.data:
-                self._download(manifest, found.data, path, self._cached())
+                self._generations.download(manifest, found.data, path, self._cached())
         return path
 
     def repair(self, generation_id: str) -> bool:
@@ -104,15 +91,15 @@ class RemoteStore(Store):
             UnavailableError: the bucket does not answer, or an object of it is missing or damaged.
         """
         path = self.path(generation_id)
-        found = self._objects.get(_manifest_key(generation_id))
+        found = self._generations.get(generation_id)
         if found is None:
             return False
-        manifest = self._parse(generation_id, found.data)
+        manifest = self._generations.parse(generation_id, found.data)
         with locked(self.root / ".fetch.lock"):
-            files = self._files(manifest)
+            files = self._generations.files(manifest)
             whole = {str(f["sha256"]): path / name for name, f in files.items() if _is_whole(path / name, f)}
             if any(facts["sha256"] not in whole for facts in files.values()):
-                self._download(manifest, found.data, path, whole)
+                self._generations.download(manifest, found.data, path, whole)
         return True
 
     def push(self, generation_id: str, replace: bool = False) -> None:
@@ -126,25 +113,11 @@ class RemoteStore(Store):
             ArtefactError: it is not finished.
             RefusedError: the store holds another one of that id.
         """
-        path = super().fetch(generation_id)
-        data = (path / MANIFEST).read_bytes()
-        files = self._files(self._parse(generation_id, data))
-        blobs = {facts["sha256"]: path / name for name, facts in files.items()}
-        self._upload_missing(blobs)
-        key = _manifest_key(generation_id)
-        if replace:
-            self._objects.put(key, data)
-        elif not self._objects.swap(key, data, None):
-            raise RefusedError(
-                f"{self.where} has another generation {generation_id}, made elsewhere of the same inputs; "
-                "publish again to publish that one"
-            )
-        # A prune may have removed, in between, what nothing referred to yet.
-        self._upload_missing(blobs)
+        self._generations.push(generation_id, super().fetch(generation_id), replace)
 
     def has(self, generation_id: str) -> bool:
         """Return whether there is a generation of that id, here or there."""
-        return has_manifest(self.path(generation_id)) or self._objects.exists(_manifest_key(generation_id))
+        return has_manifest(self.path(generation_id)) or self._generations.exists(generation_id)
 
     def manifest(self, generation_id: str) -> dict[str, Any]:
         """Return the manifest of a generation, as the store has it.
@@ -152,20 +125,19 @@ class RemoteStore(Store):
         Raises:
             ArtefactError: there is none of that id, or it is of a newer schema.
         """
-        found = self._objects.get(_manifest_key(generation_id))
+        found = self._generations.get(generation_id)
         if found is None:
             return super().manifest(generation_id)
-        return self._parse(generation_id, found.data)
+        return self._generations.parse(generation_id, found.data)
 
     def generations(self) -> list[str]:
         """Return the ids of finished generations, here or there, the oldest first."""
         here = {name: Store.manifest(self, name) for name in super().generations()}
-        return _by_age({**here, **self._manifests()})
+        return _by_age({**here, **self._generations.manifests()})
 
     def pointers(self) -> dict[str, str]:
         """Return the id that each pointer names, by the pointer's name."""
-        names = [o.key.removeprefix(_POINTERS) for o in self._objects.list(_POINTERS)]
-        found = {name: self.current(name) for name in sorted(names)}
+        found = {name: self.current(name) for name in self._pointers.names()}
         return {name: value for name, value in found.items() if value is not None}
 
     def current(self, pointer: str = CURRENT) -> str | None:
@@ -174,23 +146,12 @@ class RemoteStore(Store):
         Raises:
             ArtefactError: the pointer's object holds no publication.
         """
-        found = self._pointer_now(pointer)
+        found = self._pointers.get(pointer)
         return None if found is None else found.entry.id
 
     def publications(self) -> list[Publication]:
         """Return what was published and rolled back; those of each pointer in order."""
-        keys = [o.key for o in self._objects.list(_LOG)]
-        contents = dict(zip(keys, _at_once(self._objects.get, keys), strict=True))
-        entries = {
-            key: _parse_pointer(content, f"{self.where}/{key}").entry
-            for key, content in contents.items()
-            if content is not None
-        }
-        for name in self.pointers():
-            # The last one may not have been logged: its publisher was killed.
-            if (found := self._pointer_now(name)) is not None:
-                entries.setdefault(_log_key(found), found.entry)
-        return [entries[key] for key in sorted(entries)]
+        return self._pointers.publications()
 
     def prune(self, keep: int, grace_s: float = GRACE_S, dry_run: bool = False) -> Pruned:
         """Remove old generations and objects that nothing refers to, there and in the cache.
@@ -204,7 +165,7 @@ class RemoteStore(Store):
             ConfigError: ``keep`` is below 1.
             ArtefactError: a manifest can not be read, so that it is not known what it refers to.
         """
-        before = self._manifests()
+        before = self._generations.manifests()
         gone = unwanted(_by_age(before), keep, set(self.pointers().values()))
         return self._clear(gone, lambda kept: unwanted(Store.generations(self), keep, kept), grace_s, dry_run)
 
@@ -224,19 +185,21 @@ class RemoteStore(Store):
         dry_run: bool,
     ) -> Pruned:
         """Remove generations there, those here that ``stale`` finds (manifests there given), leftovers."""
-        before = self._manifests()
+        before = self._generations.manifests()
         if not dry_run:
-            gone = self._remove_manifests(gone)
-        blobs = [o for o in self._objects.list(_BLOBS) if _age(o.modified) >= grace_s]
+            gone = self._generations.remove(gone, lambda: set(self.pointers().values()))
+        blobs = self._generations.blobs(grace_s)
         # Read last, so that what was pushed meanwhile counts.
-        kept = {name: m for name, m in self._manifests().items() if not dry_run or name not in gone}
-        needed = self._blob_keys(kept)
+        kept = {
+            name: m for name, m in self._generations.manifests().items() if not dry_run or name not in gone
+        }
+        needed = self._generations.blob_keys(kept)
         unused = [o for o in blobs if o.key not in needed]
         if not dry_run:
             self._objects.delete([o.key for o in unused])
         with locked(self._lock):
             local = prune_folder(self.root, stale(kept), grace_s, dry_run)
-        named = self._blob_keys(before)
+        named = self._generations.blob_keys(before)
         return Pruned(
             list(dict.fromkeys([*gone, *local.generations])),
             [o.key for o in unused if o.key not in named] + local.leftovers,
@@ -253,24 +216,13 @@ class RemoteStore(Store):
 
     def succeed(self, generation_id: str, successor_id: str) -> list[str]:
         """Push the same generation without some users, and let every pointer to the other name it."""
-        if self._objects.exists(_manifest_key(generation_id)):
+        if self._generations.exists(generation_id):
             self.push(successor_id)
         return super().succeed(generation_id, successor_id)
 
     def _superseded(self) -> bytes | None:
         found = self._objects.get(SUPERSEDED)
         return None if found is None else found.data
-
-    def _remove_manifests(self, names: list[str]) -> list[str]:
-        """Remove generations that no pointer names; returns those that are gone."""
-        contents = {name: self._objects.get(_manifest_key(name)) for name in names}
-        self._objects.delete([_manifest_key(name) for name in names])
-        # What was published at the same moment is put back.
-        named = set(self.pointers().values())
-        for name, content in contents.items():
-            if name in named and content is not None:
-                self._objects.swap(_manifest_key(name), content.data, None)
-        return [name for name in names if name not in named]
 
     def _set(self, entry: Publication) -> str | None:
         """Push the generation and swap the pointer if it still names ``entry.previous``.
@@ -280,7 +232,7 @@ class RemoteStore(Store):
             UnavailableError: the bucket does not answer; the message says so if the pointer may be set.
         """
         for pushed in (False, True):
-            now = self._pointer_now(entry.pointer)
+            now = self._pointers.get(entry.pointer)
             current = None if now is None else now.entry.id
             if current == entry.id:
                 self._complete(entry)
@@ -292,17 +244,14 @@ class RemoteStore(Store):
                 self.push(entry.id)
                 self._refuse_pushed(entry)
         if now is not None:
-            self._log(now)
-        number = 1 if now is None else now.number + 1
-        data = json.dumps({**entry.to_json(), "number": number}).encode()
-        key = f"{_POINTERS}{entry.pointer}"
+            self._pointers.log(now)
         unknown = f"it is not known whether {entry.pointer} names generation {entry.id} now; publish it again"
         with _explained(unknown):
-            done = self._objects.swap(key, data, None if now is None else now.content)
-        if not done:
+            done = self._pointers.swap(entry, now)
+        if done is None:
             raise too_late(entry, self.current(entry.pointer))
         try:
-            self._log(_Pointer(entry, number, Content(data, {})))
+            self._pointers.log(done)
         except UnavailableError as error:
             # The pointer says it too, and the next publisher writes what it says into the log.
             say(f"{entry.pointer} names generation {entry.id}, which is not logged yet: {error}")
@@ -315,7 +264,7 @@ class RemoteStore(Store):
             f"{entry.pointer} names generation {entry.id} now, but it is not known whether {self.where} has "
             f"all of it; run python -m jobs.generations publish {entry.id} --pointer {entry.pointer}"
         ):
-            if not self._objects.exists(_manifest_key(entry.id)):
+            if not self._generations.exists(entry.id):
                 # Where another machine has pushed one of that id meanwhile, the pointer names that.
                 with contextlib.suppress(RefusedError):
                     self.push(entry.id)
@@ -328,81 +277,6 @@ class RemoteStore(Store):
             self.remove([entry.id])
             raise
 
-    def _log(self, pointer: _Pointer) -> None:
-        self._objects.swap(_log_key(pointer), pointer.content.data, None)
-
-    def _pointer_now(self, pointer: str) -> _Pointer | None:
-        key = f"{_POINTERS}{checked_pointer(pointer)}"
-        content = self._objects.get(key)
-        return None if content is None else _parse_pointer(content, f"{self.where}/{key}")
-
-    def _manifests(self) -> dict[str, dict[str, Any]]:
-        """Return the manifests of all generations in the bucket."""
-        keys = [o.key for o in self._objects.list(_GENERATIONS) if o.key.endswith(f"/{MANIFEST}")]
-        names = [key.removeprefix(_GENERATIONS).removesuffix(f"/{MANIFEST}") for key in keys]
-        contents = _at_once(self._objects.get, keys)
-        return {
-            name: self._parse(name, content.data)
-            for name, content in zip(names, contents, strict=True)
-            if content is not None
-        }
-
-    def _parse(self, generation_id: str, data: bytes) -> dict[str, Any]:
-        place = f"{self.where}/{_GENERATIONS}{generation_id}"
-        manifest = parse_manifest(data, place, KIND)
-        if manifest["id"] != generation_id:
-            raise ArtefactError(f"{place} holds generation {manifest['id']}; remove it and push it again")
-        return manifest
-
-    def _files(self, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the files of a manifest, whose names and hashes lead nowhere else."""
-        place = f"{self.where}/{_GENERATIONS}{manifest['id']}"
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        for name, facts in files.items():
-            check_file_name(name, place)
-            if not _SHA256.fullmatch(str(facts["sha256"])):
-                raise ArtefactError(f"the manifest of {place} gives {name} no SHA-256; push it again")
-        return files
-
-    def _blob_keys(self, manifests: dict[str, dict[str, Any]]) -> set[str]:
-        return {_blob_key(facts) for m in manifests.values() for facts in self._files(m).values()}
-
-    def _upload_missing(self, blobs: dict[str, Path]) -> None:
-        """Upload the files whose SHA-256 no object has."""
-        keys = [f"{_BLOBS}{sha256}" for sha256 in blobs]
-        there = _at_once(self._objects.exists, keys)
-        missing = [
-            (key, path) for key, path, known in zip(keys, blobs.values(), there, strict=True) if not known
-        ]
-        if missing:
-            num_bytes = sum(path.stat().st_size for _, path in missing)
-            say(f"push {len(missing)} of {len(blobs)} files, {num_bytes / 1e6:,.1f} MB, to {self.where}")
-            _at_once(lambda each: self._objects.upload(*each), missing)
-
-    def _download(self, manifest: dict[str, Any], data: bytes, path: Path, known: dict[str, Path]) -> None:
-        """Make the local copy of a generation of known files (by SHA-256) and objects, its manifest last."""
-        files = self._files(manifest)
-        with building(path) as partial:
-            missing = []
-            for name, facts in files.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                if not _linked(known.get(facts["sha256"]), partial / name, facts["bytes"]):
-                    missing.append(name)
-            num_bytes = sum(files[name]["bytes"] for name in missing)
-            say(f"fetch {len(missing)} of {len(files)} files, {num_bytes / 1e6:,.1f} MB, from {self.where}")
-            _at_once(lambda name: self._download_file(partial / name, files[name]), missing)
-            write_bytes(partial / MANIFEST, data)
-
-    def _download_file(self, path: Path, facts: dict[str, Any]) -> None:
-        key = _blob_key(facts)
-        num_bytes, sha256 = self._objects.download(key, path)
-        if (num_bytes, sha256) != (facts["bytes"], facts["sha256"]):
-            raise UnavailableError(
-                f"{self.where}/{key} is damaged: it has {num_bytes} bytes and SHA-256 {sha256[:16]}..., its "
-                f"manifest says {facts['bytes']} bytes. Remove that object, and publish the generation again "
-                "where it was built"
-            )
-
     def _cached(self) -> dict[str, Path]:
         """Return a local file by SHA-256."""
         files = {}
@@ -413,57 +287,8 @@ class RemoteStore(Store):
         return files
 
 
-@dataclass(frozen=True)
-class _Pointer:
-    """What a pointer's object holds."""
-
-    entry: Publication
-    number: int
-    """Of the publications of this pointer, from 1."""
-    content: Content
-
-
-def _parse_pointer(content: Content, where: str) -> _Pointer:
-    try:
-        value = json.loads(content.data)
-        number = int(value["number"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{where} holds no publication ({error}); remove it") from None
-    entry = Publication.from_json(value, where)
-    checked_name(entry.id, f"the id in {where}")
-    return _Pointer(entry, number, content)
-
-
-def _log_key(pointer: _Pointer) -> str:
-    return f"{_LOG}{pointer.entry.pointer}/{pointer.number:08d}.json"
-
-
-def _blob_key(facts: dict[str, Any]) -> str:
-    return f"{_BLOBS}{facts['sha256']}"
-
-
-def _manifest_key(generation_id: str) -> str:
-    return f"{_GENERATIONS}{checked_name(generation_id, 'a generation id')}/{MANIFEST}"
-
-
 def _by_age(manifests: dict[str, dict[str, Any]]) -> list[str]:
     return sorted(manifests, key=lambda name: (str(manifests[name]["created"]), name))
-
-
-def _age(modified: datetime.datetime) -> float:
-    return (datetime.datetime.now(datetime.UTC) - modified).total_seconds()
-
-
-def _linked(source: Path | None, target: Path, num_bytes: int) -> bool:
-    """Link a cached file; returns whether it was there, at its size."""
-    try:
-        if source is None or source.stat().st_size != num_bytes:
-            return False
-        link_or_copy(source, target)
-    except FileNotFoundError:
-        # Pruned meanwhile.
-        return False
-    return True
 
 
 def _is_whole(path: Path, facts: dict[str, Any]) -> bool:
@@ -487,9 +312,3 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _at_once(call: Callable[[T], R], values: Iterable[T]) -> list[R]:
-    """Call a function that waits for the network on several values at a time; answers in their order."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(call, values))

@@ -1,0 +1,99 @@
+"""The pointers in a bucket, and the log of what they named.
+
+A pointer's object holds its last publication and that one's number, so that a publisher who is killed before
+he writes the log leaves nothing unsaid: readers add it, and the next publisher writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from twotower.errors import ArtefactError
+from twotower.retrieval.objects import Content, Objects, at_once
+from twotower.retrieval.publications import Publication
+from twotower.retrieval.store import checked_name, checked_pointer
+
+_POINTERS, _LOG = "pointers/", "publications/"
+
+
+@dataclass(frozen=True)
+class RemotePointer:
+    """What a pointer's object holds."""
+
+    entry: Publication
+    number: int
+    """Of the publications of this pointer, from 1."""
+    content: Content
+
+
+class RemotePointers:
+    """Pointers below a URL, each replaced by compare-and-swap, and their log."""
+
+    def __init__(self, objects: Objects) -> None:
+        """Take the bucket; nothing is read yet."""
+        self._objects = objects
+
+    def names(self) -> list[str]:
+        """Return the names of all pointers, sorted."""
+        return sorted(o.key.removeprefix(_POINTERS) for o in self._objects.list(_POINTERS))
+
+    def get(self, pointer: str) -> RemotePointer | None:
+        """Return what a pointer's object holds; None when it was never set.
+
+        Raises:
+            ArtefactError: it holds no publication.
+        """
+        key = f"{_POINTERS}{checked_pointer(pointer)}"
+        content = self._objects.get(key)
+        return None if content is None else self._parse(content, key)
+
+    def swap(self, entry: Publication, replaced: RemotePointer | None) -> RemotePointer | None:
+        """Set a pointer if nobody else has set it since; returns what it holds now, None if that was not so.
+
+        Args:
+            entry: what is published; its pointer is set.
+            replaced: what the pointer must still hold; None when it must not be there.
+        """
+        number = 1 if replaced is None else replaced.number + 1
+        data = json.dumps({**entry.to_json(), "number": number}).encode()
+        key = f"{_POINTERS}{entry.pointer}"
+        if not self._objects.swap(key, data, None if replaced is None else replaced.content):
+            return None
+        return RemotePointer(entry, number, Content(data, {}))
+
+    def log(self, pointer: RemotePointer) -> None:
+        """Write what a pointer holds into the log, unless it is there."""
+        self._objects.swap(_log_key(pointer), pointer.content.data, None)
+
+    def publications(self) -> list[Publication]:
+        """Return what was published and rolled back; those of each pointer in order.
+
+        Raises:
+            ArtefactError: an object of the log or of a pointer holds no publication.
+        """
+        keys = [o.key for o in self._objects.list(_LOG)]
+        contents = dict(zip(keys, at_once(self._objects.get, keys), strict=True))
+        entries = {
+            key: self._parse(content, key).entry for key, content in contents.items() if content is not None
+        }
+        for name in self.names():
+            # The last one may not have been logged: its publisher was killed.
+            if (found := self.get(name)) is not None:
+                entries.setdefault(_log_key(found), found.entry)
+        return [entries[key] for key in sorted(entries)]
+
+    def _parse(self, content: Content, key: str) -> RemotePointer:
+        where = f"{self._objects.url}/{key}"
+        try:
+            value = json.loads(content.data)
+            number = int(value["number"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{where} holds no publication ({error}); remove it") from None
+        entry = Publication.from_json(value, where)
+        checked_name(entry.id, f"the id in {where}")
+        return RemotePointer(entry, number, content)
+
+
+def _log_key(pointer: RemotePointer) -> str:
+    return f"{_LOG}{pointer.entry.pointer}/{pointer.number:08d}.json"
