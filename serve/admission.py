@@ -25,6 +25,8 @@ INLINE_BODY_BYTES = 1 << 14
 
 _RETRY_AFTER_S = 1
 _CLOSE = {"Connection": "close"}
+_DISCARD_S = 1.0
+"""How long the rest of a body that is somewhat too large is read before it is refused."""
 
 
 def overloaded(what: str) -> BadRequest:
@@ -123,6 +125,8 @@ class Bodies:
         _check_headers(request)
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limits.max_body_bytes:
+            if int(length) <= 2 * self._limits.max_body_bytes and "expect" not in request.headers:
+                await _discard(request)
             raise self._too_large()
         parts: list[bytes] = []
         try:
@@ -158,6 +162,17 @@ class Bodies:
     def _too_large(self) -> BadRequest:
         allowed = f"at most {self._limits.max_body_bytes} bytes"
         return BadRequest("the body is too large", allowed, 413, "body_too_large", _CLOSE)
+
+
+async def _discard(request: Request) -> None:
+    """Read a body and keep nothing of it.
+
+    Whose connection is closed while he still sends may lose the answer that was on its way to him.
+    """
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_DISCARD_S):
+            async for _ in request.stream():
+                pass
 
 
 def _check_headers(request: Request) -> None:

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.types import Message
 
+from serve.admission import Bodies
 from serve.api import make_api
 from serve.fused import FusedService, Service
 from serve.middleware import MIN_TOKEN_LENGTH, OPEN, read_token
+from serve.schemas import BadRequest
 from tests.http.asgi import Answer, ask
 from twotower.config import LimitsConfig
 from twotower.errors import ConfigError
@@ -236,12 +240,40 @@ def test_bodies_that_are_too_large(api: FastAPI) -> None:
         {"parts": [fits, b" "]},
         {"parts": [b" " * 999] * 9999, "whole": False},
         # It is refused before any of it is read.
-        {"parts": [b" "], "whole": False, "headers": [("Content-Length", str(most + 1))]},
+        {"parts": [b" "], "whole": False, "headers": [("Content-Length", str(2 * most + 1))]},
     ):
         answer = asyncio.run(retrieve(api, **arguments))
         assert answer.status == 413
         assert answer.error["allowed"] == f"at most {most} bytes"
         assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("length", "headers", "num_read"),
+    [
+        (LIMITS.max_body_bytes + 1, [], 3),
+        (LIMITS.max_body_bytes * 2 + 1, [], 0),
+        (LIMITS.max_body_bytes + 1, [(b"expect", b"100-continue")], 0),
+    ],
+)
+def test_a_client_who_still_sends_a_body_somewhat_too_large_is_not_cut_off(
+    length: int, headers: list[tuple[bytes, bytes]], num_read: int
+) -> None:
+    read: list[bool] = []
+
+    async def receive() -> Message:
+        read.append(True)
+        return {"type": "http.request", "body": b" " * (length // 3), "more_body": len(read) < 3}
+
+    async def run() -> None:
+        all_headers = [(b"content-length", str(length).encode()), *headers]
+        request = Request({"type": "http", "method": "POST", "headers": all_headers}, receive)
+        async with Bodies(LIMITS).read(request):
+            pass
+
+    with pytest.raises(BadRequest, match="too large"):
+        asyncio.run(run())
+    assert len(read) == num_read
 
 
 def test_bodies_that_wait_hold_a_bounded_amount(api: FastAPI, service: Service, gate: Gate) -> None:
