@@ -86,15 +86,12 @@ class GroupHolder:
             self.held = {**self.held, generation_id: part}
 
     def _fetched(self, generation_id: str) -> Path:
-        for left in reversed(range(_FETCHES)):
-            try:
+        # A gateway found it there. A prune of a bucket puts back what was published meanwhile.
+        for _ in range(_FETCHES - 1):
+            with contextlib.suppress(ArtefactError):
                 return self._store.fetch(generation_id)
-            except ArtefactError:
-                # A gateway found it there. A prune of a bucket puts back what was published meanwhile.
-                if not left:
-                    raise
-                time.sleep(_FETCH_PAUSE_S)
-        raise AssertionError
+            time.sleep(_FETCH_PAUSE_S)
+        return self._store.fetch(generation_id)
 
     def _open(self, path: Path) -> ShardGroup:
         """Return the group's part of a generation, after verifying its files."""
