@@ -10,15 +10,16 @@ from twotower.environment import read_settings
 MAX_ONGOING_REQUESTS = 2048
 """A request whose body is still on its way is ongoing too: this is more than slow clients may hold. What
 waits for work is bounded by the service itself (``serve.admission``)."""
+_PREFIXES = ("RAY_SERVE_", "RAY_worker_niceness")
 
 
 def serve_settings() -> dict[str, dict[str, str]]:
-    """Return the Serve settings of deploy/ray.env that this process runs with, and those it does not.
+    """Return the settings for Serve in deploy/ray.env that this process runs with, and those it does not.
 
     Returns:
         "active": value by variable; "missing": wanted value by variable that is not set.
     """
-    wanted = {name: value for name, value in read_settings().items() if name.startswith("RAY_SERVE_")}
+    wanted = {name: value for name, value in read_settings().items() if name.startswith(_PREFIXES)}
     active = {name: os.environ[name] for name in wanted if os.environ.get(name)}
     return {
         "active": active,

@@ -116,6 +116,16 @@ def test_a_token_is_asked_for(guarded: Guarded) -> None:
         assert guarded.client.get(path).status == 200
 
 
+def test_a_replica_has_the_priority_of_processes_that_start(guarded: Guarded) -> None:
+    """Or each of these would take its cores from it, for as long as it imports."""
+    (replica,) = guarded.processes("ServeReplica")
+    (raylet,) = guarded.processes("raylet/raylet")
+    started_with = os.getpriority(os.PRIO_PROCESS, raylet.pid)
+    assert os.getpriority(os.PRIO_PROCESS, replica.pid) == started_with
+    settings = guarded.client.get("/readyz").json["settings"]
+    assert settings["active"]["RAY_worker_niceness"] == "0"
+
+
 def test_what_listens_where(guarded: Guarded) -> None:
     haproxy = guarded.processes("haproxy -db")
     (replica,) = guarded.processes("ServeReplica")

@@ -21,6 +21,7 @@ import ray.exceptions
 from twotower.artefacts import building, fingerprint, has_manifest, locked
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.failures import plain_errors
+from twotower.cluster.priority import giving_way
 from twotower.cluster.session import session, wants_gpu
 from twotower.config import Config
 from twotower.data.attributes import attribute_table
@@ -165,12 +166,12 @@ def build_shards(
         # Once for all shards, so that they can be searched as one.
         path = directory.absolute().with_name("trained.faiss")
         with plain_errors():
-            training = reserved(train_shards)
+            training = reserved(giving_way(train_shards))
             points = config.index.train_points
             trained = ray.get(
                 training.remote(parts, factory, points, config.seed, str(path), threads, on_gpu)
             )
-    task = reserved(write_shard)
+    task = reserved(giving_way(write_shard))
     pending = [
         task.remote(
             parts,

@@ -21,6 +21,7 @@ from twotower.artefacts import building, fingerprint, has_manifest, read_manifes
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
+from twotower.cluster.priority import giving_way
 from twotower.cluster.session import session
 from twotower.config import Config, GeneratedSource
 from twotower.data.dataset import Dataset
@@ -141,7 +142,7 @@ def _measure(
     # The map is drawn while users are ranked.
     points = None
     if len(shown) >= _FEWEST_ON_MAP:
-        points = task(_place).remote(vectors, shown, config.seed)
+        points = task(giving_way(_place)).remote(vectors, shown, config.seed)
     metrics = _rank(config, dataset, checkpoint.path, scratch, held)
     placed = None if points is None else _map(dataset, shown, ray.get(points))
     k = max(config.evaluation.ks)

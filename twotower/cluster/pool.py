@@ -16,6 +16,7 @@ import ray.data
 import torch
 
 from twotower import errors
+from twotower.cluster.priority import give_way
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
 from twotower.errors import TwotowerError
@@ -80,6 +81,7 @@ class Guarded:
 
     def __init__(self, worker: type[Any], settings: dict[str, Any]) -> None:
         """Make the worker; an error of that is told when it is called."""
+        give_way()
         self._error: TwotowerError | MemoryError | None = None
         try:
             self._worker = worker(**settings)

@@ -14,6 +14,7 @@ import torch
 from ray.train.torch import get_device
 
 from twotower.cluster.ingest import Ingest, make_source
+from twotower.cluster.priority import give_way
 from twotower.cluster.watch import Progress, progress_writer
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -69,6 +70,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         ``WorkerResult`` as a dictionary. What Ray Train sees as a failure is tried again from the last
         checkpoint, so an error that would only come again is a result instead.
     """
+    give_way()
     worker = WorkerSettings(**settings)
     config = parse_config(worker.config)
     torch.set_num_threads(config.train.threads_per_worker)
