@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.admission import check_deadline, deadline_exceeded
+from serve.grouped import describe_found, encode_for_groups, group_query
 from serve.hedging import CutShortError, GroupUnavailableError, Replicas
 from serve.metrics import Metrics
 from serve.probe import Probe
@@ -28,7 +29,7 @@ from twotower.config import LimitsConfig
 from twotower.errors import NotAllowedError
 from twotower.index.hits import Hits
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
-from twotower.retrieval.front import TIES, Encoded, Front, allowed_items, timing
+from twotower.retrieval.front import TIES, Front, timing
 from twotower.retrieval.groups import (
     GroupQuery,
     merge_groups,
@@ -44,7 +45,7 @@ T = TypeVar("T")
 _SHARE_OF_DEADLINE = 0.8
 """Of the time that a client waits, how much may go by until the groups have answered."""
 _TRIES, _TRY_PAUSE_S = 4, 0.5
-"""How often a generation is probed where groups are late, and seconds in between."""
+"""How often canary queries are asked where groups are late, and seconds in between."""
 _PROBE_TIMEOUT_S = 30.0
 
 
@@ -155,7 +156,7 @@ class GatewayService(Service[Front]):
         beats and hedges.
         """
         run = self.runner(front, queries[0]) if len(queries) == 1 else self.workers.run
-        start, encoded, hits, message = await run(_encoded, front, queries, deadline=deadline)
+        start, encoded, hits, message = await run(encode_for_groups, front, queries, deadline=deadline)
         done = time.perf_counter()
         missing: list[str] = []
         found: list[list[Hits]] = []
@@ -165,7 +166,7 @@ class GatewayService(Service[Front]):
         times = start, done, searched
 
         def describe() -> T:
-            return finish(_described(front, encoded, hits, found, tuple(missing), times))
+            return finish(describe_found(front, encoded, hits, found, tuple(missing), times))
 
         finished: T = await run(describe)
         return finished
@@ -206,7 +207,7 @@ class GatewayService(Service[Front]):
 
         return await self.workers.run(finish)
 
-    def probe(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def check_canaries(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         """Ask a generation that the groups hold questions whose answers can be checked.
 
         Where a group is late they are asked again, a few times: first queries read the index from the disk.
@@ -221,12 +222,12 @@ class GatewayService(Service[Front]):
         """
         for _ in range(_TRIES - 1):
             with contextlib.suppress(TimeoutError):
-                self._probe_once(front, wait)
+                self._check_canaries_once(front, wait)
                 return
             time.sleep(_TRY_PAUSE_S)
-        self._probe_once(front, wait)
+        self._check_canaries_once(front, wait)
 
-    def _probe_once(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def _check_canaries_once(self, front: Front, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
         def answer(query: Query) -> Answer:
             answer: Answer = wait(self.answers(front, [query]))[0]
             _check_complete(answer.missing_groups)
@@ -260,7 +261,7 @@ class GatewayService(Service[Front]):
         if not encoded.searched:
             return None
         deeper = dataclasses.replace(query, k=query.k + TIES)
-        asked = _group_query(front, deeper, encoded.inputs[0].excluded)
+        asked = group_query(front, deeper, encoded.inputs[0].excluded)
         message = pack_search(front.generation_id, encoded.vectors, [asked], exact=True)
 
         async def ask() -> list[bytes]:
@@ -358,47 +359,3 @@ def _check_complete(missing: Sequence[str]) -> None:
     """
     if missing:
         raise TimeoutError(f"{', '.join(missing)} did not answer in time")
-
-
-def _encoded(front: Front, queries: Sequence[Query]) -> tuple[float, Encoded, dict[int, Hits], bytes]:
-    """Return when this began, encoded queries, what popularity answers, and the message for the groups."""
-    start = time.perf_counter()
-    generation = front.generation
-    for query in queries:
-        if query.filter:
-            generation.attributes.check(query.filter)
-    encoded = front.encode(queries)
-    hits = {}
-    for place, (query, each) in enumerate(zip(queries, encoded.inputs, strict=True)):
-        if each.strategy == "popular":
-            only = allowed_items(generation, query.filter, query.allow_items)
-            hits[place] = front.popularity.best(each.excluded, query.k, only)
-    asked = [_group_query(front, queries[i], encoded.inputs[i].excluded) for i in encoded.searched]
-    return start, encoded, hits, pack_search(front.generation_id, encoded.vectors, asked)
-
-
-def _group_query(front: Front, query: Query, excluded: npt.NDArray[np.int64]) -> GroupQuery:
-    rows = None
-    if query.allow_items is not None:
-        rows = front.generation.item_ids.rows(query.allow_items, missing="negative")
-    return GroupQuery(query.k, excluded, dict(query.filter) if query.filter else None, rows)
-
-
-def _described(
-    front: Front,
-    encoded: Encoded,
-    hits: dict[int, Hits],
-    found: list[list[Hits]],
-    missing: tuple[str, ...],
-    times: tuple[float, float, float],
-) -> list[Answer]:
-    """Return the answers, given what was found for the searched queries by each group."""
-    for at, place in enumerate(encoded.searched):
-        hits[place] = merge_groups([group[at] for group in found], encoded.queries[place].k)
-    items = [front.describe_hits(hits[i], query.fields) for i, query in enumerate(encoded.queries)]
-    took = timing(*times)
-    searched = set(encoded.searched)
-    return [
-        Answer(front.generation_id, its, each.strategy, took, missing if i in searched else ())
-        for i, (its, each) in enumerate(zip(items, encoded.inputs, strict=True))
-    ]

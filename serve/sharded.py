@@ -105,7 +105,7 @@ class Gateway:
         return make_api(self._service, False, self._token, self._args.log_user_ids, self._args.demo)
 
     def _load(self, generation: Generation) -> Front:
-        """Return the front of a generation that every group holds, after probing it.
+        """Return the front of a generation that every group holds, after its canary queries.
 
         The follower calls it in a thread of its own.
 
@@ -120,7 +120,7 @@ class Gateway:
         try:
             away_s = math.inf if used else _START_AWAY_S
             self._wait(self._links.hold(generation.id, _LOAD_TIMEOUT_S, away_s, keep=used))
-            self._service.probe(front, self._wait)
+            self._service.check_canaries(front, self._wait)
         except BaseException as error:
             if isinstance(error, OSError) and not used:
                 # A gateway that is started again while a group is down answers from the others.

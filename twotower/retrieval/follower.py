@@ -1,10 +1,10 @@
 """Follows a pointer of a store: what answers is always of the generation that it names, or of the one before.
 
 A change is noticed by asking for the pointer every so often. The generation that it names then is brought
-here, every byte of it is verified, it is loaded beside the one in use and probed, and one call lets it
-answer. A generation that fails is refused and reported, and the one in use stays. All of this happens in one
-background thread; nothing else waits for it. A process that starts while the pointer names one that fails
-begins with the latest that it named before and that does not.
+here, every byte of it is verified, it is loaded beside the one in use and asked canary queries, and one
+call lets it answer. A generation that fails is refused and reported, and the one in use stays. All of this
+happens in one background thread; nothing else waits for it. A process that starts while the pointer names
+one that fails begins with the latest that it named before and that does not.
 
 How a generation is loaded is up to the caller, so that one process or many may hold it.
 """
@@ -77,10 +77,10 @@ class Follower(Generic[T]):
         Args:
             store: holds the pointer and the generations.
             pointer: its name.
-            load: makes of a verified generation what answers, warmed up and probed. An error that may not
-                pass (``may_pass``) refuses the generation for good; after another it is tried again, if the
-                pointer is followed. What it returns must take weak references, and nothing but requests may
-                keep it once it is replaced.
+            load: makes of a verified generation what answers, warmed up and asked canary queries. An
+                error that may not pass (``may_pass``) refuses the generation for good; after another it is
+                tried again, if the pointer is followed. What it returns must take weak references, and
+                nothing but requests may keep it once it is replaced.
             poll_s: seconds between two looks at the pointer; 0 looks at it in ``open`` only.
             gone: called with the id of a generation once nothing in this process refers to what ``load``
                 made of it, also where it never answered.

@@ -78,7 +78,7 @@ class Retriever(Front):
 
     @classmethod
     def ready(cls, generation: Generation, threads: int = 1, device: str = "cpu") -> Self:
-        """Return the retriever of an opened generation, warmed up and probed.
+        """Return the retriever of an opened generation, warmed up and asked its canary queries.
 
         Args:
             generation: an opened generation.
@@ -93,7 +93,7 @@ class Retriever(Front):
             retriever.warm_up()
         except RequestError as error:
             raise ArtefactError(f"the generation does not answer: {error}") from None
-        retriever.probe()
+        retriever.check_canaries()
         return retriever
 
     def warm_up(self) -> None:
@@ -104,7 +104,7 @@ class Retriever(Front):
             self.retrieve(Query(k=10, history=[HistoryItem(first)], allow_items=[first]))
         self._measure(self.retrieve)
 
-    def probe(self) -> None:
+    def check_canaries(self) -> None:
         """Ask questions whose answers can be checked.
 
         Raises:
