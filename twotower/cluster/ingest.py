@@ -17,6 +17,7 @@ import ray.data
 from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 
 from twotower.cluster.pool import without_bars
+from twotower.cluster.priority import give_way
 from twotower.cluster.session import wants_gpu
 from twotower.config import Config
 from twotower.data.blocks import Block, block_of, read_table
@@ -126,6 +127,7 @@ def block_reader(path: Path) -> ReadBlocks:
 
 def _read_rows(ranges: pa.Table, path: Path) -> pa.Table:
     """Return the rows of the file that some ranges name, one after the other."""
+    give_way()
     return pa.concat_tables([read_table(path, part["start"], part["end"]) for part in ranges.to_pylist()])
 
 
