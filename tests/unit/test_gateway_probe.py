@@ -12,9 +12,10 @@ import pytest
 from serve.gateway import GatewayService
 from serve.hedging import GroupUnavailableError, Replicas
 from serve.metrics import Metrics
+from tests.grouped import SETTINGS, away, caller, held_by
 from tests.shop import NUM_ITEMS, build_store
 from tests.unit.test_serve_metrics import Collected
-from tests.unit.test_shard_groups import QUERIES, SETTINGS, away, caller, held_by
+from tests.unit.test_shard_groups import QUERIES
 from twotower.index.search import Searcher
 from twotower.retrieval.front import Front
 from twotower.retrieval.generation import Generation
