@@ -1,7 +1,8 @@
 """Batch work takes the CPU that serving leaves.
 
 By ``deploy/ray.env`` all processes of Ray begin with the priority of its servers, so that one which starts
-does not take the cores from a replica that answers. What works through data gives way here.
+does not take the cores from a replica that answers. What works through data gives way here. That can not be
+taken back without privileges: a process in which a task gave way keeps that for later tasks of the same job.
 """
 
 from __future__ import annotations
