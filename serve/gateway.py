@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.admission import check_deadline, deadline_exceeded
-from serve.grouped import describe_found, encode_for_groups, group_query
+from serve.fanout import describe_found, encode_for_groups, group_query
 from serve.hedging import CutShortError, GroupUnavailableError, Replicas
 from serve.metrics import Metrics
 from serve.probe import Probe

@@ -12,7 +12,7 @@ import pytest
 from serve.gateway import GatewayService
 from serve.hedging import GroupUnavailableError, Replicas
 from serve.metrics import Metrics
-from tests.grouped import SETTINGS, away, caller, held_by
+from tests.shard_groups import SETTINGS, away, caller, held_by
 from tests.shop import NUM_ITEMS, build_store
 from tests.unit.test_serve_metrics import Collected
 from tests.unit.test_shard_groups import QUERIES

@@ -12,7 +12,7 @@ import pytest
 
 from serve.gateway import NoGroupError
 from serve.hedging import Replicas
-from tests.grouped import away, caller, gateway, held_by, whole
+from tests.shard_groups import away, caller, gateway, held_by, whole
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.unit.test_retriever_filters import FILTERS
 from tests.updates import copied, table_of

@@ -19,7 +19,7 @@ from serve.hedging import Replicas
 from serve.metrics import Metrics
 from serve.schemas import BadRequest
 from serve.service import to_json
-from tests.grouped import LONG_S, SETTINGS, away, caller, gateway, held_by
+from tests.shard_groups import LONG_S, SETTINGS, away, caller, gateway, held_by
 from tests.shop import build_store
 from tests.unit.test_serve_metrics import Collected
 from twotower.config import Config

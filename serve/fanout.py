@@ -1,4 +1,4 @@
-"""What the gateway does with queries before and after shard groups search: encodes here, describes here."""
+"""Around the fan-out to shard groups: queries become a message, and what was found becomes answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ from twotower.retrieval.query import Answer, Query
 def encode_for_groups(
     front: Front, queries: Sequence[Query]
 ) -> tuple[float, Encoded, dict[int, Hits], bytes]:
-    """Return when this began, encoded queries, what popularity answers, and the message for the groups."""
+    """Encode queries and pack what the groups are asked.
+
+    Args:
+        front: of the generation.
+        queries: B queries.
+
+    Returns:
+        reading of ``time.perf_counter`` when this began, the encoded queries, the hits of those that popularity
+        answers by their place among the B, and the message for the groups.
+
+    Raises:
+        RequestError: a query asks for something that is not allowed.
+    """
     start = time.perf_counter()
     generation = front.generation
     for query in queries:
@@ -49,7 +61,16 @@ def describe_found(
     missing: tuple[str, ...],
     times: tuple[float, float, float],
 ) -> list[Answer]:
-    """Return the answers, given what was found for the searched queries by each group."""
+    """Return the answers to queries, in their order.
+
+    Args:
+        front: of the generation.
+        encoded: the queries.
+        hits: of those that popularity answers, by place; the others are added to it.
+        found: of each group that answered, the hits of each searched query.
+        missing: names of the groups that did not.
+        times: readings of ``time.perf_counter`` at the beginning, after encoding and after the search.
+    """
     for at, place in enumerate(encoded.searched):
         hits[place] = merge_groups([group[at] for group in found], encoded.queries[place].k)
     items = [front.describe_hits(hits[i], query.fields) for i, query in enumerate(encoded.queries)]
