@@ -24,8 +24,8 @@ def encode_for_groups(
         queries: B queries.
 
     Returns:
-        reading of ``time.perf_counter`` when this began, the encoded queries, the hits of those that popularity
-        answers by their place among the B, and the message for the groups.
+        reading of ``time.perf_counter`` when this began, the encoded queries, the hits of those that
+        popularity answers by their place among the B, and the message for the groups.
 
     Raises:
         RequestError: a query asks for something that is not allowed.
