@@ -23,7 +23,7 @@ from benchmarks import measure
 from twotower.config import load_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
-from twotower.evaluation.holdout import holdout, query_inputs
+from twotower.evaluation.holdout import evaluation_queries, query_inputs
 from twotower.evaluation.metrics import MetricSums
 from twotower.evaluation.ranking import rank_block
 from twotower.model.features import QueryFeatures
@@ -75,7 +75,7 @@ def quality(dataset: str, overrides: list[str], seed: int) -> dict[str, float]:
     trainer.model.load_state_dict(trainer.best_weights)
     trainer.model.eval()
     vectors = encode_catalogue(trainer.model, trainer.inputs, trainer.world)
-    held = holdout(opened, config.evaluation.max_users, config.seed)
+    held = evaluation_queries(opened, config.evaluation.repeats, config.evaluation.max_users, config.seed)
     inputs = query_inputs(opened, held.user_rows)
     length = opened.schema.max_history
     rows, weights = inputs.histories.before(np.arange(len(held)), None, length)

@@ -106,7 +106,8 @@ def reasons_against(config: Config, dataset: Dataset, generation: Path) -> list[
         found: Any = "none is published yet"
     else:
         try:
-            found = compare(dataset, generation, store.fetch(current), config.index.recall_k, config.seed)
+            repeats, k = config.evaluation.repeats, config.index.recall_k
+            found = compare(dataset, generation, store.fetch(current), k, repeats, config.seed)
         except ArtefactError as error:
             found = f"the one in use can not be opened ({error})"
     if isinstance(found, str):

@@ -85,13 +85,19 @@ def test_a_content_hash_does_not_see_chunks_and_offsets(values: list[str | None]
     st.sampled_from(["temporal_user", "temporal_global", "leave_one_out", "random"]),
     st.floats(0.05, 0.9),
     st.floats(0.05, 0.9),
+    st.sampled_from(["together", "order"]),
 )
-def test_splits(rows: list[tuple[int, ...]], kind: Any, test_share: float, validation_share: float) -> None:
+def test_splits(
+    rows: list[tuple[int, ...]], kind: Any, test_share: float, validation_share: float, ties: Any
+) -> None:
     data = columns(rows)
-    config = SplitConfig(kind=kind, test_share=test_share, validation_share=validation_share)
+    config = SplitConfig(kind=kind, test_share=test_share, validation_share=validation_share, ties=ties)
+    together = ties == "together" and kind not in ("random", "temporal_global")
     try:
         split = assign_splits(data, config, True, seed=5)
     except DataError:
+        if together:
+            return
         # Only where a part would be empty: no user has two positives left beside his test part.
         sizes = np.bincount(data["user_row"][data["kind"] == POSITIVE])
         tests = np.minimum(np.ceil(test_share * sizes - 1e-9), sizes - 1)
@@ -108,10 +114,19 @@ def test_splits(rows: list[tuple[int, ...]], kind: Any, test_share: float, valid
                 before, after = place[own & (split == earlier)], place[own & (split == later)]
                 if len(before) and len(after):
                     assert before.max() < after.min()
+                if ties == "together" and len(before) and len(after):
+                    assert data["time"][before].max() < data["time"][after].min()
         n = int((own & positive).sum())
         counts = [int((own & positive & (split == part)).sum()) for part in (TRAIN, VALIDATION, TEST)]
         if kind != "temporal_global" and n:
             assert counts[0] >= 1
+            if together:
+                num_moments = len(np.unique(data["time"][own & positive]))
+                wanted = 1 if kind == "leave_one_out" else min(np.ceil(test_share * n - 1e-9), n - 1)
+                first = (data["time"][own & positive] == data["time"][own & positive][0]).sum()
+                assert counts[2] >= min(wanted, n - first)
+                assert (counts[2] > 0) == (num_moments > 1)
+                continue
             if kind == "leave_one_out":
                 assert counts[1:] == [int(n >= 3), int(n >= 2)]
             else:
@@ -127,6 +142,7 @@ def test_splits(rows: list[tuple[int, ...]], kind: Any, test_share: float, valid
 @given(ROWS, st.sampled_from(["first", "last", "sum", "keep"]))
 def test_repeats(rows: list[tuple[int, ...]], policy: Any) -> None:
     data = columns(rows)
+    data["split"][:] = TRAIN
     before = {name: column.copy() for name, column in data.items()}
     gone = reduce_repeats(data, policy)
     assert len(data["kind"]) == len(rows) - gone

@@ -77,7 +77,7 @@ def test_recalls_are_those_of_single_answers_over_common_items(
     if current == "fewer":
         current = str(store.current())
         common -= set(small_dataset.item_ids.ids(np.arange(0, len(common), 3)))
-    found = compare(small_dataset, store.path("first"), store.path(current), K, seed=1)
+    found = compare(small_dataset, store.path("first"), store.path(current), K, "exclude", seed=1)
     assert isinstance(found, Comparison)
     recall, num_users = oracle(small_dataset, store.path("first"), common)
     assert (found.recall, found.num_users) == (pytest.approx(recall), num_users)
@@ -108,7 +108,7 @@ def test_too_few_users_say_so(store: Store, small_dataset: Dataset) -> None:
     some = np.unique(log.user_row[log.split == SPLITS["test"]])[:19]
     hidden = (log.split == SPLITS["test"]) & ~np.isin(log.user_row, some)
     few.__dict__["interactions"] = log.select(~hidden)
-    said = compare(few, store.path("first"), store.path("second"), K, seed=1)
+    said = compare(few, store.path("first"), store.path("second"), K, "exclude", seed=1)
     assert isinstance(said, str)
     assert "users of the test split" in said
     assert "20 are needed" in said

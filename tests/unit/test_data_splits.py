@@ -11,7 +11,7 @@ from twotower.config import SplitConfig
 from twotower.data.filters import drop_small, reduce_repeats, sort
 from twotower.data.prepare import prepare
 from twotower.data.reading import NO_SPLIT
-from twotower.data.splits import assign_splits
+from twotower.data.splits import assign_splits, count_ties
 from twotower.errors import ConfigError, DataError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -38,7 +38,7 @@ def users(*sizes: int) -> dict[str, Any]:
 
 
 def split(
-    data: dict[str, Any], kind: str, *, seed: int = 3, has_times: bool = True, **shares: float
+    data: dict[str, Any], kind: str, *, seed: int = 3, has_times: bool = True, **shares: Any
 ) -> list[int]:
     config = SplitConfig(kind=kind, **shares)  # type: ignore[arg-type]
     return assign_splits(data, config, has_times, seed).tolist()
@@ -56,10 +56,57 @@ def test_a_share_that_is_not_exact_in_binary_does_not_round_up() -> None:
     assert split(users(100), "temporal_user", test_share=0.07).count(TEST) == 7
 
 
-def test_ties_in_time_are_broken_by_the_order_in_the_file() -> None:
+def test_the_order_in_the_file_decides_in_one_time_where_it_is_said_to() -> None:
     data = columns([(0, item, 5) for item in (9, 3, 7, 1, 8)])
     assert data["item_row"].tolist() == [9, 3, 7, 1, 8]
-    assert split(data, "temporal_user") == [0, 0, 0, 1, 2]
+    assert split(data, "temporal_user", ties="order") == [0, 0, 0, 1, 2]
+
+
+def moments(*sizes: int) -> dict[str, Any]:
+    """One user with moments of so many interactions."""
+    return columns([(0, 100 * at + n, at) for at, size in enumerate(sizes) for n in range(size)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "expected"),
+    [
+        # 12: ceil(2.4) = 3 test, which cut the moment of four; of the 8 left ceil(.8) = 1 cuts that of three.
+        ((5, 3, 4), "temporal_user", [0] * 5 + [1] * 3 + [2] * 4),
+        # The moment that is cut is the first, which stays in train.
+        ((10, 1, 1), "temporal_user", [0] * 10 + [1] + [2]),
+        ((2, 1, 9), "temporal_user", [0] * 2 + [1] + [2] * 9),
+        ((4, 3, 2), "leave_one_out", [0] * 4 + [1] * 3 + [2] * 2),
+        ((1, 1, 1), "leave_one_out", [0, 1, 2]),
+    ],
+)
+def test_a_moment_stays_on_one_side(sizes: tuple[int, ...], kind: str, expected: list[int]) -> None:
+    assert split(moments(*sizes), kind) == expected
+
+
+def test_a_user_of_one_moment_is_all_train() -> None:
+    rows = [(0, n, 7) for n in range(9)] + [(1, n, n) for n in range(9)]
+    assert split(columns(rows), "temporal_user")[:9] == [0] * 9
+    with pytest.raises(DataError, match=r"split\.ties: together at 3 different times"):
+        split(columns(rows[:9]), "temporal_user")
+
+
+def test_other_kinds_at_the_time_of_a_held_out_moment_are_held_out_with_it() -> None:
+    rows = [(0, 90, 2, 1, 2), (0, 91, 1, 1, 1), *((0, n, n) for n in range(3))]
+    data = columns(rows)
+    assert data["item_row"].tolist() == [0, 91, 1, 90, 2]  # by time, then as in the file
+    assert split(data, "leave_one_out") == [0, 1, 1, 2, 2]
+    assert split(data, "leave_one_out", ties="order") == [0, 0, 1, 1, 2]
+
+
+def test_a_given_split_gets_a_whole_moment_for_validation() -> None:
+    data = moments(4, 3, 2)
+    data["split"][:] = [0] * 7 + [2] * 2
+    assert split(data, "given") == [0] * 4 + [1] * 3 + [2] * 2
+
+
+def test_ties_are_counted() -> None:
+    data = columns([(0, 1, 5), (0, 2, 5), (0, 3, 6), (1, 1, 5), (1, 2, 6), (2, 4, 1), (2, 5, 1, 1, 1)])
+    assert count_ties(data) == {"positives": 2, "users": 1}
 
 
 def test_leave_one_out_takes_the_last_and_the_one_before() -> None:
@@ -159,6 +206,7 @@ def test_an_empty_split_is_an_error_with_a_remedy(sizes: tuple[int, ...], kind: 
 def reduced(rows: list[tuple[int, ...]], policy: Any) -> list[tuple[int, int, int, float, int]]:
     data = columns(rows)
     before = len(data["kind"])
+    data["split"][:] = TRAIN
     gone = reduce_repeats(data, policy)
     names = ("user_row", "item_row", "time", "weight", "kind")
     assert before - gone == len(data["kind"])
@@ -196,6 +244,16 @@ def test_a_later_dislike_replaces_an_earlier_like() -> None:
     assert reduced([*rows, (0, 1, 40, 3, 0)], "sum") == [(0, 1, 40, 10, 0)]
 
 
+@pytest.mark.parametrize("policy", ["first", "last", "sum"])
+def test_a_repeat_in_the_test_split_takes_nothing_from_train(policy: Any) -> None:
+    data = columns([(0, 1, 1, 2), (0, 1, 2, 3), (0, 2, 3), (0, 1, 4, 5), (0, 1, 5, 7)])
+    data["split"][:] = [TRAIN] * 3 + [TEST] * 2
+    assert reduce_repeats(data, policy) == 2
+    assert data["item_row"].tolist() == [1, 2, 1]
+    assert data["split"].tolist() == [TRAIN, TRAIN, TEST]
+    assert data["weight"].tolist() == {"first": [2, 1, 5], "last": [3, 1, 7], "sum": [5, 1, 12]}[policy]
+
+
 def test_repeats_across_blocks_of_users(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     from twotower.data import filters, interactions
 
@@ -210,9 +268,17 @@ def test_small_users_and_items_go_until_none_is_left() -> None:
     # Without item 9 (once) user 2 has one interaction; without him item 1 has two, which is enough.
     rows = [(0, 1, 1), (0, 2, 2), (1, 1, 1), (1, 2, 2), (2, 9, 1), (2, 1, 2)]
     data = columns(rows)
-    assert drop_small(data, 3, 10, user_min=2, item_min=2) == 2
+    assert drop_small(data, 3, 10, user_min=2, item_min=2, distinct=True) == 2
     assert data["user_row"].tolist() == [0, 0, 1, 1]
     assert set(data["item_row"].tolist()) == {1, 2}
+
+
+def test_a_repeat_counts_towards_the_least_number_only_where_it_is_kept() -> None:
+    rows = [(0, 1, 1), (0, 1, 2), (0, 1, 3), (1, 1, 1), (1, 2, 2)]
+    for distinct, expected in ((True, [1, 1]), (False, [0, 0, 0, 1, 1])):
+        data = columns(rows)
+        drop_small(data, 2, 3, user_min=2, item_min=0, distinct=distinct)
+        assert data["user_row"].tolist() == expected
 
 
 def test_ids_that_are_left_out_leave_the_vocabularies(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from twotower.data.interactions import Interactions
 from twotower.errors import DataError
 from twotower.evaluation.baselines import PopularityRanker, popular_order
-from twotower.evaluation.holdout import holdout, open_arrays, query_inputs, write_arrays
+from twotower.evaluation.holdout import evaluation_queries, open_arrays, query_inputs, write_arrays
 from twotower.schema import KINDS, SPLITS, FeatureSchema, FittedFeature, HistoryFeature, IdFeature
 
 NUM_ITEMS, NUM_OUTSIDE = 7, 2
@@ -62,6 +62,8 @@ def stub(log=LOG):
     )
     return SimpleNamespace(
         path="stub",
+        has_times=True,
+        ties="together",
         interactions=interactions,
         schema=schema,
         num_users=NUM_USERS,
@@ -72,12 +74,16 @@ def stub(log=LOG):
     )
 
 
+def held_out(max_users=100, seed=1, log=LOG):
+    return evaluation_queries(stub(log), "exclude", max_users, seed)
+
+
 def sets(offsets, rows):
     return [sorted(rows[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
 
 
 def test_who_is_evaluated_on_what():
-    held = holdout(stub(), max_users=100, seed=1)
+    held = held_out()
     assert held.user_rows.tolist() == [0, 3, 4]
     assert sets(held.masked_offsets, held.masked_rows) == [[1, 2, 3], [1, 2, 6], []]
     assert sets(held.relevant_offsets, held.relevant_rows) == [[4], [0, 5], [4]]
@@ -93,7 +99,7 @@ def test_who_is_evaluated_on_what():
 
 
 def test_queries_know_train_and_validation_and_nothing_of_the_test():
-    held = holdout(stub(), max_users=100, seed=1)
+    held = held_out()
     inputs = query_inputs(stub(), held.user_rows)
     rows, _ = inputs.histories.before(np.arange(3), None, 3)
     # Latest first, at most the two that the feature looks at; a negative is no history, an outside item is.
@@ -102,20 +108,21 @@ def test_queries_know_train_and_validation_and_nothing_of_the_test():
 
 def test_the_test_split_changes_nothing_but_what_is_relevant():
     other = [(u, (i + 3) % NUM_ITEMS if s == "test" else i, s, k) for u, i, s, k in LOG]
-    first, second = holdout(stub(), 100, 1), holdout(stub(other), 100, 1)
+    first, second = held_out(), held_out(log=other)
     assert first.relevant_rows.tolist() != second.relevant_rows.tolist()
     assert set(first.user_rows) & set(second.user_rows) == {0, 3, 4}
     before = query_inputs(stub(), np.arange(NUM_USERS)).histories
     after = query_inputs(stub(other), np.arange(NUM_USERS)).histories
+    assert len(before.item_rows)
     np.testing.assert_array_equal(before.item_rows, after.item_rows)
     np.testing.assert_array_equal(popular_order(stub()), popular_order(stub(other)))
 
 
 def test_drawn_users_depend_on_the_seed_alone():
-    drawn = {tuple(holdout(stub(), 2, seed).user_rows) for seed in range(20)}
+    drawn = {tuple(held_out(2, seed).user_rows) for seed in range(20)}
     assert drawn == {(0, 3), (0, 4), (3, 4)}
-    again = holdout(stub(), 2, 7)
-    assert again.user_rows.tolist() == holdout(stub(), 2, 7).user_rows.tolist()
+    again = held_out(2, 7)
+    assert again.user_rows.tolist() == held_out(2, 7).user_rows.tolist()
     assert again.counts["not_drawn"] == 1
     assert again.counts["evaluated"] == 2
     whole = dict(zip([0, 3, 4], [[4], [0, 5], [4]], strict=True))
@@ -123,7 +130,7 @@ def test_drawn_users_depend_on_the_seed_alone():
 
 
 def test_parts_are_the_whole():
-    held = holdout(stub(), 100, 1)
+    held = held_out()
     parts = [held.part(0, 1), held.part(1, 1), held.part(1, 3)]
     assert [len(p) for p in parts] == [1, 0, 2]
     for names in (("masked_offsets", "masked_rows"), ("relevant_offsets", "relevant_rows")):
@@ -132,7 +139,7 @@ def test_parts_are_the_whole():
 
 
 def test_arrays_survive_the_disk(tmp_path):
-    held = holdout(stub(), 100, 1)
+    held = held_out()
     inputs = query_inputs(stub(), held.user_rows)
     inputs.columns["age / group"] = np.array([[1], [-1], [2]], np.int32)
     write_arrays(tmp_path / "arrays", held, inputs)
@@ -146,8 +153,8 @@ def test_arrays_survive_the_disk(tmp_path):
 
 def test_nobody_to_evaluate_is_an_error():
     log = [row for row in LOG if row[2] != "test"]
-    with pytest.raises(DataError, match="nothing to evaluate"):
-        holdout(stub(log), 100, 1)
+    with pytest.raises(DataError, match="nothing to measure"):
+        held_out(log=log)
 
 
 def test_popularity_counts_positives_of_train_and_validation():
@@ -158,6 +165,6 @@ def test_popularity_counts_positives_of_train_and_validation():
 
 
 def test_popularity_leaves_out_what_was_seen():
-    held = holdout(stub(), 100, 1)
+    held = held_out()
     ranked = PopularityRanker(popular_order(stub()))(0, held, 5)
     assert ranked.tolist() == [[0, 4, 5, 6, -1], [3, 0, 4, 5, -1], [1, 2, 3, 0, 4]]

@@ -13,6 +13,7 @@ from twotower.config import Config
 from twotower.data.blocks import Block, BlockIndex, read_blocks
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
+from twotower.data.knowledge import Rules
 from twotower.errors import TrainingError
 from twotower.model.features import Bag, FeatureBatch
 from twotower.schema import SPLITS
@@ -20,7 +21,7 @@ from twotower.training.collectives import World
 from twotower.training.examples import Examples, Fit, TowerInputs
 from twotower.training.loop import Trainer
 from twotower.training.stream import StreamSource
-from twotower.training.validation import held_out
+from twotower.training.validation import validation_queries
 
 BATCH = 24
 
@@ -240,15 +241,16 @@ def test_no_more_rows_are_held_than_the_buffer_and_a_block(
 def test_validation_sees_the_same_users_streamed(uneven: tuple[Config, Dataset], max_users: int) -> None:
     dataset = uneven[1]
     inputs = TowerInputs(dataset)
-    memory = held_out(lambda: [dataset.interactions], inputs, max_users, 5)
+    rules = Rules.of(dataset, "exclude")
+    memory = validation_queries(lambda: [dataset.interactions], inputs, rules, max_users, 5)
     source = source_of(uneven, 90)
-    streamed = held_out(source.blocks, inputs, max_users, 5)
+    streamed = validation_queries(source.blocks, inputs, rules, max_users, 5)
     assert len(list(source.blocks())) > 3
     for name in ("user_rows", "masked_offsets", "masked_rows", "relevant_offsets", "relevant_rows"):
-        assert getattr(streamed, name).tolist() == getattr(memory, name).tolist(), name
-    users = np.arange(len(memory.user_rows))
+        assert getattr(streamed.queries, name).tolist() == getattr(memory.queries, name).tolist(), name
+    users = np.arange(len(memory.queries))
     assert len(users) == min(max_users, len(users)) > 5
-    assert same_features(streamed.users.latest_queries(users), memory.users.latest_queries(users))
+    assert same_features(streamed.known.latest_queries(users), memory.known.latest_queries(users))
 
 
 def test_a_streamed_training_learns_like_one_in_memory(small_config: Config, small_dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
+from twotower.data.knowledge import Rules
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.model.features import Bag
@@ -16,7 +17,7 @@ from twotower.schema import KINDS, SPLITS
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import StepReport, Trainer
-from twotower.training.validation import held_out
+from twotower.training.validation import validation_queries
 
 
 def with_train(config: Config, **train: object) -> Config:
@@ -238,7 +239,9 @@ def test_no_example_sees_itself_or_what_came_later(small_dataset: Dataset) -> No
 
 
 def test_validation_masks_train_and_never_reads_test(small_dataset: Dataset) -> None:
-    users = held_out(lambda: [small_dataset.interactions], TowerInputs(small_dataset), 50, seed=1)
+    rules = Rules.of(small_dataset, "exclude")
+    log = small_dataset.interactions
+    users = validation_queries(lambda: [log], TowerInputs(small_dataset), rules, 50, seed=1).queries
     assert len(users.user_rows) == 50
     everything = small_dataset.interactions
     for q, user in enumerate(users.user_rows):

@@ -25,10 +25,11 @@ from twotower.cluster.priority import giving_way
 from twotower.cluster.session import session
 from twotower.config import Config, GeneratedSource
 from twotower.data.dataset import Dataset
+from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactMismatchError, ConfigError
 from twotower.evaluation.baselines import PopularityRanker, TrueRanker, popular_order
 from twotower.evaluation.comparison import ModelRanker, Outcome, Ranker, compare
-from twotower.evaluation.holdout import Holdout, holdout, open_arrays, query_inputs, write_arrays
+from twotower.evaluation.holdout import evaluation_queries, open_arrays, query_inputs, write_arrays
 from twotower.evaluation.report import (
     ItemMap,
     Results,
@@ -45,7 +46,7 @@ from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 
-_VERSION = 1
+_VERSION = 2
 """Changes whenever the same inputs give another report."""
 
 _WARM_UP = 20
@@ -130,7 +131,8 @@ def _measure(
     scratch: Path,
 ) -> Results:
     scratch = scratch.absolute()
-    held = holdout(dataset, config.evaluation.max_users, config.seed)
+    settings = config.evaluation
+    held = evaluation_queries(dataset, settings.repeats, settings.max_users, config.seed)
     order = popular_order(dataset)
     write_arrays(scratch, held, query_inputs(dataset, held.user_rows))
     np.save(scratch / "popular.npy", order)

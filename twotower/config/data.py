@@ -169,3 +169,6 @@ class SplitConfig(Section):
     """Share of test; per user it is ceil(share x n)."""
     validation_share: Share = 0.1
     """Share of the rest that validates (the last part of train)."""
+    ties: Literal["together", "order"] = "together"
+    """Interactions of one user at one time, such as a basket: a moment that no split by time parts and in
+    which nothing comes first; or in the order of the rows in the source."""

@@ -101,6 +101,9 @@ class EvaluationConfig(Section):
 
     ks: Annotated[list[PositiveInt], Field(min_length=1)] = [10, 20, 100]
     """Cut-offs of the metrics."""
+    repeats: Literal["exclude", "include"] = "exclude"
+    """What a user has had already: masked and never relevant, in validation too; or ranked like any other
+    item and relevant when it is taken again, as where ``exclude_seen: false`` serves it."""
     max_users: PositiveInt = 1_000_000
     """Test users measured, drawn once; all where there are fewer."""
     latency_requests: PositiveInt = 1_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,6 +81,12 @@ class Dataset:
     def has_times(self) -> bool:
         """Whether interactions have times; without them every time is 0."""
         return bool(self.manifest["has_times"])
+
+    @property
+    def ties(self) -> Literal["together", "order"]:
+        """``split.ties`` that it was prepared with: what the order of rows of one time means."""
+        ties: Literal["together", "order"] = self.manifest["config"]["split"]["ties"]
+        return ties
 
     @property
     def as_of(self) -> int | None:

@@ -46,8 +46,10 @@ def keep_rows(columns: Columns, mask: BoolArray) -> None:
             columns[name] = columns[name][mask]
 
 
-def reduce_repeats(columns: Columns, policy: Repeats, within_split: bool = False) -> int:
-    """Reduce several interactions of one user and item, in place, and return how many rows went.
+def reduce_repeats(columns: Columns, policy: Repeats) -> int:
+    """Reduce several interactions of one user and item in one split, in place; return how many rows went.
+
+    Splits are reduced apart: what happens in a held-out part takes nothing from what was known before it.
 
     Positive and negative interactions are opinions and are reduced together: with ``last`` a later negative
     replaces an earlier positive. ``sum`` keeps the last opinion, with the sum of the weights of the opinions
@@ -56,29 +58,26 @@ def reduce_repeats(columns: Columns, policy: Repeats, within_split: bool = False
     ``keep`` keeps every row.
 
     Args:
-        columns: Sorted columns.
+        columns: Sorted columns, with their splits.
         policy: ``data.repeats``.
-        within_split: Treat the splits apart, so that a given split stays as it was given.
     """
     if policy == "keep":
         return 0
     kept = np.ones(len(columns["user_row"]), dtype=np.bool_)
     for rows in user_blocks(columns["user_row"]):
         block = {name: column[rows] for name, column in columns.items()}
-        kept[rows] = _first_or_last(block, policy, within_split)
+        kept[rows] = _first_or_last(block, policy)
     gone = len(kept) - int(kept.sum())
     keep_rows(columns, kept)
     return gone
 
 
-def _first_or_last(columns: Columns, policy: Repeats, within_split: bool) -> BoolArray:
+def _first_or_last(columns: Columns, policy: Repeats) -> BoolArray:
     """Return which rows stay, and for ``sum`` write the sums into the weights of those."""
     user, item, kind = columns["user_row"], columns["item_row"], columns["kind"]
     n = len(user)
     opinion = kind != KINDS["seen_only"]
-    pair: list[npt.NDArray[Any]] = [item, user]
-    if within_split:
-        pair.append(columns["split"])
+    pair: list[npt.NDArray[Any]] = [item, user, columns["split"]]
     # By pair, opinions before mere impressions, then by position.
     order = np.lexsort((~opinion, *pair))
     same = np.ones(n - 1, dtype=np.bool_)
@@ -107,17 +106,42 @@ def _first_or_last(columns: Columns, policy: Repeats, within_split: bool) -> Boo
     return kept
 
 
-def drop_small(columns: Columns, num_users: int, num_items: int, user_min: int, item_min: int) -> int:
-    """Leave out users and items with too few interactions until none has; returns how many rows went."""
+def drop_small(
+    columns: Columns, num_users: int, num_items: int, user_min: int, item_min: int, distinct: bool
+) -> int:
+    """Leave out users and items with too few interactions until none has; returns how many rows went.
+
+    Args:
+        columns: Sorted columns.
+        num_users: users that ``user_row`` numbers.
+        num_items: items that ``item_row`` numbers.
+        user_min: the fewest interactions of a user.
+        item_min: the fewest interactions of an item.
+        distinct: count the interactions of one user and item as one, as where repeats are reduced later.
+    """
     before = len(columns["user_row"])
-    while (user_min > 1 or item_min > 1) and len(columns["user_row"]):
-        user_stays = count_rows(columns["user_row"], num_users) >= user_min
-        item_stays = count_rows(columns["item_row"], num_items) >= item_min
-        mask = user_stays[columns["user_row"]] & item_stays[columns["item_row"]]
+    if user_min <= 1 and item_min <= 1:
+        return 0
+    counted = _first_of_pairs(columns) if distinct else np.ones(before, dtype=np.bool_)
+    while len(columns["user_row"]):
+        user, item = columns["user_row"], columns["item_row"]
+        user_stays = count_rows(user[counted], num_users) >= user_min
+        item_stays = count_rows(item[counted], num_items) >= item_min
+        mask = user_stays[user] & item_stays[item]
         if mask.all():
             break
         keep_rows(columns, mask)
+        counted = counted[mask]
     return before - len(columns["user_row"])
+
+
+def _first_of_pairs(columns: Columns) -> BoolArray:
+    """Return which rows are the first of their user and item, [n] bool."""
+    first = np.zeros(len(columns["user_row"]), dtype=np.bool_)
+    for rows in user_blocks(columns["user_row"]):
+        pairs = (columns["user_row"][rows].astype(np.int64) << 32) | columns["item_row"][rows]
+        first[rows.start + np.unique(pairs, return_index=True)[1]] = True
+    return first
 
 
 def compact(rows: npt.NDArray[np.int32], used: BoolArray) -> npt.NDArray[np.int32]:

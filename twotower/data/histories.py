@@ -10,7 +10,7 @@ Shapes: B queries, H history length, U users, n interactions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+
+Company = Literal["none", "moment", "rows", "all"]
+"""What an example knows beside what is strictly before it: nothing, the rest of its moment, the rows before
+its own, or all of the user's other interactions, where there are no times."""
 
 ALWAYS = np.iinfo(np.int64).max
 """A time later than every interaction."""
@@ -84,31 +88,42 @@ class Histories:
         begin, end = self._bounds(users)
         if times is not None:
             end = first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
-        return self._take(begin, end, length, skipped=None)
+        return self._take(begin, end, length)
 
-    def others(
-        self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int
+    def of_examples(
+        self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int, company: Company
     ) -> tuple[IntArray, FloatArray]:
-        """Return each user's items other than the one at a position: the history where there are no times.
+        """Return what the query of a training example knows: not the example itself, nor what comes later.
 
         Args:
             user_rows: [B] int, known users.
-            positions: [B] int, the position inside the user's own interactions that is left out.
-            length: H, the most items returned for each user.
+            positions: [B] int, the example's position inside the user's own interactions.
+            length: H, the most items returned for each example.
+            company: which of the user's interactions count beside the earlier ones.
 
         Returns:
-            as ``before``, in reverse file order.
+            as ``before``: what is strictly before comes behind what is of the same time, which is in reverse
+            order of the source.
 
         Raises:
             DataError: a position is not one of the user's interactions.
         """
         begin, end = self._bounds(np.asarray(user_rows, dtype=np.int64))
-        skipped = begin + np.asarray(positions, dtype=np.int64)
-        if ((skipped < begin) | (skipped >= end)).any():
+        own = begin + np.asarray(positions, dtype=np.int64)
+        if ((own < begin) | (own >= end)).any():
             raise DataError(
                 "a position is outside the interactions of its user; use positions from these histories"
             )
-        return self._take(begin, end, length, skipped)
+        if company == "rows":
+            return self._take(begin, own, length)
+        when = self.times[own] if len(own) else np.empty(0, np.int64)
+        if company == "none":
+            return self._take(begin, first_not_before(self.times, begin, end, when), length)
+        # Of one time, or of no time at all: which of them came first is not known, so the item itself must
+        # not be among them, in whichever row.
+        since = begin if company == "all" else first_not_before(self.times, begin, end, when)
+        until = end if company == "all" else first_not_before(self.times, begin, end, when + 1)
+        return self._take(begin, until, length, since, self.item_rows[own].astype(np.int64))
 
     def of_user(self, user_row: int) -> tuple[npt.NDArray[np.int32], IntArray, FloatArray]:
         """Return all of one user's (item_rows [m], times [m], weights [m]), oldest first."""
@@ -123,20 +138,58 @@ class Histories:
         return begin, end
 
     def _take(
-        self, begin: IntArray, end: IntArray, length: int, skipped: IntArray | None
+        self,
+        begin: IntArray,
+        end: IntArray,
+        length: int,
+        since: IntArray | None = None,
+        left_out: IntArray | None = None,
     ) -> tuple[IntArray, FloatArray]:
-        positions = end[:, None] - 1 - np.arange(length)
-        if skipped is not None:
-            # Past the skipped one everything moves one place towards the oldest.
-            positions -= positions <= skipped[:, None]
-        valid = positions >= begin[:, None]
+        """Return the last ``length`` of positions [begin, end), the last first.
+
+        Args:
+            begin: [B] int64.
+            end: [B] int64.
+            length: H.
+            since: [B] int64, positions from here on are without the item ``left_out``.
+            left_out: [B] int64.
+        """
+        shape = len(begin), length
         if len(self.item_rows) == 0:
-            shape = positions.shape
             return np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        positions = end[:, None] - 1 - np.arange(length)
+        if since is not None and left_out is not None:
+            positions = self._without(begin, end, length, since, left_out)
+        valid = positions >= begin[:, None]
         safe = np.where(valid, positions, 0)
         rows = np.where(valid, self.item_rows[safe], -1).astype(np.int64)
         weights = np.where(valid, self.weights[safe], 0).astype(np.float32)
         return rows, weights
+
+    def _without(
+        self, begin: IntArray, end: IntArray, length: int, since: IntArray, left_out: IntArray
+    ) -> IntArray:
+        """Return the last ``length`` positions of [begin, end) that do not hold an item, -1 for none."""
+        found = np.full((len(begin), length), -1, np.int64)
+        num_found = np.zeros(len(begin), np.int64)
+        behind = end.copy()  # positions from here on have been looked at
+        unfinished = np.flatnonzero(begin < end)
+        # An item is nearly always there once, so that one more than the length is enough.
+        width = length + 1
+        while len(unfinished):
+            at = behind[unfinished, None] - 1 - np.arange(width)
+            inside = at >= begin[unfinished, None]
+            own = (at >= since[unfinished, None]) & (
+                self.item_rows[np.where(inside, at, 0)] == left_out[unfinished, None]
+            )
+            kept = inside & ~own
+            place = num_found[unfinished, None] + np.cumsum(kept, axis=1) - 1
+            row, column = np.nonzero(kept & (place < length))
+            found[unfinished[row], place[row, column]] = at[row, column]
+            num_found[unfinished] += kept.sum(axis=1)
+            behind[unfinished] -= width
+            unfinished = unfinished[(num_found < length)[unfinished] & (behind > begin)[unfinished]]
+        return found
 
 
 def without_users(

@@ -35,13 +35,21 @@ from twotower.data.interactions import Interactions, count_rows
 from twotower.data.interning import Interner
 from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
-from twotower.data.splits import assign_splits
+from twotower.data.splits import assign_splits, count_ties
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError, DataError, DownloadError
 from twotower.schema import KINDS, SPLITS, FeatureSchema
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Changes whenever the same raw data and configuration give another dataset."""
+
+_MANY_TIES = 0.01
+"""A smaller share of positives with equal times is not worth a line."""
+_TIES = {
+    "together": "no split by time parts them, and none counts as known before the others (split.ties: order "
+    "takes the order of the rows for that of time)",
+    "order": "split.ties: order takes the order of the rows for that of time",
+}
 
 _PARTS = 8
 _PART_ROWS = (1_024, 65_536)
@@ -72,7 +80,7 @@ def prepare(config: Config) -> Dataset:
         if has_manifest(directory):
             try:
                 dataset = Dataset.open(directory)
-                progress.say(f"dataset {directory.name} is there already: {_summary(dataset.counts)[0]}")
+                progress.say(f"dataset {directory.name} is there already: {_summary(dataset)[0]}")
                 return dataset
             except ArtefactError as error:
                 progress.say(f"{error}; preparing it again")
@@ -82,7 +90,7 @@ def prepare(config: Config) -> Dataset:
         with building(directory) as partial:
             _build(config, source, partial)
         dataset = Dataset.open(directory)
-    for line in _summary(dataset.counts):
+    for line in _summary(dataset):
         progress.say(line)
     progress.say(
         f"dataset {directory} (fingerprint {dataset.fingerprint}, {time.monotonic() - started:.1f} s)"
@@ -144,18 +152,21 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
         "outside_window": raw.outside_window,
     }
     filters.sort(columns)
-    given = config.split.kind == "given"
-    counts["repeats"] = filters.reduce_repeats(columns, config.data.repeats, within_split=given)
     smallest = config.data.min_interactions
+    distinct = config.data.repeats != "keep"
     counts["below_min_interactions"] = filters.drop_small(
-        columns, len(raw.users), len(raw.items), smallest.user, smallest.item
+        columns, len(raw.users), len(raw.items), smallest.user, smallest.item, distinct
     )
     if not len(columns["user_row"]):
         raise DataError(
             f"data.min_interactions (user {smallest.user}, item {smallest.item}) leaves no "
             "interactions; lower it"
         )
+    if source.has_times:
+        counts["ties"] = count_ties(columns)
     columns["split"] = assign_splits(columns, config.split, source.has_times, config.seed)
+    # After the split: what a held-out part repeats was there before it all the same.
+    counts["repeats"] = filters.reduce_repeats(columns, config.data.repeats)
     if raw.impressions is not None:
         # With a least number of interactions, none is left of an item that is only shown.
         stays = count_rows(columns["item_row"], len(raw.items)) >= min(smallest.item, 1)
@@ -347,7 +358,8 @@ def _write_items(folder: Path, items: pa.Table) -> None:
         )
 
 
-def _summary(counts: dict[str, Any]) -> list[str]:
+def _summary(dataset: Dataset) -> list[str]:
+    counts = dataset.counts
     splits, kinds = counts["splits"], counts["kinds"]
     lines = [
         f"{counts['users']:,} users, {counts['catalogue_items']:,} items, {counts['interactions']:,} "
@@ -370,6 +382,12 @@ def _summary(counts: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{name} {count:,}" for name, count in others.items() if count)
     if shown:
         lines.append(shown)
+    ties, positive = counts.get("ties", {"positives": 0, "users": 0}), kinds["positive"]
+    if ties["positives"] > _MANY_TIES * positive:
+        lines.append(
+            f"{ties['positives']:,} positives of {ties['users']:,} users share their time with another of "
+            f"the same user, as in a basket or a day; {_TIES[dataset.ties]}"
+        )
     if counts["outside_items"]:
         lines.append(
             f"{counts['outside_items']:,} items are not in the item table: their "

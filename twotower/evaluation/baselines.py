@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from twotower.config import GeneratedSource
 from twotower.data.dataset import Dataset
 from twotower.data.generated import true_scores
+from twotower.data.knowledge import Holdout
 from twotower.data.sampling import popularity
 from twotower.data.vocabulary import Vocabulary
-from twotower.evaluation.holdout import Holdout
 from twotower.evaluation.ranking import rank_order, rank_scores
 from twotower.schema import SPLITS
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactError
-from twotower.evaluation.holdout import Holdout, QueryInputs
+from twotower.evaluation.holdout import QueryInputs
 from twotower.evaluation.metrics import ListStats, MetricSums
 from twotower.evaluation.ranking import rank_block
 from twotower.model.checkpoint import Checkpoint

@@ -1,7 +1,6 @@
 """The queries of the final evaluation: test users, what they had before, and what they took next.
 
-The test split is read here and nowhere else. A test user is a user with a positive test interaction on a
-catalogue item that is new to them; the query knows their train and validation interactions.
+The test split is read here and nowhere else; ``data.knowledge`` says what a query knows and what is relevant.
 
 Legend: Q test users, H history length.
 """
@@ -19,10 +18,9 @@ from numpy.typing import NDArray
 from twotower.artefacts import write_json
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
-from twotower.data.interactions import Interactions
+from twotower.data.knowledge import Holdout, Repeats, Rules, holdout, known, nothing_relevant
 from twotower.errors import DataError
 from twotower.model.features import Columns, encode_columns, profile_values
-from twotower.schema import KINDS, SPLITS
 
 Ints = NDArray[np.int64]
 
@@ -30,97 +28,17 @@ _ARRAYS = ("user_rows", "masked_offsets", "masked_rows", "relevant_offsets", "re
 _HISTORY_ARRAYS = ("offsets", "item_rows", "times", "weights")
 
 
-@dataclass(frozen=True)
-class Holdout:
-    """Test users in ascending order of user_row."""
-
-    user_rows: Ints
-    """[Q] int64."""
-    masked_offsets: Ints
-    """[Q + 1] int64."""
-    masked_rows: Ints
-    """Catalogue items of each user's train and validation interactions, of every kind."""
-    relevant_offsets: Ints
-    """[Q + 1] int64."""
-    relevant_rows: Ints
-    """Catalogue items of each user's positive test interactions, without masked ones."""
-    counts: dict[str, int]
-    """Users and items that were left out, by reason; see ``holdout``."""
-
-    def __len__(self) -> int:
-        """Return Q."""
-        return len(self.user_rows)
-
-    def part(self, start: int, stop: int) -> Holdout:
-        """Return users ``start`` to ``stop``, with the counts of the whole."""
-        masked = slice(self.masked_offsets[start], self.masked_offsets[stop])
-        relevant = slice(self.relevant_offsets[start], self.relevant_offsets[stop])
-        return Holdout(
-            np.asarray(self.user_rows[start:stop]),
-            self.masked_offsets[start : stop + 1] - self.masked_offsets[start],
-            np.asarray(self.masked_rows[masked]),
-            self.relevant_offsets[start : stop + 1] - self.relevant_offsets[start],
-            np.asarray(self.relevant_rows[relevant]),
-            self.counts,
-        )
-
-
-def holdout(dataset: Dataset, max_users: int, seed: int) -> Holdout:
-    """Return the test users of a dataset, ``max_users`` drawn with ``seed`` where there are more.
-
-    ``counts`` holds ``users`` (with any interaction), ``without_relevant`` (of these, left out because no
-    item of their test interactions counts), ``not_drawn``, ``evaluated``, and of all positive test
-    interactions ``outside_catalogue`` and ``had_before`` (left out) and ``relevant`` (of drawn users).
+def evaluation_queries(dataset: Dataset, repeats: Repeats, max_users: int, seed: int) -> Holdout:
+    """Return the queries of the test split, ``max_users`` drawn with ``seed`` where there are more.
 
     Raises:
         DataError: no user has a relevant item.
     """
-    interactions = dataset.interactions
-    num_items, num_users = dataset.num_catalogue_items, dataset.num_users
-    in_test = interactions.split == SPLITS["test"]
-    catalogue = interactions.item_row < num_items
-    positive = in_test & (interactions.kind == KINDS["positive"])
-    had = _pairs(interactions, ~in_test & catalogue & ~interactions.is_impression, num_items)
-    wanted = _pairs(interactions, positive & catalogue, num_items)
-    new = np.setdiff1d(wanted, had, assume_unique=True)
-    users = np.unique(new // num_items)
-    if len(users) == 0:
-        raise DataError(
-            f"dataset {dataset.path} has no user with a positive test interaction on a catalogue item "
-            "that is new to them, so there is nothing to evaluate; look at split.kind and data.positives"
-        )
-    drawn = users
-    if len(users) > max_users:
-        drawn = np.sort(np.random.default_rng([seed, 2]).choice(users, max_users, replace=False))
-    relevant = _compressed(new, drawn, num_items)
-    num_active = len(np.unique(interactions.user_row))
-    counts = {
-        "users": num_active,
-        "without_relevant": num_active - len(users),
-        "not_drawn": len(users) - len(drawn),
-        "evaluated": len(drawn),
-        "outside_catalogue": int((positive & ~catalogue).sum()),
-        "had_before": len(wanted) - len(new),
-        "relevant": len(relevant[1]),
-    }
-    assert len(drawn) == 0 or drawn[-1] < num_users
-    return Holdout(drawn, *_compressed(had, drawn, num_items), *relevant, counts)
-
-
-def _pairs(interactions: Interactions, chosen: NDArray[np.bool_], num_items: int) -> Ints:
-    """Distinct (user, item) pairs as one ascending number each."""
-    users = interactions.user_row[chosen].astype(np.int64)
-    return np.unique(users * num_items + interactions.item_row[chosen])
-
-
-def _compressed(pairs: Ints, users: Ints, num_items: int) -> tuple[Ints, Ints]:
-    """The pairs of ascending ``users`` as (offsets [Q + 1], item rows)."""
-    begin = np.searchsorted(pairs, users * num_items)
-    end = np.searchsorted(pairs, (users + 1) * num_items)
-    offsets = np.concatenate([[0], np.cumsum(end - begin)]).astype(np.int64)
-    # Position i of the result is position i - offsets[q] of user q's segment, which starts at begin[q].
-    source = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
-    return offsets, pairs[source] % num_items
+    rules = Rules.of(dataset, repeats)
+    held = holdout(dataset.interactions, "test", rules, max_users, seed)
+    if len(held) == 0:
+        raise DataError(f"dataset {dataset.path}: {nothing_relevant('test', rules)}")
+    return held
 
 
 @dataclass(frozen=True)
@@ -128,7 +46,7 @@ class QueryInputs:
     """What the query tower needs of the test users, in the order of the holdout."""
 
     histories: Histories
-    """Of train and validation, capped to what the features look at; row q is test user q."""
+    """What each query knows, capped to what the features look at; row q is query q."""
     columns: Columns
     """Static columns of the test users, [Q, ...] each."""
     profiles: Columns
@@ -136,9 +54,10 @@ class QueryInputs:
 
 
 def query_inputs(dataset: Dataset, users: Ints) -> QueryInputs:
-    """Return the inputs of the query tower for users [Q] at test time."""
-    interactions = dataset.interactions
-    before = interactions.select(interactions.split != SPLITS["test"])
+    """Return the inputs of the query tower for the test queries of users [Q]."""
+    log = dataset.interactions
+    # The rules for repeats decide what is asked for, not what is known.
+    before = log.select(known(log, "test", Rules.of(dataset, "include")))
     everyone = Histories.of(before, capped=dataset.schema.max_history)
     lengths = np.diff(everyone.offsets)[users]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

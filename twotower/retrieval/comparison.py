@@ -1,8 +1,8 @@
 """Is a new generation about as good as the one in use? A gate against breakage, not a choice of models.
 
 Both answer for users of the new dataset's test split, each as it would be served: its own towers, shards and
-effort. A query brings the history before the test split along, so that neither answers from what it knows of
-the user's later interactions, and only items that both can answer are asked for and counted.
+effort. A query brings along what it knows by ``data.knowledge``, so that neither answers from the user's
+later interactions, and only items that both can answer are asked for and counted.
 
 It is no fair contest: a generation that was fitted on everything (``train.fit: all``) has learned from the
 held-out interactions, one that is older has not, or from fewer of them. That favours the newer one, as it
@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data.dataset import Dataset
+from twotower.data.knowledge import Repeats, Rules, holdout, known
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
-from twotower.schema import KINDS, SPLITS
+from twotower.schema import KINDS
 
 _MAX_USERS = 1_000
 _LEAST_USERS = 20
@@ -73,7 +74,9 @@ class Comparison:
         )
 
 
-def compare(dataset: Dataset, new: Path, current: Path, k: int, seed: int) -> Comparison | str:
+def compare(
+    dataset: Dataset, new: Path, current: Path, k: int, repeats: Repeats, seed: int
+) -> Comparison | str:
     """Return the comparison of two generations, or why there is none, as the end of a sentence.
 
     Args:
@@ -81,20 +84,21 @@ def compare(dataset: Dataset, new: Path, current: Path, k: int, seed: int) -> Co
         new: directory of the new generation.
         current: directory of the one in use.
         k: K, lowered to the number of common items.
+        repeats: ``evaluation.repeats``.
         seed: of the draw of up to 1,000 users.
 
     Raises:
         ArtefactError: a generation can not be opened.
     """
     generations = [Generation.open(path, verify=False) for path in (new, current)]
-    known = [_answerable(generation) for generation in generations]
-    common = known[0].filter(pc.is_in(known[0], value_set=known[1]))
+    answerable = [_answerable(generation) for generation in generations]
+    common = answerable[0].filter(pc.is_in(answerable[0], value_set=answerable[1]))
     if len(common) == 0:
         return f"it has no item in common with {current.name}"
     # All items of both need no list.
-    allowed = None if len(common) == len(known[0]) == len(known[1]) else common.to_pylist()
+    allowed = None if len(common) == len(answerable[0]) == len(answerable[1]) else common.to_pylist()
     k = min(k, len(common))
-    cases = list(_cases(dataset, common, k, allowed, seed))
+    cases = list(_cases(dataset, common, k, allowed, repeats, seed))
     if len(cases) < _LEAST_USERS:
         return (
             f"{len(cases)} users of the test split have new items that both know, {_LEAST_USERS} are needed"
@@ -117,33 +121,38 @@ def _answerable(generation: Generation) -> pa.StringArray:
 
 
 def _cases(
-    dataset: Dataset, common: pa.StringArray, k: int, allowed: list[str] | None, seed: int
+    dataset: Dataset,
+    common: pa.StringArray,
+    k: int,
+    allowed: list[str] | None,
+    repeats: Repeats,
+    seed: int,
 ) -> Iterator[_Case]:
-    """Yield up to 1,000 users with common items in the test split that they did not have before."""
-    log = dataset.interactions
-    ids, impressions = dataset.item_ids, log.is_impression
+    """Yield up to 1,000 users with common items that are relevant in the test split."""
+    log, ids = dataset.interactions, dataset.item_ids
+    rules = Rules.of(dataset, repeats)
+    held = holdout(log, "test", rules)
     is_common = np.asarray(pc.is_in(ids.array, value_set=common).to_numpy(zero_copy_only=False))
-    held_out = (log.split == SPLITS["test"]) & (log.kind == KINDS["positive"]) & is_common[log.item_row]
-    users = np.random.default_rng([seed, 4]).permutation(np.unique(log.user_row[held_out]))
+    liked = known(log, "test", rules) & (log.kind == KINDS["positive"])
     yielded = 0
-    for user in users.tolist():
-        rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
-        before = rows[(log.split[rows] != SPLITS["test"]) & ~impressions[rows]]
-        had = np.unique(log.item_row[before])
-        wanted = np.setdiff1d(log.item_row[rows[held_out[rows]]], had)
+    for q in np.random.default_rng([seed, 4]).permutation(len(held)).tolist():
+        case = held.part(q, q + 1)
+        wanted = case.relevant_rows[is_common[case.relevant_rows]]
         if len(wanted) == 0:
             continue
-        liked = before[log.kind[before] == KINDS["positive"]][-_HISTORY:]
+        user = int(case.user_rows[0])
+        rows = np.arange(log.user_offsets[user], log.user_offsets[user + 1])
+        rows = rows[liked[rows]][-_HISTORY:]
         history = [
             HistoryItem(item, weight=float(weight))
-            for item, weight in zip(ids.ids(log.item_row[liked]), log.weight[liked], strict=True)
+            for item, weight in zip(ids.ids(log.item_row[rows]), log.weight[rows], strict=True)
         ]
         query = Query(
             k=k,
             user_id=dataset.user_ids.id(user),
             history=history,
             exclude_seen=False,
-            exclude_items=ids.ids(had),
+            exclude_items=ids.ids(case.masked_rows),
             allow_items=allowed,
         )
         yield _Case(query, frozenset(ids.ids(wanted)))

@@ -19,6 +19,7 @@ import torch
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
+from twotower.data.knowledge import Rules
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.model.towers import TwoTower
@@ -33,7 +34,7 @@ from twotower.training.mining import mine
 from twotower.training.negatives import CandidateMemory, CandidateSampler
 from twotower.training.optim import Optimizers, schedule
 from twotower.training.step import Step
-from twotower.training.validation import held_out, validate
+from twotower.training.validation import validate, validation_queries
 
 
 class Source(Protocol):
@@ -114,6 +115,7 @@ class Trainer:
 
         Raises:
             TrainingError: the global batch, or the window that is mined, is larger than what there is.
+            DataError: no user could be validated.
         """
         self.config = config
         self.world = world
@@ -134,11 +136,11 @@ class Trainer:
         sampler = CandidateSampler(self.source.item_counts(), negatives, config.seed)
         self.assemble = Assembler(config, world, sampler, self._memory)
         self.compute = Step(self.model, config, world, self._memory)
-        self._held_out = (
-            held_out(self.source.blocks, self.inputs, config.train.validation.max_users, config.seed)
-            if fit == "train"
-            else None
-        )
+        self._validation = None
+        if fit == "train":
+            rules = Rules.of(dataset, config.evaluation.repeats)
+            most = config.train.validation.max_users
+            self._validation = validation_queries(self.source.blocks, self.inputs, rules, most, config.seed)
         self.epoch = 0
         """Finished epochs."""
         self.step = 0
@@ -252,9 +254,9 @@ class Trainer:
         self.epoch += 1
         self.model.eval()
         recall = ndcg = None
-        if self._held_out is not None:
+        if self._validation is not None:
             k = self.config.train.validation.k
-            metrics = validate(self.model, self.inputs, self._held_out, self.world, k)
+            metrics = validate(self.model, self.inputs, self._validation, self.world, k)
             recall, ndcg = metrics[f"recall@{k}"], metrics[f"ndcg@{k}"]
         loss = self._epoch_loss / self._epoch_steps
         report = EpochReport(self.epoch, loss, self.temperature, self._epoch_seconds, recall, ndcg)
@@ -270,7 +272,7 @@ class Trainer:
         self._epoch_loss = self._epoch_seconds = 0.0
 
     def _is_best(self, report: EpochReport) -> bool:
-        if self._held_out is None or self.best_epoch == 0:
+        if self._validation is None or self.best_epoch == 0:
             return True
         name = f"validation_{self.config.train.validation.metric}"
         gain = getattr(report, name) - getattr(self.history[self.best_epoch - 1], name)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from twotower.data.interactions import Interactions
+from twotower.data.knowledge import Holdout, Rules, holdout, known, nothing_relevant
+from twotower.errors import DataError
 from twotower.evaluation.metrics import MetricSums
 from twotower.evaluation.ranking import rank_block
 from twotower.model.features import to_device
 from twotower.model.towers import TwoTower
-from twotower.schema import KINDS, SPLITS
 from twotower.training.collectives import World, gather, sum_over_ranks
 from twotower.training.examples import Examples, TowerInputs
 
@@ -24,53 +25,39 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Queries of Q users with held-out items."""
+class Validation:
+    """Queries of the validation split."""
 
-    users: Examples
-    """The train split of these users, numbered from 0."""
-    user_rows: IntArray
-    """[Q] int64, ascending."""
-    masked_offsets: IntArray
-    """[Q + 1] int64."""
-    masked_rows: IntArray
-    """Items of the train split of each user, those that were only shown to him left out."""
-    relevant_offsets: IntArray
-    """[Q + 1] int64."""
-    relevant_rows: IntArray
-    """Held-out items of each user."""
+    queries: Holdout
+    """Q users, what is masked and what is relevant."""
+    known: Examples
+    """What each of these users' queries knows, numbered from 0."""
 
 
-def held_out(
-    blocks: Callable[[], Iterable[Interactions]], inputs: TowerInputs, max_users: int, seed: int
-) -> HeldOut:
-    """Return users with positive catalogue items in the validation split, drawn once where there are more.
+def validation_queries(
+    blocks: Callable[[], Iterable[Interactions]], inputs: TowerInputs, rules: Rules, max_users: int, seed: int
+) -> Validation:
+    """Return the queries of the validation split, drawn once where there are more.
 
     Args:
         blocks: makes an iterator over the interactions, none of which parts a user; called twice.
         inputs: of the dataset.
-        max_users: the most users returned.
+        rules: of the dataset.
+        max_users: the most queries returned.
         seed: of the draw.
+
+    Raises:
+        DataError: no user has a relevant item, so that no epoch could be measured.
     """
-
-    def relevant(interactions: Interactions) -> npt.NDArray[np.bool_]:
-        return (
-            (interactions.split == SPLITS["validation"])
-            & (interactions.kind == KINDS["positive"])
-            & (interactions.item_row < inputs.num_catalogue_items)
-        )
-
-    found = [np.unique(block.user_row[relevant(block)]) for block in blocks()]
-    users = np.concatenate([*found, np.empty(0, np.int32)]).astype(np.int64)
+    found = [holdout(block, "validation", rules).user_rows for block in blocks()]
+    users = np.concatenate([*found, np.empty(0, np.int64)])
+    if len(users) == 0:
+        raise DataError(nothing_relevant("validation", rules))
     if len(users) > max_users:
         users = np.sort(np.random.default_rng([seed, 1]).choice(users, max_users, replace=False))
     theirs = of_users(blocks(), users)
-    return HeldOut(
-        Examples(inputs, theirs.select(theirs.split == SPLITS["train"]), users),
-        users,
-        *_rows_of(theirs.select((theirs.split == SPLITS["train"]) & ~theirs.is_impression)),
-        *_rows_of(theirs.select(relevant(theirs))),
-    )
+    queries = replace(holdout(theirs, "validation", rules), user_rows=users)
+    return Validation(queries, Examples(inputs, theirs.select(known(theirs, "validation", rules)), users))
 
 
 def of_users(blocks: Iterable[Interactions], users: IntArray) -> Interactions:
@@ -86,22 +73,25 @@ def of_users(blocks: Iterable[Interactions], users: IntArray) -> Interactions:
     return Interactions.of(len(users), **joined)
 
 
-def validate(model: TwoTower, inputs: TowerInputs, held: HeldOut, world: World, k: int) -> dict[str, float]:
-    """Return the mean metrics of the held-out users, such as ``recall@100``.
+def validate(
+    model: TwoTower, inputs: TowerInputs, validation: Validation, world: World, k: int
+) -> dict[str, float]:
+    """Return the mean metrics of the validation queries, such as ``recall@100``.
 
     Each rank encodes a share of the catalogue, all ranks get all of it, each ranks a share of the users.
     Collective: all ranks.
     """
     vectors = encode_catalogue(model, inputs, world)
     sums = MetricSums([k])
-    begin, end = world.share(len(held.user_rows))
+    held = validation.queries
+    begin, end = world.share(len(held))
     for first in range(begin, end, _QUERIES_AT_ONCE):
         last = min(first + _QUERIES_AT_ONCE, end)
-        batch = to_device(held.users.latest_queries(np.arange(first, last)), world.device)
+        batch = to_device(validation.known.latest_queries(np.arange(first, last)), world.device)
         queries = model.encode_queries(batch).cpu().numpy()
-        masked = _part(held.masked_offsets, held.masked_rows, first, last)
-        ranked = rank_block(queries, vectors, *masked, k)
-        sums.add(ranked, *_part(held.relevant_offsets, held.relevant_rows, first, last))
+        part = held.part(first, last)
+        ranked = rank_block(queries, vectors, part.masked_offsets, part.masked_rows, k)
+        sums.add(ranked, part.relevant_offsets, part.relevant_rows)
     total = sum_over_ranks(torch.from_numpy(sums.state()).to(world.device), world)
     merged = MetricSums([k])
     merged.merge(total.cpu().numpy())
@@ -123,19 +113,6 @@ def encode_catalogue(model: TwoTower, inputs: TowerInputs, world: World) -> npt.
         mine[first - begin : first - begin + len(rows)] = vectors
     catalogue: npt.NDArray[np.float32] = gather(mine, world)[:count].cpu().numpy()
     return catalogue
-
-
-def _rows_of(interactions: Interactions) -> tuple[IntArray, IntArray]:
-    """Return the distinct items of each user as (offsets [Q + 1], item rows)."""
-    pairs = np.stack([interactions.user_row, interactions.item_row])
-    user, item = np.unique(pairs, axis=1).astype(np.int64)
-    counts = np.bincount(user, minlength=interactions.num_users)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), item
-
-
-def _part(offsets: IntArray, rows: IntArray, first: int, last: int) -> tuple[IntArray, IntArray]:
-    """Return the compressed rows of queries [first, last)."""
-    return offsets[first : last + 1] - offsets[first], rows[offsets[first] : offsets[last]]
 
 
 def _empty() -> dict[str, npt.NDArray[np.generic]]:
