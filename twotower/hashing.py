@@ -57,7 +57,7 @@ def hashing_aside() -> Iterator[Callable[[Path], str]]:
 @contextlib.contextmanager
 def _started() -> Iterator[subprocess.Popen[bytes]]:
     # Where there is no chrt or no such policy, as on macOS, the calling thread hashes.
-    command = ["chrt", "--idle", "0", sys.executable, "-I", "-S", __file__]
+    command = ["chrt", "--idle", "0", sys.executable, "-I", "-S", __file__, str(os.getpid())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         try:
             yield process
@@ -95,9 +95,12 @@ def _digest(path: Path, between: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def _main() -> None:
-    """Answer paths from the standard input, each behind its length in four bytes, with digests."""
-    parent = os.getppid()
+def _main(parent: int) -> None:
+    """Answer paths from the standard input, each behind its length in four bytes, with digests.
+
+    Args:
+        parent: process id of whoever asks. It may be gone already, so it is not asked for here.
+    """
 
     def end_with_parent() -> None:
         if os.getppid() != parent:
@@ -113,4 +116,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(OSError):
-        _main()
+        _main(int(sys.argv[1]))

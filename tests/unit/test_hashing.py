@@ -159,3 +159,18 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_for(lambda: has_ended(pid))
+
+
+def test_a_process_whose_parent_is_gone_before_it_looks_ends_too(tmp_path: Path) -> None:
+    with open(tmp_path / "sparse", "wb") as sparse:
+        sparse.truncate(1 << 39)
+    name = str(tmp_path / "sparse").encode()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", hashing.__file__, str(gone.pid)],
+        input=len(name).to_bytes(4, "little") + name,
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert found.stdout == b""
