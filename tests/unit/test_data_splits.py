@@ -63,8 +63,9 @@ def test_the_order_in_the_file_decides_in_one_time_where_it_is_said_to() -> None
 
 
 def moments(*sizes: int) -> dict[str, Any]:
-    """One user with moments of so many interactions."""
-    return columns([(0, 100 * at + n, at) for at, size in enumerate(sizes) for n in range(size)])
+    """One user with moments of so many interactions, and one with ten single ones."""
+    rows = [(0, 100 * at + n, at) for at, size in enumerate(sizes) for n in range(size)]
+    return columns(rows + [(1, n, n) for n in range(10)])
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,15 @@ def moments(*sizes: int) -> dict[str, Any]:
         # 12: ceil(2.4) = 3 test, which cut the moment of four; of the 8 left ceil(.8) = 1 cuts that of three.
         ((5, 3, 4), "temporal_user", [0] * 5 + [1] * 3 + [2] * 4),
         # The moment that is cut is the first, which stays in train.
-        ((10, 1, 1), "temporal_user", [0] * 10 + [1] + [2]),
+        ((10, 1, 1), "temporal_user", [0] * 10 + [2] * 2),
+        ((9, 2), "leave_one_out", [0] * 9 + [2] * 2),
         ((2, 1, 9), "temporal_user", [0] * 2 + [1] + [2] * 9),
         ((4, 3, 2), "leave_one_out", [0] * 4 + [1] * 3 + [2] * 2),
         ((1, 1, 1), "leave_one_out", [0, 1, 2]),
     ],
 )
 def test_a_moment_stays_on_one_side(sizes: tuple[int, ...], kind: str, expected: list[int]) -> None:
-    assert split(moments(*sizes), kind) == expected
+    assert split(moments(*sizes), kind)[: sum(sizes)] == expected
 
 
 def test_a_user_of_one_moment_is_all_train() -> None:
@@ -100,8 +102,8 @@ def test_other_kinds_at_the_time_of_a_held_out_moment_are_held_out_with_it() -> 
 
 def test_a_given_split_gets_a_whole_moment_for_validation() -> None:
     data = moments(4, 3, 2)
-    data["split"][:] = [0] * 7 + [2] * 2
-    assert split(data, "given") == [0] * 4 + [1] * 3 + [2] * 2
+    data["split"][:] = [0] * 7 + [2] * 2 + [0] * 10
+    assert split(data, "given")[:9] == [0] * 4 + [1] * 3 + [2] * 2
 
 
 def test_ties_are_counted() -> None:

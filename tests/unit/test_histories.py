@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.data.histories import Company, Histories
+from twotower.data.histories import Histories, Order
 from twotower.data.interactions import Interactions
 from twotower.errors import DataError
 from twotower.schema import KINDS, SPLITS
@@ -69,7 +69,7 @@ def test_capped_histories_answer_like_complete_ones_up_to_the_cap(rng: np.random
         np.testing.assert_array_equal(got, expected)
 
 
-def loop_of_example(data: Interactions, row: int, length: int, company: str) -> list[int]:
+def loop_of_example(data: Interactions, row: int, length: int, order: str) -> list[int]:
     """What the example at a row of the log knows, the latest first."""
     found = []
     for i in range(len(data)):
@@ -77,10 +77,9 @@ def loop_of_example(data: Interactions, row: int, length: int, company: str) -> 
             continue
         other_item, earlier = data.item_row[i] != data.item_row[row], data.time[i] < data.time[row]
         if (
-            (company == "none" and earlier)
-            or (company == "rows" and i < row)
-            or (company == "moment" and (earlier or (data.time[i] == data.time[row] and other_item)))
-            or (company == "all" and other_item)
+            (order == "times" and earlier)
+            or (order == "rows" and i < row)
+            or (order == "none" and other_item)
         ):
             found.append(int(data.item_row[i]))
     return found[::-1][:length]
@@ -93,10 +92,10 @@ def loop_of_example(data: Interactions, row: int, length: int, company: str) -> 
     st.integers(1, 60),
     st.integers(1, 9),
     st.sampled_from([2, 5, 50]),
-    st.sampled_from(["none", "moment", "rows", "all"]),
+    st.sampled_from(["times", "rows", "none"]),
 )
 def test_an_example_knows_what_a_loop_finds(
-    seed: int, users: int, n: int, length: int, items: int, company: Company
+    seed: int, users: int, n: int, length: int, items: int, order: Order
 ) -> None:
     rng = np.random.default_rng(seed)
     data = make_interactions(rng, users, n, items)  # few items: many of them again at one time
@@ -104,32 +103,16 @@ def test_an_example_knows_what_a_loop_finds(
     examples = np.flatnonzero(data.kind == KINDS["positive"])
     owners = data.user_row[examples].astype(np.int64)
     places = np.arange(len(examples)) - histories.offsets[owners]
-    rows, weights = histories.of_examples(owners, places, length, company)
+    rows, weights = histories.of_examples(owners, places, length, order)
     assert rows.shape == weights.shape == (len(examples), length)
     for b, row in enumerate(examples):
-        expected = loop_of_example(data, row, length, company)
+        expected = loop_of_example(data, row, length, order)
         assert rows[b, : len(expected)].tolist() == expected
         assert (rows[b, len(expected) :] == -1).all()
         assert (weights[b, len(expected) :] == 0).all()
 
 
-@pytest.mark.parametrize("company", ["none", "moment", "rows", "all"])
-def test_no_example_knows_its_item_of_its_own_time(rng: np.random.Generator, company: Company) -> None:
-    data = make_interactions(rng, 3, 200, 4)
-    histories = Histories.of(data)
-    for user in range(3):
-        items, times, _ = histories.of_user(user)
-        for place in range(len(items)):
-            rows, _ = histories.of_examples([user], [place], 300, company)
-            later_or_now = items[(times >= times[place]) & (np.arange(len(items)) >= place)]
-            if company in ("none", "rows"):
-                assert (rows[0] >= 0).sum() <= len(items) - len(later_or_now)
-            else:
-                earlier = items[times < times[place]] if company == "moment" else items[:0]
-                assert (rows[0] == items[place]).sum() == (earlier == items[place]).sum()
-
-
 def test_a_position_of_another_user_is_refused(rng: np.random.Generator) -> None:
     histories = Histories.of(make_interactions(rng, 5, 80))
     with pytest.raises(DataError, match="outside the interactions of its user"):
-        histories.of_examples([1], [1000], 3, "all")
+        histories.of_examples([1], [1000], 3, "none")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-Company = Literal["none", "moment", "rows", "all"]
-"""What an example knows beside what is strictly before it: nothing, the rest of its moment, the rows before
-its own, or all of the user's other interactions, where there are no times."""
+Order = Literal["times", "rows", "none"]
+"""What decides which of a user's interactions an example knows: those of an earlier time, those in earlier
+rows (``split.ties: order``), or, where there are no times, all but those of its own item."""
 
 ALWAYS = np.iinfo(np.int64).max
 """A time later than every interaction."""
@@ -91,7 +91,7 @@ class Histories:
         return self._take(begin, end, length)
 
     def of_examples(
-        self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int, company: Company
+        self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int, order: Order
     ) -> tuple[IntArray, FloatArray]:
         """Return what the query of a training example knows: not the example itself, nor what comes later.
 
@@ -99,11 +99,10 @@ class Histories:
             user_rows: [B] int, known users.
             positions: [B] int, the example's position inside the user's own interactions.
             length: H, the most items returned for each example.
-            company: which of the user's interactions count beside the earlier ones.
+            order: what decides which interactions are earlier.
 
         Returns:
-            as ``before``: what is strictly before comes behind what is of the same time, which is in reverse
-            order of the source.
+            as ``before``; of equal times, and without times, the later row of the source comes first.
 
         Raises:
             DataError: a position is not one of the user's interactions.
@@ -114,16 +113,13 @@ class Histories:
             raise DataError(
                 "a position is outside the interactions of its user; use positions from these histories"
             )
-        if company == "rows":
+        if order == "rows":
             return self._take(begin, own, length)
-        when = self.times[own] if len(own) else np.empty(0, np.int64)
-        if company == "none":
+        if order == "times":
+            when = self.times[own] if len(own) else np.empty(0, np.int64)
             return self._take(begin, first_not_before(self.times, begin, end, when), length)
-        # Of one time, or of no time at all: which of them came first is not known, so the item itself must
-        # not be among them, in whichever row.
-        since = begin if company == "all" else first_not_before(self.times, begin, end, when)
-        until = end if company == "all" else first_not_before(self.times, begin, end, when + 1)
-        return self._take(begin, until, length, since, self.item_rows[own].astype(np.int64))
+        # Which came first is not known, so the item itself must not be among them, in whichever row.
+        return self._take(begin, end, length, self.item_rows[own].astype(np.int64))
 
     def of_user(self, user_row: int) -> tuple[npt.NDArray[np.int32], IntArray, FloatArray]:
         """Return all of one user's (item_rows [m], times [m], weights [m]), oldest first."""
@@ -142,7 +138,6 @@ class Histories:
         begin: IntArray,
         end: IntArray,
         length: int,
-        since: IntArray | None = None,
         left_out: IntArray | None = None,
     ) -> tuple[IntArray, FloatArray]:
         """Return the last ``length`` of positions [begin, end), the last first.
@@ -151,24 +146,21 @@ class Histories:
             begin: [B] int64.
             end: [B] int64.
             length: H.
-            since: [B] int64, positions from here on are without the item ``left_out``.
-            left_out: [B] int64.
+            left_out: [B] int64, an item that is passed over.
         """
         shape = len(begin), length
         if len(self.item_rows) == 0:
             return np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
         positions = end[:, None] - 1 - np.arange(length)
-        if since is not None and left_out is not None:
-            positions = self._without(begin, end, length, since, left_out)
+        if left_out is not None:
+            positions = self._without(begin, end, length, left_out)
         valid = positions >= begin[:, None]
         safe = np.where(valid, positions, 0)
         rows = np.where(valid, self.item_rows[safe], -1).astype(np.int64)
         weights = np.where(valid, self.weights[safe], 0).astype(np.float32)
         return rows, weights
 
-    def _without(
-        self, begin: IntArray, end: IntArray, length: int, since: IntArray, left_out: IntArray
-    ) -> IntArray:
+    def _without(self, begin: IntArray, end: IntArray, length: int, left_out: IntArray) -> IntArray:
         """Return the last ``length`` positions of [begin, end) that do not hold an item, -1 for none."""
         found = np.full((len(begin), length), -1, np.int64)
         num_found = np.zeros(len(begin), np.int64)
@@ -179,10 +171,7 @@ class Histories:
         while len(unfinished):
             at = behind[unfinished, None] - 1 - np.arange(width)
             inside = at >= begin[unfinished, None]
-            own = (at >= since[unfinished, None]) & (
-                self.item_rows[np.where(inside, at, 0)] == left_out[unfinished, None]
-            )
-            kept = inside & ~own
+            kept = inside & (self.item_rows[np.where(inside, at, 0)] != left_out[unfinished, None])
             place = num_found[unfinished, None] + np.cumsum(kept, axis=1) - 1
             row, column = np.nonzero(kept & (place < length))
             found[unfinished[row], place[row, column]] = at[row, column]

@@ -1,8 +1,8 @@
 """Training interactions in memory as examples, and the towers' inputs of them.
 
 An example is a positive interaction of the fitted split with a catalogue item. Its query knows what the
-user did strictly before the interaction's time inside the fitted split, and what else they did at that very
-time (``docs/knowledge.md``); where there are no times, the user's other interactions of that split.
+user did strictly before the interaction's time inside the fitted split (``docs/knowledge.md``); where there
+are no times, the user's other interactions of that split.
 ``Examples`` holds all users, or those of a part of the stream.
 
 Shapes: B rows of a batch, n examples, C candidates, H history length.
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.data.dataset import Dataset
-from twotower.data.histories import Company, Histories
+from twotower.data.histories import Histories, Order
 from twotower.data.interactions import Interactions
 from twotower.errors import TrainingError
 from twotower.model.features import (
@@ -43,9 +43,9 @@ class TowerInputs:
         self.num_items = dataset.num_items
         self.num_catalogue_items = dataset.num_catalogue_items
         self.has_times = dataset.has_times
-        self.company: Company = "all"
+        self.order: Order = "none"
         if dataset.has_times:
-            self.company = "rows" if dataset.ties == "order" else "moment"
+            self.order = "rows" if dataset.ties == "order" else "times"
         self._item_columns = encode_columns(dataset.schema.item, dataset.item_table())
         self._user_columns = encode_columns(dataset.schema.query, dataset.user_table())
         self._queries = QueryFeatures(dataset.schema, profile_values(dataset.schema, self._item_columns))
@@ -150,7 +150,7 @@ class Examples:
         users = self._user_of[positions].astype(np.int64)
         length = self.inputs.schema.max_history
         places = positions - self.histories.offsets[users]
-        rows, weights = self.histories.of_examples(users, places, length, self.inputs.company)
+        rows, weights = self.histories.of_examples(users, places, length, self.inputs.order)
         padding = examples < 0
         rows[padding], weights[padding] = -1, 0
         return self.inputs.queries(self.user_rows(examples), rows, weights)
