@@ -151,7 +151,8 @@ class DataConfig(Section):
     on_bad_rows: Literal["error", "drop"] = "error"
     """What to do with rows that can not be read; both count them and show examples."""
     repeats: Literal["first", "last", "sum", "keep"] = "last"
-    """Several interactions of a user and an item: keep one, add up the weights in the last, or keep all."""
+    """Several interactions of a user and an item in one split: keep one, add up the weights in the last, or
+    keep all."""
     window: WindowConfig = WindowConfig()
     """Time window."""
     min_interactions: MinInteractionsConfig = MinInteractionsConfig()

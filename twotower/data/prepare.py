@@ -46,8 +46,8 @@ PREPARE_VERSION = 2
 _MANY_TIES = 0.01
 """A smaller share of positives with equal times is not worth a line."""
 _TIES = {
-    "together": "no split by time parts them, and none counts as known before the others (split.ties: order "
-    "takes the order of the rows for that of time)",
+    "together": "no split by time parts them, and none of them knows another (split.ties: order takes the "
+    "order of the rows for that of time)",
     "order": "split.ties: order takes the order of the rows for that of time",
 }
 
