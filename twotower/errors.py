@@ -8,7 +8,8 @@ _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMET
 """What the system says of a file that is not there, however often it is asked."""
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 _REFUSAL = re.compile(
-    r"(?:(?:could not|unable to) .*: ([^:()]+?)(?: \(\d+\))?|write error in .* \(([^()]+)\))\s*$",
+    r"(?:(?:(?:could not|unable to) .*|with strerror): ([^:()]+?)(?: \(\d+\))?"
+    r"|write error in .* \(([^()]+)\))\s*$",
     re.MULTILINE,
 )
 

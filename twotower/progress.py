@@ -43,7 +43,7 @@ def note(text: str) -> None:
 
 
 def vanish(stream: TextIO) -> None:
-    """Let what is written to a stream be lost: Python writes what is left when it ends, and would complain."""
+    """Let what is written to a stream be lost: Python writes the rest at its end, and would complain."""
     with contextlib.suppress(OSError, ValueError):
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, stream.fileno())

@@ -149,6 +149,8 @@ def _fit(
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
+    # Ray's handler would end the process with exit code 0 at Ctrl-C, and stay for the stages that follow.
+    trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"
     say(f"{config.train.num_workers} workers on {kind}, global batch {config.train.global_batch_size}")
     with Watch(Path(settings.progress), epochs):
