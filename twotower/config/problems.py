@@ -92,7 +92,7 @@ def _line(error: Any, where: str, path: list[str], kinds: Kinds, parent: Kinds) 
     if kind == "finite_number":
         return f"{where}: must be a finite number (got {shown(given)})"
     line = f"{where}: must be {describe(kinds)} (got {shown(given)})"
-    hint = _hint(given, kinds)
+    hint = None if kind.startswith(("greater_than", "less_than")) else _hint(given, kinds)
     return f"{line}; {hint}" if hint else line
 
 
