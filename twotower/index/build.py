@@ -148,7 +148,7 @@ def write_index(index: Any, path: Path) -> None:
     try:
         # FAISS's own writer does not look whether the last bytes reached the disk.
         with open(temporary, "wb") as file:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
+            faiss.write_index(index, _faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
