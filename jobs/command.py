@@ -1,8 +1,9 @@
 """The command line that all jobs share: configuration in, one library call, one JSON line out.
 
 A job's module holds ``work(config, arguments) -> Result`` and calls :func:`run`. Progress goes to stderr. The
-last line on stdout is ``TWOTOWER_RESULT`` and one JSON object. Exit codes: 0 done, 1 out of memory or a
-defect, 2 bad configuration or input, 3 refused by a gate, 143 stopped by SIGTERM. A job imports Ray and the
+last line on stdout is ``TWOTOWER_RESULT`` and one JSON object. Exit codes: 0 done, 1 the machine, a disk, the
+network or Ray refused something (or a defect, with its stack trace), 2 bad configuration or input, 3 refused
+by a gate, 130 interrupted by Ctrl-C, 143 stopped by SIGTERM, 129 by SIGHUP. A job imports Ray and the
 ``twotower.cluster`` modules inside ``work``, since Ray reads its environment when it is imported and that is
 set here first.
 """
@@ -16,21 +17,22 @@ import os
 import signal
 import socket
 import sys
-import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from jobs import output
 from jobs.reference import config_reference
-from twotower.artefacts import write_bytes
 from twotower.config import Config, load_config
 from twotower.environment import apply_environment
-from twotower.errors import ConfigError, TwotowerError
+from twotower.errors import ConfigError
+from twotower.faults import explain
+from twotower.progress import note
 
 RESULT_PREFIX = "TWOTOWER_RESULT"
-EXIT_FAILED = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -55,8 +57,8 @@ class Result:
         return {**value, **self.details}
 
 
-_stopped = threading.Event()
-"""Whether this job was asked to stop."""
+_stopped: list[int] = []
+"""The signals that asked this job to stop."""
 
 Work = Callable[[Config, argparse.Namespace], Result]
 Arguments = Callable[[argparse.ArgumentParser], None]
@@ -85,29 +87,46 @@ def run(
     _stopped.clear()
     stop_on_sigterm()
     try:
+        output.check(options.result)
         config = load_config(options.config, [item for group in options.set for item in group])
         check_storage(config)
         # Only the result belongs on stdout, whatever a library prints.
         with contextlib.redirect_stdout(sys.stderr):
             result = work(config, options)
-        _report(job, result, options.result)
-    except TwotowerError as error:
-        print(f"\njobs.{job}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except MemoryError as error:
-        advice = "run it again with less beside it, or on a larger machine"
-        print(f"\njobs.{job}: out of memory: {error}; {advice}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        value = json.dumps(result.to_json(job), ensure_ascii=False, allow_nan=False)
+        output.report([*result.lines, f"{RESULT_PREFIX} {value}"], value, options.result)
     except KeyboardInterrupt:
-        print(f"\njobs.{job}: interrupted; run it again to go on", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return _ended(job, "interrupted; run it again to go on", EXIT_INTERRUPTED)
     except SystemExit as stop:
         # Inside a call of Ray the code becomes 1, and Ray's own handler exits with the signal's number.
-        if not _stopped.is_set() and stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
+        number = _stopped[-1] if _stopped else signal.SIGTERM
+        if not _stopped and stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
             raise
-        print(f"\njobs.{job}: stopped by SIGTERM; run it again to go on", file=sys.stderr, flush=True)
-        return EXIT_TERMINATED
+        return _ended(job, f"stopped by {signal.Signals(number).name}; run it again to go on", 128 + number)
+    except Exception as error:
+        return failed(job, error, options.debug)
     return 0
+
+
+def failed(job: str, error: Exception, debug: bool) -> int:
+    """Say what ended a job, and return its exit code.
+
+    Args:
+        job: name of the module below ``jobs``.
+        error: what was raised. A defect is raised again: its stack trace is what a report of it needs.
+        debug: show the stack trace of any other error too.
+    """
+    told = explain(error)
+    if told is None:
+        raise error
+    if debug:
+        note("".join(traceback.format_exception(error)))
+    return _ended(job, str(told), told.exit_code)
+
+
+def _ended(job: str, message: str, code: int) -> int:
+    note(f"\njobs.{job}: {message}\n")
+    return code
 
 
 def check_storage(config: Config, environment: Mapping[str, str] | None = None) -> None:
@@ -177,32 +196,27 @@ def _parser(
         nargs="+",
         action="append",
         default=[],
-        help="values that replace those of the file, such as train.epochs=5 train.loss.temperature=0.1",
+        help="values that replace those of the file, such as train.epochs=5 train.loss.temperature=0.1; a "
+        "text is taken as it is, a list is [64, 32], no value is null; of two for one key the later counts",
     )
     parser.add_argument("--result", metavar="FILE", type=Path, help="write the result as JSON here too")
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of whatever ends the job")
     if arguments is not None:
         arguments(parser)
     return parser
 
 
-def _report(job: str, result: Result, path: Path | None) -> None:
-    value = json.dumps(result.to_json(job), ensure_ascii=False, allow_nan=False)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, f"{value}\n".encode())
-    for line in result.lines:
-        print(line)
-    print(f"{RESULT_PREFIX} {value}", flush=True)
-
-
 def stop_on_sigterm() -> None:
-    """Let SIGTERM end the job with its clean-up; call it again after Ray has started.
+    """Let SIGTERM end the job with its clean-up, and SIGHUP too; call it again after Ray has started.
 
     Ray's core puts a handler of its own below Python's, which aborts the process.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Whoever uses nohup wants the job to outlive the terminal.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminate)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    _stopped.set()
-    raise SystemExit(EXIT_TERMINATED)
+    _stopped.append(signum)
+    raise SystemExit(128 + signum)

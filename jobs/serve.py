@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
+from jobs import command
 from twotower import progress
 from twotower.cluster.service import running
 from twotower.config import load_config
-from twotower.errors import TwotowerError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a value"
     )
     parser.add_argument("--pointer", default="CURRENT", help="pointer of the store to serve")
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of whatever ends it")
     options = parser.parse_args(argv)
     try:
         config = load_config(options.config, options.set)
@@ -84,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with running(config, options.pointer, connected=signals.catch) as url:
                 _announce(url, config.serve.demo)
                 signals.wait()
-    except TwotowerError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    except Exception as error:
+        return command.failed("serve", error, options.debug)
     progress.say("stopped")
     return 0
 

@@ -15,14 +15,11 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from jobs import command, stages
 from twotower.artefacts import read_manifest
 from twotower.config import Config, load_config
-from twotower.errors import ConfigError, TrainingError
+from twotower.errors import TrainingError
 from twotower.evaluation.sweep import trials_of
 from twotower.progress import stage
 
@@ -49,7 +46,7 @@ class Tune:
 
         if arguments.sweep is not None:
             own = itertools.chain.from_iterable(arguments.set)
-            config = load_config(arguments.config, [*sweep_overrides(arguments.sweep), *own])
+            config = load_config(arguments.config, [*own], arguments.sweep)
         # What is wrong with the parameters is told before any data is prepared.
         trials_of(config)
         dataset = stages.dataset_for(config, arguments.dataset)
@@ -71,23 +68,6 @@ class Tune:
             },
             lines=[*(path / "sweep.txt").read_text().splitlines(), "", f"best: {best['set_line']}"],
         )
-
-
-def sweep_overrides(path: Path) -> list[str]:
-    """Return the keys and values of a sweep file as overrides.
-
-    Raises:
-        ConfigError: there is no such file, or it holds no keys and values.
-    """
-    try:
-        values: Any = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"--sweep: {path} does not exist") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--sweep: {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--sweep: {path} must hold keys and values, see configs/sweeps/temperature.yaml")
-    return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

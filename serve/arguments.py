@@ -1,11 +1,13 @@
 """The arguments of the Serve application."""
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from twotower.config import ApplicationConfig
+from twotower.config.problems import problems
+from twotower.errors import ConfigError
 
 
 class BuildArgs(ApplicationConfig):
@@ -20,6 +22,15 @@ class BuildArgs(ApplicationConfig):
     """Folder of each node for the generations of a URL."""
     pointer: str = "CURRENT"
     """Pointer of the store to serve."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            lines = problems(error.errors(), cls)
+            raise ConfigError(f"the arguments of the application are not valid: {'; '.join(lines)}") from None
 
     def resolved(self) -> Self:
         """Return the same with absolute paths, since a replica may run in another folder."""

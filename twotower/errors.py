@@ -7,7 +7,11 @@ import re
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """What the system says of a file that is not there, however often it is asked."""
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
-_REFUSAL = re.compile(r"(?:could not|unable to) .*: ([^:()]+?)(?: \(\d+\))?\s*$", re.MULTILINE)
+_REFUSAL = re.compile(
+    r"(?:(?:(?:could not|unable to) .*|with strerror): ([^:()]+?)(?: \(\d+\))?"
+    r"|write error in .* \(([^()]+)\))\s*$",
+    re.MULTILINE,
+)
 
 
 class TwotowerError(Exception):
@@ -62,6 +66,12 @@ class TrainingError(TwotowerError):
     """Training can not start or go on."""
 
 
+class SystemFaultError(TwotowerError):
+    """The machine, a disk, the network or Ray refused something; the same job may succeed later."""
+
+    exit_code = 1
+
+
 class RefusedError(TwotowerError):
     """A gate refused to publish."""
 
@@ -80,19 +90,19 @@ def may_pass(error: BaseException) -> bool:
     It may not where something was read and found wrong. It may where the system could not read what is there
     (a disk, a network, the number of open files), and after anything that nobody foresaw.
     """
-    if not isinstance(error, TwotowerError) or isinstance(error, UnavailableError):
+    if not isinstance(error, TwotowerError) or isinstance(error, (UnavailableError, SystemFaultError)):
         return True
     # ``raise ... from None`` hides the context from people, and keeps it. Arrow's own errors have no number.
     cause = error.__context__
     return isinstance(cause, OSError) and cause.errno is not None and cause.errno not in _LASTING
 
 
-def system_error(error: RuntimeError) -> OSError | None:
+def system_error(error: Exception) -> OSError | None:
     """Return what the system refused, where a C++ library put that into its text; None where it did not.
 
-    FAISS and torch say so of opening and mapping a file. What FAISS says of reading one ends with words of
-    the system too, but they may be of an earlier call.
+    FAISS and torch say so of opening, mapping and writing a file. What FAISS says of reading one ends with
+    words of the system too, but they may be of an earlier call.
     """
     found = _REFUSAL.search(str(error))
-    number = None if found is None else _NUMBERS.get(found[1])
+    number = None if found is None else _NUMBERS.get(found[1] or found[2])
     return None if number is None else OSError(number, os.strerror(number))

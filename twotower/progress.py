@@ -5,9 +5,11 @@ On a terminal a bar moves in place. Everywhere else (a log, ``ray job submit``) 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -22,13 +24,30 @@ _NO_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
 
 def stage(title: str) -> None:
     """Print the heading of a stage."""
-    print(f"\n== {title}", file=sys.stderr, flush=True)
+    note(f"\n== {title}\n")
 
 
 def say(message: str) -> None:
     """Print one line."""
-    tqdm.write(f"   {message}", file=sys.stderr)
-    sys.stderr.flush()
+    with tqdm.external_write_mode(file=sys.stderr):
+        note(f"   {message}\n")
+
+
+def note(text: str) -> None:
+    """Write to stderr, where somebody may read it; that nobody does ends no job."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        vanish(sys.stderr)
+
+
+def vanish(stream: TextIO) -> None:
+    """Let what is written to a stream be lost: Python writes the rest at its end, and would complain."""
+    with contextlib.suppress(OSError, ValueError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, stream.fileno())
+        os.close(sink)
 
 
 def bar(
@@ -77,7 +96,7 @@ class _Lines:
         final = text.endswith("\n")
         if self._pending and (final or time.monotonic() - self._last >= _LOG_INTERVAL_S):
             if self._pending != self._shown:
-                print(self._pending, file=sys.stderr, flush=True)
+                note(f"{self._pending}\n")
             self._shown, self._pending, self._last = self._pending, "", time.monotonic()
 
     def flush(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -145,8 +146,12 @@ def test_a_gate_that_refuses_exits_3_and_leaves_the_pointer(published, file, cap
     assert (store / "CURRENT").read_text() == before
 
 
-def test_sigterm_during_a_call_of_ray_exits_143_and_leaves_no_process(tmp_path):
-    code = (
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_to_the_whole_group_during_a_call_of_ray_leaves_no_process(tmp_path, number, code, says):
+    program = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from jobs import command, stages\n"
@@ -160,11 +165,12 @@ def test_sigterm_during_a_call_of_ray_exits_143_and_leaves_no_process(tmp_path):
     )
     ready = tmp_path / "ready"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(ready)],
+        [sys.executable, "-c", program, str(ready)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     deadline = time.monotonic() + _DEADLINE_S
     while not ready.exists():
@@ -173,11 +179,12 @@ def test_sigterm_during_a_call_of_ray_exits_143_and_leaves_no_process(tmp_path):
         time.sleep(0.05)
     started = descendants(process.pid)
     assert started, "Ray was not started by the job"
-    process.send_signal(signal.SIGTERM)
+    # As a terminal's Ctrl-C, or `timeout`, does.
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=_DEADLINE_S)
-    assert process.returncode == 143
+    assert process.returncode == code
     assert out == ""
-    assert "stopped by SIGTERM" in err
+    assert says in err
     assert "Traceback" not in err
     while any(child.alive for child in started):
         assert time.monotonic() < deadline, "processes of Ray outlived the job"

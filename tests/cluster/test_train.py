@@ -219,10 +219,12 @@ def test_sigterm_leaves_a_checkpoint_that_another_number_of_workers_goes_on_from
         env=os.environ | {"RAY_ADDRESS": "local"},
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
     # The memory of negatives is full and others have been mined.
     wait_for_step(config, 32, lambda: job.poll() is None)
-    job.send_signal(signal.SIGTERM)
+    # To the whole group, as `timeout` does: the workers are no part of it.
+    os.killpg(job.pid, signal.SIGTERM)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 143, said
     assert "run it again to go on" in said
@@ -236,6 +238,31 @@ def test_sigterm_leaves_a_checkpoint_that_another_number_of_workers_goes_on_from
     first = max(before) + 1
     assert found[first] == pytest.approx(wanted[first], rel=1e-5)
     assert all(found[step] == pytest.approx(wanted[step], rel=1e-3) for step in found)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_training_that_can_go_on(
+    undisturbed: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
+) -> None:
+    config = variant(undisturbed[0], tmp_path, checkpoint_every_steps=8)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_json()))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(file), "--dataset", str(small_dataset.path)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    wait_for_step(config, 16, lambda: job.poll() is None)
+    os.killpg(job.pid, signal.SIGINT)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert said.strip().splitlines()[-1] == "jobs.train: interrupted; run it again to go on"
+    assert "Traceback" not in said
+    path = train(config, small_dataset)
+    assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed[1]).fingerprint
+    assert losses(config) == losses(undisturbed[0])
 
 
 def test_a_training_that_diverges_is_not_tried_again(

@@ -27,6 +27,7 @@ from tests.http.conftest import Client, Shop
 from tests.scraping import scrape
 from twotower.cluster.processes import Process, descendants, free_port, port_is_free
 from twotower.config.service import ServeConfig
+from twotower.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120
@@ -377,5 +378,7 @@ def test_serve_takes_the_deploy_file_with_autoscaling() -> None:
 
 def test_fewer_than_the_fewest_replicas() -> None:
     for make in (ServeConfig, lambda **kw: BuildArgs(store="/s", **kw)):
-        with pytest.raises(ValueError, match=r"max_replicas \(1\) must be at least num_replicas \(2\)"):
+        with pytest.raises(
+            (ValueError, ConfigError), match=r"max_replicas \(1\) must be at least num_replicas \(2\)"
+        ):
             make(num_replicas=2, max_replicas=1)

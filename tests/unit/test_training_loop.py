@@ -14,6 +14,7 @@ from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.model.features import Bag
 from twotower.schema import KINDS, SPLITS
+from twotower.training.checks import check_sizes
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import StepReport, Trainer
@@ -197,6 +198,22 @@ def test_a_batch_above_the_data_is_refused(small_config: Config, small_dataset: 
     config = with_train(small_config, global_batch_size=1_000_000)
     with pytest.raises(TrainingError, match=r"global_batch_size \(1000000\) is above the \d+ training"):
         Trainer(config, small_dataset, World(), "train")
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "workers", "says"),
+    [
+        (100, 3, "use at most 99$"),
+        (2, 3, "use at most 2 and as few train.num_workers$"),
+        (0, 3, "there is nothing to train on: look at data and split$"),
+    ],
+)
+def test_the_advice_for_a_batch_above_the_data_can_be_followed(
+    small_config: Config, small_dataset: Dataset, num_examples: int, workers: int, says: str
+) -> None:
+    config = with_train(small_config, num_workers=workers, global_batch_size=300)
+    with pytest.raises(TrainingError, match=rf"is above the {num_examples} training interactions; {says}"):
+        check_sizes(config, small_dataset, num_examples)
 
 
 def test_the_learned_temperature_stays_above_its_floor(small_config: Config, small_dataset: Dataset) -> None:

@@ -26,7 +26,7 @@ from twotower.cluster.session import session, wants_gpu
 from twotower.config import Config
 from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
-from twotower.errors import ArtefactError, TwotowerError
+from twotower.errors import ArtefactError, SystemFaultError, TwotowerError
 from twotower.index.choice import choose, num_shards
 from twotower.index.gpu import faiss_has_gpus
 from twotower.index.gpu_build import require_gpu
@@ -243,6 +243,8 @@ def work_folder(store: Path, name: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
+    except SystemFaultError:
+        raise
     except TwotowerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -19,10 +19,10 @@ from twotower import errors
 from twotower.cluster.priority import give_way
 from twotower.cluster.session import quiet, wants_gpu
 from twotower.config import Config
-from twotower.errors import TwotowerError
+from twotower.errors import NotAllowedError, RequestError, TwotowerError
+from twotower.faults import explain
 
 _ERROR = "error"
-_NO_MEMORY = "MemoryError"
 FEWEST = 64
 """Users of a part that are not worth sharing out, where a part may be that large."""
 
@@ -40,8 +40,7 @@ def work_through(
         gpu: let each actor have a GPU where the configuration and the cluster do.
 
     Raises:
-        TwotowerError: an actor raised one.
-        MemoryError: an actor raised one.
+        TwotowerError: an actor raised one, or what ``explain`` makes one of.
     """
     if not parts:
         return
@@ -82,28 +81,34 @@ class Guarded:
     def __init__(self, worker: type[Any], settings: dict[str, Any]) -> None:
         """Make the worker; an error of that is told when it is called."""
         give_way()
-        self._error: TwotowerError | MemoryError | None = None
+        self._error: TwotowerError | None = None
         try:
             self._worker = worker(**settings)
-        except (TwotowerError, MemoryError) as error:
-            self._error = error
+        except Exception as error:
+            self._error = _told(error)
 
     def __call__(self, part: pa.Table) -> pa.Table:
         """Return the worker's facts, or its error."""
         if self._error is None:
             try:
                 return self._worker(part)
-            except (TwotowerError, MemoryError) as error:
-                self._error = error
-        # Of NumPy's own kind of it, too.
-        kind = _NO_MEMORY if isinstance(self._error, MemoryError) else type(self._error).__name__
-        return pa.table({_ERROR: [kind], "message": [str(self._error)]})
+            except Exception as error:
+                self._error = _told(error)
+        return pa.table({_ERROR: [type(self._error).__name__], "message": [str(self._error)]})
+
+
+def _told(error: Exception) -> TwotowerError:
+    told = explain(error)
+    if told is None:
+        raise error
+    return told
 
 
 def _raise_error(fact: dict[str, Any]) -> None:
     if fact.get(_ERROR) is not None:
-        kind = MemoryError if fact[_ERROR] == _NO_MEMORY else getattr(errors, fact[_ERROR], TwotowerError)
-        raise kind(fact["message"])
+        kind = getattr(errors, fact[_ERROR], TwotowerError)
+        # This one is made of two parts, and its message has both.
+        raise (RequestError if kind is NotAllowedError else kind)(fact["message"])
 
 
 @contextlib.contextmanager

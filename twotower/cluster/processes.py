@@ -32,6 +32,11 @@ choosing a port and using it, and beside those of Ray's workers (10,002 to 19,99
 
 def port_is_free(host: str, port: int) -> bool:
     """Return whether a TCP server could listen on ``host:port`` now."""
+    return bind_error(host, port) is None
+
+
+def bind_error(host: str, port: int) -> OSError | None:
+    """Return what the system has against a TCP server on ``host:port`` now, such as ``socket.gaierror``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # Connections of a stopped server in TIME_WAIT do not hold a port.
@@ -39,9 +44,11 @@ def port_is_free(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
             probe.listen(1)
-        except OSError:
-            return False
-        return True
+        except UnicodeError:
+            return socket.gaierror(socket.EAI_NONAME, "it is no name of a host")
+        except OSError as error:
+            return error
+    return None
 
 
 def free_port(preferred: int | None = None, host: str = "") -> int:

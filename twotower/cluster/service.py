@@ -7,8 +7,10 @@ started when the block ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -20,15 +22,15 @@ from twotower import progress
 from twotower.cluster import haproxy
 from twotower.cluster.processes import (
     Guard,
+    bind_error,
     descendants,
     end_haproxy,
     free_port,
-    port_is_free,
     wait_until_free,
 )
 from twotower.config import Config
 from twotower.environment import apply_environment
-from twotower.errors import ArtefactError, ConfigError, TwotowerError
+from twotower.errors import ArtefactError, ConfigError, SystemFaultError, TwotowerError
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -144,7 +146,7 @@ def serving(
     host, port = config.serve.host, config.serve.port
     if would_start():
         # No Serve to join can be what listens there, so the seconds of Ray's start are saved.
-        _check_port(host, port)
+        check_port(host, port)
     opened: list[tuple[str, int]] = []
     try:
         with _ray(config) as ray_runs:
@@ -226,7 +228,7 @@ def _serve(
             with contextlib.suppress(Exception):
                 serve.delete(APP_NAME)
         return
-    _check_port(host, port)
+    check_port(host, port)
     ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
     opened += [(host, port), *(("", side_port) for side_port in ports.values())]
     node_ids = [node["NodeID"] for node in ray.nodes()]
@@ -235,12 +237,7 @@ def _serve(
         config.storage.path.mkdir(parents=True, exist_ok=True)
         variables[haproxy.VARIABLE] = str(haproxy.write_program(config.storage.path / ".haproxy"))
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-            controller_options={"runtime_env": {"env_vars": variables}},
-        )
+        _start_proxy(host, port, variables)
         _run(make())
         yield
     finally:
@@ -249,12 +246,53 @@ def _serve(
         end_haproxy(node_ids)
 
 
-def _check_port(host: str, port: int) -> None:
-    if not port_is_free(host, port):
-        raise ConfigError(
-            f"port {port} on {host} is taken; stop what listens there, or choose another port with "
-            "--set serve.port="
-        )
+def _start_proxy(host: str, port: int, variables: dict[str, str]) -> None:
+    """Start Serve and its proxy; a machine under load may be too slow for Serve's own limit of time, once.
+
+    Raises:
+        SystemFaultError: it did not start, twice.
+    """
+    from ray import serve
+
+    for again in (False, True):
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+                controller_options={"runtime_env": {"env_vars": variables}},
+            )
+            return
+        except TimeoutError as error:
+            if again:
+                raise SystemFaultError(
+                    f"the service did not start ({error}); free processors and memory, and run it again"
+                ) from error
+            progress.say(f"the service did not start ({error}); trying once more")
+            _shut_down_serve()
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that the service can listen there.
+
+    Raises:
+        ConfigError: it can not, with the reason and what to change.
+    """
+    error = bind_error(host, port)
+    if error is None:
+        return
+    place, why = f"port {port} on {host}", error.strerror
+    if isinstance(error, socket.gaierror):
+        reason = f"serve.host ({host}) is not known here ({why}); give a name or an address of this machine"
+    elif error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
+        reason = f"serve.host ({host}) is no address of this machine; give one, such as 127.0.0.1 or 0.0.0.0"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        reason = f"{place} is not allowed to this user; choose one from 1024 with --set serve.port="
+    elif error.errno == errno.EADDRINUSE:
+        reason = f"{place} is taken; stop what listens there, or choose another port with --set serve.port="
+    else:
+        reason = f"{place} can not be listened on ({why}); choose another serve.host or serve.port"
+    raise ConfigError(reason)
 
 
 def _is_on_head() -> bool:

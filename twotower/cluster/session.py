@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from twotower.config import Config
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, SystemFaultError
 from twotower.progress import say
 
 _OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray: no vectors travel through it, only tables of features in blocks."""
+_KNOCK_S = 10.0
+_SOCKET_BYTES = 107
+_LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+"""What Ray puts below its folder, with the longest number of a process."""
 
 
 @contextlib.contextmanager
@@ -38,32 +46,155 @@ def connect(config: Config) -> bool:
         whether this call initialised Ray, so that its caller has to shut it down.
 
     Raises:
-        ConfigError: RAY_ADDRESS names a cluster that does not answer.
+        ConfigError: RAY_ADDRESS names a cluster that does not answer, or RAY_TMPDIR no usable folder.
+        SystemFaultError: Ray did not start, twice.
     """
     if ray.is_initialized():
         return False
     quiet()
     address = _address()
     if address != "local":
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {address!r} ({error}); start it, or unset RAY_ADDRESS"
-            ) from None
+        _join(address)
         say(f"Ray: joined the cluster at {address}")
         return True
     cpus = config.cluster.local_num_cpus
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        _start(cpus)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # A machine under load may be too slow for Ray's own limits of time, once.
+        reason = _reason(error)
+        say(f"Ray did not start ({reason}); trying once more")
+        try:
+            _start(cpus)
+        except Exception as again:
+            raise SystemFaultError(
+                f"Ray did not start ({_reason(again)}); free memory and processors and run it again, or look "
+                f"at {_folder() / 'ray' / 'session_latest' / 'logs'}"
+            ) from again
     say(f"Ray: started on this machine with {cpus} logical CPUs")
     return True
+
+
+def _join(address: str) -> None:
+    remedy = "give HOST:PORT of its head, start it, or unset RAY_ADDRESS"
+    try:
+        _knock(address)
+        with _without_words():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        _end()
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({_reason(error)}); {remedy}") from error
+
+
+def _knock(address: str) -> None:
+    """Connect to the head of a cluster: Ray itself would try for minutes, and then end this process.
+
+    Raises:
+        ValueError: the address is none.
+        OSError: nothing listens there.
+    """
+    scheme, _, place = address.rpartition("://")
+    if address == "auto" or scheme not in ("", "ray"):
+        return
+    host, _, port = place.partition("/")[0].rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError("it is not HOST:PORT")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S):
+            pass
+    except UnicodeError:
+        raise ValueError("it is no name of a host") from None
+
+
+def _start(cpus: int) -> None:
+    """Start Ray here.
+
+    Raises:
+        ConfigError: its folder for temporary files can not be used.
+        Exception: whatever Ray says when it does not start.
+    """
+    _check_folder()
+    try:
+        with _without_words(), apart():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except BaseException:
+        _end()
+        raise
+
+
+def _check_folder() -> None:
+    """Check that Ray can use RAY_TMPDIR: its sockets lie there, and the system limits their paths.
+
+    Raises:
+        ConfigError: it is too long, or no files can be made in it.
+    """
+    folder = _folder()
+    if not folder.is_absolute():
+        raise ConfigError(f"RAY_TMPDIR ({folder}) must be an absolute path")
+    room = _SOCKET_BYTES - len(_LONGEST_SOCKET)
+    if len(os.fsencode(folder)) > room:
+        raise ConfigError(
+            f"RAY_TMPDIR ({folder}) is {len(os.fsencode(folder))} bytes long, and Ray's sockets leave room "
+            f"for {room}; choose a shorter path"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_TMPDIR ({folder}) can not be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Let the processes that Ray starts here be no part of this one's process group.
+
+    What a terminal's Ctrl-C or ``timeout`` sends to the whole group would otherwise end Ray before the job
+    could stop what it does. They still end with this process. Ray has no setting for that.
+    """
+    services: Any = importlib.import_module("ray._private.services")
+    plain = services.ConsolePopen
+    services.ConsolePopen = functools.partial(plain, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain
+
+
+@contextlib.contextmanager
+def _without_words() -> Iterator[None]:
+    """Keep what Ray logs of its own failure from the screen: it is in the error as well."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _end() -> None:
+    """End what there is of a Ray that did not start."""
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def would_start() -> bool:
@@ -80,7 +211,7 @@ def _running_cluster() -> str | None:
 
     Ray's own "auto" would also take any other Ray process of the machine, such as a test's.
     """
-    path = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    path = _folder() / "ray" / "ray_current_cluster"
     with contextlib.suppress(OSError, ValueError):
         address = path.read_text().strip()
         host, port = address.rsplit(":", 1)

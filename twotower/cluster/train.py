@@ -22,7 +22,6 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchTrainer
 
 from twotower.artefacts import building, fingerprint, has_manifest
-from twotower.cluster.failures import own_error
 from twotower.cluster.ingest import choose_ingest
 from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.watch import Watch
@@ -30,6 +29,7 @@ from twotower.cluster.worker import BEST, STATE, WorkerResult, WorkerSettings, t
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import StoppedError, TrainingError, TwotowerError
+from twotower.faults import explain
 from twotower.model.checkpoint import WEIGHTS, Checkpoint, write_checkpoint
 from twotower.progress import say
 from twotower.training.examples import Fit
@@ -149,6 +149,8 @@ def _fit(
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
+    # Ray's handler would end the process with exit code 0 at Ctrl-C, and stay for the stages that follow.
+    trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"
     say(f"{config.train.num_workers} workers on {kind}, global batch {config.train.global_batch_size}")
     with Watch(Path(settings.progress), epochs):
@@ -223,10 +225,8 @@ def _run_path(config: Config) -> Path:
 
 def _explained(error: Exception) -> TwotowerError:
     """Return the worker's own error where it is one for people, without Ray's frames around it."""
+    told = explain(error)
+    if told is not None:
+        return told
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        own = own_error(failure)
-        if own is not None:
-            return own
-    first = next(iter(failures.values()), error)
-    return TrainingError(f"training failed: {first}")
+    return TrainingError(f"training failed: {next(iter(failures.values()), error)}")

@@ -13,7 +13,7 @@ from twotower.config.data import (
     SplitConfig,
     TableConfig,
 )
-from twotower.config.loading import load_config, parse_config
+from twotower.config.loading import load_config, parse_config, put_value, text_of
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
 from twotower.config.service import ApplicationConfig, AttributeConfig, LimitsConfig
@@ -36,4 +36,6 @@ __all__ = [
     "TowerConfig",
     "load_config",
     "parse_config",
+    "put_value",
+    "text_of",
 ]

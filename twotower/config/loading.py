@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import copy
-import difflib
+import functools
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from twotower.config.keys import Kinds, below
+from twotower.config.problems import problems, shown
 from twotower.config.root import Config
+from twotower.config.values import pairs_of, read_document, read_value, value_of
 from twotower.errors import ConfigError
 
+_CONFIG: Kinds = (Config,)
 
-def load_config(path: Path | str | None = None, overrides: list[str] | None = None) -> Config:
-    """Return the configuration of a YAML file with ``a.b=value`` overrides, each value read as YAML.
+
+def load_config(
+    path: Path | str | None = None,
+    overrides: Sequence[str] | None = None,
+    sweep: Path | str | None = None,
+) -> Config:
+    """Return the configuration of a YAML file, with values that replace those of the file.
+
+    Args:
+        path: the file; built-in values when not given.
+        overrides: each ``a.b=value``, read by the type of its key; a later one wins.
+        sweep: a YAML file of dotted keys and values that come before the overrides.
 
     Raises:
-        ConfigError: the file is not there or not YAML, or a key or value is not allowed.
+        ConfigError: a file is not there or not YAML, or a key or value is not allowed.
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"config file {path} does not exist") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config file {path} is not YAML: {error}") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                f"config file {path} holds a {type(loaded).__name__}; it must hold keys and values"
-            )
-        values = loaded or {}
+        where = f"config file {path}"
+        root = _root(path, where)
+        values = {} if root is None else value_of(root, _CONFIG, where)
+    if sweep is not None:
+        where = f"sweep file {sweep}"
+        root = _root(sweep, where)
+        for key, node in ({} if root is None else pairs_of(root, where)).items():
+            put_value(values, key, value_of(node, _kinds_at(values, key, where), where), where)
     for override in overrides or []:
-        _apply(values, override)
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override!r} must have the form section.key=value")
+        where = f"--set {override!r}"
+        if any("\ud800" <= character <= "\udfff" for character in override):
+            raise ConfigError(f"{where} is not text in UTF-8")
+        put_value(values, key, read_value(text, _kinds_at(values, key, where), where), where)
     return parse_config(values)
 
 
@@ -47,90 +66,90 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(copy.deepcopy(values))
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = problems(error.errors(), Config)
+        if len(lines) == 1:
+            raise ConfigError(f"the configuration is not valid: {lines[0]}") from None
         raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r} must have the form section.key=value")
+def text_of(value: Any) -> str:
+    """Return a value as ``--set`` takes it, before a shell's quoting."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _root(path: Path | str, where: str) -> yaml.MappingNode | None:
+    """Return the keys and values of a YAML file, or None where it holds none."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of --set {override!r} is not YAML: {error}") from None
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{where} does not exist") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{where} is a folder; give a YAML file in it") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wrong = f"the byte 0x{data[error.start]:02x} in line {line}"
+        raise ConfigError(f"{where} is not UTF-8 ({wrong}); save it as UTF-8") from None
+    node = read_document(text, where)
+    if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
+        return None
+    if not isinstance(node, yaml.MappingNode):
+        found = "a list" if isinstance(node, yaml.SequenceNode) else "a text"
+        raise ConfigError(f"{where} holds {found}; it must hold keys and values")
+    return node
+
+
+def _kinds_at(values: dict[str, Any], key: str, where: str) -> Kinds:
+    """Return the types of a dotted key, with the help of what its sections hold."""
+    kinds: Kinds = _CONFIG
+    node: Any = values
+    for part in key.split("."):
+        kinds = below(kinds, part, node)
+        if isinstance(node, list):
+            node = node[_position(node, part, where)]
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
+    return kinds
+
+
+def put_value(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the value of a dotted key; sections that are not there are made.
+
+    Raises:
+        ConfigError: the key leads below a value, or past the end of a list; ``where`` begins the message.
+    """
     *parents, last = key.split(".")
     node: Any = values
+    default: Any = _defaults()
     for part in parents:
-        node = _child(node, part, override, create=True)
+        default = default.get(part) if isinstance(default, dict) else None
+        node = _child(node, part, where, default)
     if isinstance(node, list):
-        node[_position(node, last, override)] = value
+        node[_position(node, last, where)] = value
     else:
         node[last] = value
 
 
-def _child(node: Any, part: str, override: str, create: bool) -> Any:
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return Config().to_json()
+
+
+def _child(node: Any, part: str, where: str, default: Any) -> Any:
     if isinstance(node, list):
-        return node[_position(node, part, override)]
-    child = node.get(part)
-    if child is None and create:
-        child = node[part] = {}
+        child = node[_position(node, part, where)]
+    else:
+        child = node.get(part)
+        if child is None:
+            # A key may lead into a list that is only there by default.
+            child = node[part] = copy.deepcopy(default) if isinstance(default, list) else {}
     if not isinstance(child, (dict, list)):
-        raise ConfigError(f"--set {override!r}: {part!r} is the value {child!r}, it has no keys below it")
+        raise ConfigError(f"{where}: {part!r} is the value {shown(child)}, it has no keys below it")
     return child
 
 
-def _position(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"--set {override!r}: {part!r} is not a position in a list of {len(node)}")
+def _position(node: list[Any], part: str, where: str) -> int:
+    if not (part.isascii() and part.isdigit()) or int(part) >= len(node):
+        raise ConfigError(f"{where}: {part!r} is not a position in a list of {len(node)}")
     return int(part)
-
-
-def _explain(error: Any) -> str:
-    # pydantic puts the tag of a union into the location; it is no key that a person wrote.
-    tags = {"movielens", "files", "lightgcn", "generated"}
-    location = [str(p) for p in error["loc"] if str(p) not in tags]
-    where = ".".join(location) or "config"
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(known))}"
-        return f"{where}: there is no such key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], (str, int, float, bool)) or error["input"] is None:
-        return f"{where}: {message} (got {error['input']!r})"
-    return f"{where}: {message}"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in location:
-        model = _step(model, part)
-    models = [m for m in _members(model) if isinstance(m, type) and issubclass(m, BaseModel)]
-    return [name for m in models for name in m.model_fields]
-
-
-def _step(model: Any, part: Any) -> Any:
-    if isinstance(part, int):
-        return next((a for m in _members(model) for a in getattr(m, "__args__", ())), model)
-    for member in _members(model):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            if part in member.model_fields:
-                return member.model_fields[part].annotation
-            kind = member.model_fields.get("kind") or member.model_fields.get("type")
-            if kind is not None and part in getattr(kind.annotation, "__args__", ()):
-                return member
-    return model
-
-
-def _members(model: Any) -> list[Any]:
-    """The alternatives of a union (through Annotated), or the type itself."""
-    if hasattr(model, "__metadata__"):
-        return _members(model.__origin__)
-    if (
-        hasattr(model, "__args__")
-        and not isinstance(model, type)
-        and getattr(model, "__origin__", None) is not list
-    ):
-        return [m for a in model.__args__ for m in _members(a)]
-    return [model]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from twotower.schema import STRICT
 
@@ -16,4 +16,4 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class Section(BaseModel):
     """A part of the configuration."""
 
-    model_config = STRICT
+    model_config = ConfigDict(**STRICT, allow_inf_nan=False)

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from twotower.artefacts import fingerprint, write_bytes, write_json
-from twotower.config import Config, parse_config
+from twotower.config import Config, parse_config, put_value, text_of
 from twotower.config.tune import ParameterConfig, TuneConfig
 from twotower.errors import ConfigError
 from twotower.evaluation.sweep_plot import Panel, effect_plot
@@ -122,21 +121,14 @@ def with_parameters(config: Config, parameters: Mapping[str, Any]) -> Config:
     """
     values = config.to_json()
     for key, value in parameters.items():
-        *parents, last = key.split(".")
-        node: Any = values
-        for part in parents:
-            node = _child(node, part, key)
-        if isinstance(node, list):
-            node[_position(node, last, key)] = value
-        else:
-            node[last] = value
+        put_value(values, key, value, key)
     return parse_config(values)
 
 
 def label(parameters: Mapping[str, Any]) -> str:
     """Return parameters for people, with the shortest names that tell them apart."""
     names = short_names(list(parameters))
-    return " ".join(f"{names[key]}={_text(value)}" for key, value in parameters.items())
+    return " ".join(f"{names[key]}={text_of(value)}" for key, value in parameters.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -152,7 +144,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def set_line(parameters: Mapping[str, Any]) -> str:
     """Return the ``--set`` arguments that repeat a trial, quoted for a shell."""
-    return " ".join(["--set", *(shlex.quote(f"{key}={_text(value)}") for key, value in parameters.items())])
+    return " ".join(["--set", *(shlex.quote(f"{key}={text_of(value)}") for key, value in parameters.items())])
 
 
 def ranked(results: Sequence[TrialResult], metric: str) -> list[TrialResult]:
@@ -169,7 +161,7 @@ def table(results: Sequence[TrialResult], metric: str, k: int) -> list[list[str]
     rows = [[*heading, "best epoch", "epochs", "seconds", "status"]]
     for result in ranked(results, metric):
         best = result.best(metric) or {}
-        row = [result.name, *(_text(result.parameters[key]) for key in keys)]
+        row = [result.name, *(text_of(result.parameters[key]) for key in keys)]
         row += [_number(best.get(f"validation_{name}")) for name in measured]
         seconds = sum(report.get("seconds") or 0.0 for report in result.history)
         row += [str(best.get("epoch", "-")), str(len(result.history)), f"{seconds:.1f}"]
@@ -248,12 +240,14 @@ def _panels(
     panels = []
     for key in measured[0].parameters:
         values = [result.parameters[key] for result in measured]
-        means = [(_text(row["value"]), row["mean"]) for row in found.get(key, []) if row["mean"] is not None]
+        means = [
+            (text_of(row["value"]), row["mean"]) for row in found.get(key, []) if row["mean"] is not None
+        ]
         panels.append(
             Panel(
                 title=key,
                 values=values,
-                texts=[_text(value) for value in values],
+                texts=[text_of(value) for value in values],
                 scores=[result.score(metric) for result in measured],
                 finished=[result.status == "finished" for result in measured],
                 means=means,
@@ -285,7 +279,7 @@ def _markdown(
     for key, values in found.items():
         heading = ["value", f"mean {metric}@{k} (finished trials)", f"best {metric}@{k}", "finished trials"]
         body = [
-            [_text(row["value"]), _number(row["mean"]), _number(row["best"]), str(row["finished"])]
+            [text_of(row["value"]), _number(row["mean"]), _number(row["best"]), str(row["finished"])]
             for row in values
         ]
         lines += ["", f"## {key}", "", *_markdown_table([heading, *body])]
@@ -352,29 +346,6 @@ def _draw(parameter: ParameterConfig, rng: np.random.Generator) -> Any:
         return min(max(float(f"{value:.6g}"), low), high)
     lowest, highest = math.ceil(low / step), math.floor(high / step)
     return step * min(max(round(value / step), lowest), highest)
-
-
-def _child(node: Any, part: str, key: str) -> Any:
-    if isinstance(node, list):
-        return node[_position(node, part, key)]
-    child = node.get(part)
-    if child is None:
-        child = node[part] = {}
-    if not isinstance(child, (dict, list)):
-        raise ConfigError(f"{key}: {part!r} is the value {child!r}, it has no keys below it")
-    return child
-
-
-def _position(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"{key}: {part!r} is not a position in a list of {len(node)}")
-    return int(part)
-
-
-def _text(value: Any) -> str:
-    """Return a value as YAML on one line, which ``--set`` reads back."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False)
-    return str(text).removesuffix("\n").removesuffix("\n...")
 
 
 def _number(value: float | None) -> str:

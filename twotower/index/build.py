@@ -30,6 +30,7 @@ _EMPTY = "Flat"
 _CHECKED_ROWS = 65_536
 _MIN_NORM = 1e-12
 _READ_LOCK = threading.Lock()
+_WRITE_BYTES = 1 << 20
 
 
 def build_shard(
@@ -144,9 +145,15 @@ def check_item_rows(item_rows: npt.NDArray[np.int64]) -> None:
 def write_index(index: Any, path: Path) -> None:
     """Write an index file so that a reader sees a whole file or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    faiss.write_index(index, str(temporary))
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        # FAISS's own writer does not look whether the last bytes reached the disk.
+        with open(temporary, "wb") as file:
+            faiss.write_index(index, _faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.replace(temporary, path)
 
 

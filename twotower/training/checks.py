@@ -37,9 +37,12 @@ def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
     num_items = dataset.num_catalogue_items
     batch, workers = config.train.global_batch_size, config.train.num_workers
     if batch > num_examples:
+        most = num_examples // workers * workers
+        remedy = f"use at most {most}" if most else f"use at most {num_examples} and as few train.num_workers"
+        if not num_examples:
+            remedy = "there is nothing to train on: look at data and split"
         raise TrainingError(
-            f"train.global_batch_size ({batch}) is above the {num_examples} training "
-            f"interactions; use at most {num_examples // workers * workers}"
+            f"train.global_batch_size ({batch}) is above the {num_examples} training interactions; {remedy}"
         )
     explicit = config.train.negatives.explicit
     if explicit and not dataset.counts["kinds"]["negative"]:
