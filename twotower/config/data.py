@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import codecs
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from twotower.config.section import PositiveInt, Section, Share
 
@@ -60,7 +61,13 @@ class FilesSource(Section):
 
     kind: Literal["files"]
     interactions: str
-    """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names."""
+    """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names; CSV may be packed
+    (.gz, .bz2, .xz, .zst, .lz4). Folders such as ``date=2024-01-31`` are a column of that name."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Between the columns of CSV files; when not given it is what their header shows: a comma (in .tsv: a
+    tab), else a semicolon, a tab or a bar."""
+    encoding: str = "utf-8"
+    """Of CSV files, such as latin-1, cp1252 or utf-16; a byte order mark in a file stands above it."""
     columns: ColumnsConfig = ColumnsConfig()
     """Names of the interaction columns."""
     events: dict[str, float | Literal["negative", "seen_only"]] = {}
@@ -69,6 +76,26 @@ class FilesSource(Section):
     """The item table; without one the catalogue is every item in the interactions."""
     users: TableConfig | None = None
     """The user table."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, encoding: str) -> str:
+        try:
+            known = codecs.lookup(encoding)
+            "".encode(encoding)
+        except (LookupError, ValueError):
+            raise ValueError(f"{encoding!r} is no text encoding; use one such as latin-1 or cp1252") from None
+        return "utf-8" if known.name in ("utf-8", "utf-8-sig") else encoding
+
+    @field_validator("events", mode="before")
+    @classmethod
+    def _whole_numbers(cls, events: Any) -> Any:
+        if not isinstance(events, dict):
+            return events
+        odd = next((name for name in events if isinstance(name, bool) or name is None), "")
+        if odd != "":
+            raise ValueError(f"the event type {odd!r} is a word that YAML reads otherwise; put it in quotes")
+        return {str(name) if isinstance(name, int) else name: meaning for name, meaning in events.items()}
 
 
 class LightGCNSource(Section):

@@ -7,8 +7,8 @@ import pyarrow as pa
 from twotower.config import DataConfig, FilesSource, TableConfig
 from twotower.data.chunks import BadRows, SideTable
 from twotower.data.prepare import refuse_duplicates, with_title
-from twotower.data.sources import tables
 from twotower.data.sources.files import read_side
+from twotower.data.sources.tables import TableFile, find_tables
 
 
 def read_items(config: DataConfig, path: str) -> pa.Table:
@@ -45,10 +45,10 @@ def read_item_ids(config: DataConfig, path: str, setting: str) -> list[str]:
 
 
 def _read(config: DataConfig, path: str, setting: str) -> SideTable:
-    files = tables.find_files(path, setting)
+    files = _find(config, path, setting)
     columns = _columns(config, path)
     for file in files:
-        there = tables.require_columns(file, {"the item's id": columns.id})
+        there = file.require({"the item's id": columns.id})
         if columns.title is not None and columns.title not in there:
             columns = columns.model_copy(update={"title": None})
     bad = BadRows(config.on_bad_rows)
@@ -72,14 +72,22 @@ def read_user_ids(config: DataConfig, path: str) -> list[str]:
     source, column = config.source, "user_id"
     if isinstance(source, FilesSource):
         column = source.columns.user if source.users is None else source.users.id
-    files = tables.find_files(path, "--users")
+    files = _find(config, path, "--users")
     for file in files:
-        tables.require_columns(file, {"the user's id": column})
+        file.require({"the user's id": column})
     # A row that is passed over would be a user who is not forgotten.
     bad = BadRows("error")
     side = read_side("user", TableConfig(path=path, id=column), files, bad)
     bad.settle()
     return list(side.data.column("user_id").unique().to_pylist())
+
+
+def _find(config: DataConfig, path: str, setting: str) -> list[TableFile]:
+    """Return the files that a path names; CSV is in the form of the source's files, where it has files."""
+    source = config.source
+    if isinstance(source, FilesSource):
+        return find_tables(path, setting, source.delimiter, source.encoding)
+    return find_tables(path, setting)
 
 
 def _columns(config: DataConfig, path: str) -> TableConfig:
