@@ -5,13 +5,26 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from twotower.config.section import PositiveInt, Section, Share
 
 MovieLensName = Literal[
     "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small", "ml-latest"
 ]
+
+
+def _known_encoding(encoding: str) -> str:
+    try:
+        known = codecs.lookup(encoding)
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        raise ValueError(f"{encoding!r} is no text encoding; use one such as latin-1 or cp1252") from None
+    return "utf-8" if known.name in ("utf-8", "utf-8-sig") else encoding
+
+
+Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
 
 
 class MovieLensSource(Section):
@@ -54,6 +67,10 @@ class TableConfig(Section):
     """Column of the id."""
     title: str | None = None
     """Column of a title for people to read (item table)."""
+    delimiter: Delimiter | None = None
+    """Of this table's CSV files; as in the source's when not given."""
+    encoding: Encoding | None = None
+    """Of this table's CSV files; as in the source's when not given."""
 
 
 class FilesSource(Section):
@@ -63,10 +80,10 @@ class FilesSource(Section):
     interactions: str
     """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names; CSV may be packed
     (.gz, .bz2, .xz, .zst, .lz4). Folders such as ``date=2024-01-31`` are a column of that name."""
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    delimiter: Delimiter | None = None
     """Between the columns of CSV files; when not given it is what their header shows: a comma (in .tsv: a
     tab), else a semicolon, a tab or a bar."""
-    encoding: str = "utf-8"
+    encoding: Encoding = "utf-8"
     """Of CSV files, such as latin-1, cp1252 or utf-16; a byte order mark in a file stands above it."""
     columns: ColumnsConfig = ColumnsConfig()
     """Names of the interaction columns."""
@@ -76,16 +93,6 @@ class FilesSource(Section):
     """The item table; without one the catalogue is every item in the interactions."""
     users: TableConfig | None = None
     """The user table."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _known(cls, encoding: str) -> str:
-        try:
-            known = codecs.lookup(encoding)
-            "".encode(encoding)
-        except (LookupError, ValueError):
-            raise ValueError(f"{encoding!r} is no text encoding; use one such as latin-1 or cp1252") from None
-        return "utf-8" if known.name in ("utf-8", "utf-8-sig") else encoding
 
     @field_validator("events", mode="before")
     @classmethod

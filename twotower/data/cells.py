@@ -143,7 +143,7 @@ def split_lists(text: pa.Array, separator: str) -> pa.Array:
 
 
 def split_numbers(text: pa.Array) -> pa.Array:
-    """Return cells of text as lists of the numbers in them, as text: brackets and separators are the usual."""
+    """Return cells of text as lists of the numbers in them, as text; any usual brackets and separators."""
     text = pc.utf8_trim_whitespace(pc.utf8_trim(text, " \t\r\n[](){}"))
     lists = pc.split_pattern_regex(text, r"[\s,;|]+")
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, lists.type), lists)

@@ -210,12 +210,12 @@ def refuse_replaced(config: Config, item_side: SideTable | None, user_side: Side
                 )
     for name, column in attribute_columns(config.index.attributes).items():
         used["item"].setdefault(column, f"index.attributes.{name}")
-    for noun, side in (("item", item_side), ("user", user_side)):
-        for column, source in (side.replaced if side is not None else {}).items():
-            if side is not None and column in used[noun]:
+    for noun, table in (("item", item_side), ("user", user_side)):
+        for column, source in (table.replaced if table is not None else {}).items():
+            if table is not None and column in used[noun]:
                 what = f"column {source!r} of the file" if source else f"the number of an {noun}"
                 raise ConfigError(
-                    f"{used[noun][column]} asks for column {column!r} of {side.file}, but that name stands "
+                    f"{used[noun][column]} asks for column {column!r} of {table.file}, but that name stands "
                     f"for {what}; rename the column in the file"
                 )
 

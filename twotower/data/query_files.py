@@ -11,12 +11,12 @@ import codecs
 import csv
 import datetime
 import hashlib
-import heapq
 import io
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,7 +115,7 @@ def scan(path: Path, stride: int) -> QueryFile:
         place, number = array("q"), array("q")
         count, last = 0, 1
         if kind == "jsonl":
-            records = _lines(blocks, blocks.begin)
+            records: Iterator[tuple[int, int, Any]] = _lines(blocks, blocks.begin)
         else:
             dialect = _dialect(path, kind)
             scanner = Scanner(dialect.delimiter, len(dialect.names), judges_inside=False)
@@ -248,11 +248,13 @@ def _records(
 ) -> Iterator[tuple[int, int, bytes | DataError]]:
     """Yield place, line and text of each record, or what is wrong with the lines that are none."""
     for found in scanner.records(blocks, number):
-        stops = [*found.starts[1:].tolist(), len(found.data)]
-        texts = (found.data[a:b] for a, b in zip(found.starts.tolist(), stops, strict=False))
-        good = zip(found.begins.tolist(), found.lines.tolist(), texts, strict=False)
-        bad = ((d.begin, d.lines[0], DataError(f"is a line {d.reason}: {d.text}")) for d in found.damages)
-        for begin, line, record in heapq.merge(good, bad, key=lambda one: one[0]):
+        edges = [*found.starts.tolist(), len(found.data)]
+        places = zip(found.begins.tolist(), found.lines.tolist(), pairwise(edges), strict=True)
+        rows: list[tuple[int, int, bytes | DataError]]
+        rows = [(begin, line, found.data[a:b]) for begin, line, (a, b) in places]
+        for d in found.damages:
+            rows.append((d.begin, d.lines[0], DataError(f"is a line {d.reason}: {d.text}")))
+        for begin, line, record in sorted(rows, key=lambda row: row[0]):
             yield place + begin, line, record
 
 

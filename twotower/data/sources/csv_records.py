@@ -90,6 +90,7 @@ class Scanner:
         inside = rb'[^"\r\n]*+(?:""[^"\r\n]*+)*+'
         self._plain = re.compile(rb'(?:[^"]*+' + opening + inside + closing + rb")*+")
         self._cell = re.compile(rb'[^"]*+(?:""[^"]*+)*+')
+        self._closing = re.compile(closing)
         self._quoted = re.compile(rb'"[^"]*+(?:""[^"]*+)*+"')
         self._edges = self._delimiter + b"\r\n"
         self._blanks = b" \t".replace(self._delimiter, b"")
@@ -162,11 +163,26 @@ class Scanner:
             stop = text.line_end(quote)
             if stop == len(data) and not text.final:
                 return quote
-            text.drop(start, stop, reason)
-            own = self._cells(data[start:stop])[0]
             if self._judges_inside:
-                self._swallowed.append(_Swallowed(stop, closed, _kind(own)))
+                if reason in (INNER, BACKSLASH):
+                    # The cell was meant to go on to a quote that can close one.
+                    found = self._closing.search(data, closed + 1)
+                    near = found is not None and found.start() - quote <= LONGEST_CELL
+                    if not near and not text.final and len(data) - quote <= LONGEST_CELL:
+                        return quote
+                    closed = found.start() if found is not None and near else stop
+                self._swallow(start, stop, closed, self._cells(data[start:stop])[0])
+            text.drop(start, stop, reason)
             at = stop
+
+    def _swallow(self, start: int, stop: int, closed: int, own: bytes) -> None:
+        """Remember that the open quote of a damaged row runs over what is behind it."""
+        last = self._swallowed[-1] if self._swallowed else None
+        if last is not None and start < last.stop:
+            # It is itself what stood in a cell maybe, and says nothing of what rows begin with.
+            self._swallowed.append(_Swallowed(stop, max(closed, last.stop), last.kind))
+        else:
+            self._swallowed.append(_Swallowed(stop, closed, _kind(own)))
 
     def _are_rows(self, data: bytes, start: int, lines: list[tuple[int, int]]) -> bool:
         """Return whether at least half of the lines behind the first of a record look like rows, as it does.

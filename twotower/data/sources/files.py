@@ -101,13 +101,28 @@ class Files:
 def _table_files(source: FilesSource, table: TableConfig | None, name: str) -> list[TableFile]:
     if table is None:
         return []
-    found = tables.find_tables(table.path, f"data.source.{name}.path", source.delimiter, source.encoding)
+    found = find_side(source, table, f"data.source.{name}.path")
     wanted = {f"data.source.{name}.id": table.id}
     if table.title is not None:
         wanted[f"data.source.{name}.title"] = table.title
     for file in found:
         file.require(wanted)
     return found
+
+
+def find_side(source: FilesSource, table: TableConfig, setting: str) -> list[TableFile]:
+    """Return the files of an item or user table.
+
+    Args:
+        source: says what form CSV files have where the table does not.
+        table: names the path.
+        setting: what the path was given by, for messages.
+
+    Raises:
+        DataError: there are none, or one of them is of another kind.
+    """
+    delimiter, encoding = table.delimiter or source.delimiter, table.encoding or source.encoding
+    return tables.find_tables(table.path, setting, delimiter, encoding)
 
 
 def read_side(side: str, config: TableConfig, files: list[TableFile], bad: BadRows) -> SideTable:
