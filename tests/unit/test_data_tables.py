@@ -7,6 +7,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from tests.datasets import files_config, grid, write_csv
 from twotower import progress
 from twotower.config import parse_config
 from twotower.data import cells
+from twotower.data.interning import IdColumn, Interner
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, DataError
 
@@ -98,7 +100,7 @@ def test_partitions_of_folders_are_columns(tmp_path: Path, kind: str) -> None:
         if kind == "csv":
             part.to_csv(folder / "part-0.csv", index=False)
         else:
-            part.to_parquet(folder / "part-0.parquet")
+            part.to_parquet(folder / "part-0.parquet", index=False)
     frame.to_csv(tmp_path / "whole.csv", index=False)
     columns = {"user": "who", "item": "what", "time": "day", "event": "kind"}
     rules = {"data__source__columns": columns, "data__source__events": {"buy": 1.0, "a/b": 0.5}}
@@ -258,8 +260,14 @@ def test_more_text_than_a_column_can_hold_is_refused_while_it_is_read(
             prepare(files_config(tmp_path, csv, data__source__items={"path": str(path), "id": "sku"}))
         assert "\n" not in str(error.value)
     monkeypatch.setattr(cells, "MAX_BYTES", 30)
-    with pytest.raises(DataError, match=r"a column of \d+ different ids holds .* bytes of text"):
-        prepare(files_config(tmp_path, csv))
+    ids, every = Interner(), np.ones(4, np.bool_)
+    ids.intern(IdColumn(pa.array(["aaaaaaaaaa", "b", "aaaaaaaaaa", "b"]), "item"), every)
+    ids.intern(IdColumn(pa.array(["aaaaaaaaaa", "b", "c", "c"]), "item"), every)  # known ones take no room
+    assert len(ids) == 3
+    with pytest.raises(DataError, match=r"a column of 7 different ids holds 52 bytes of text and maybe more"):
+        ids.intern(IdColumn(pa.array([c * 10 for c in "defg"]), "item"), every)
+    with pytest.raises(DataError, match=r"different ids holds"):
+        Interner().add([c * 10 for c in "defg"])
 
 
 def test_the_size_of_a_column_counts_what_its_rows_hold() -> None:
