@@ -183,7 +183,7 @@ class DataConfig(Section):
     timezone: str = "UTC"
     """Zone of times that name none."""
     on_bad_rows: Literal["error", "drop"] = "error"
-    """What to do with rows that can not be read; both count them and show examples."""
+    """What to do with rows that can not be read; both count them by reason and show an example of each."""
     repeats: Literal["first", "last", "sum", "keep"] = "last"
     """Several interactions of a user and an item: keep one, add up the weights in the last, or keep all."""
     window: WindowConfig = WindowConfig()

@@ -10,8 +10,10 @@ there. A quote inside a cell that does not begin with one is text.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -123,7 +125,7 @@ class Scanner:
 
     def _find_quotes(self, text: _Text) -> int:
         """Find the cells of several lines and the damaged lines; return where more text is needed."""
-        data, at = text.data, 0
+        data, at, closing = text.data, 0, -1
         while True:
             plain = self._plain.match(data, at)
             assert plain is not None
@@ -166,11 +168,13 @@ class Scanner:
             if self._judges_inside:
                 if reason in (INNER, BACKSLASH):
                     # The cell was meant to go on to a quote that can close one.
-                    found = self._closing.search(data, closed + 1)
-                    near = found is not None and found.start() - quote <= LONGEST_CELL
+                    if closing <= closed:
+                        found = self._closing.search(data, closed + 1)
+                        closing = found.start() if found else len(data)
+                    near = closing < len(data) and closing - quote <= LONGEST_CELL
                     if not near and not text.final and len(data) - quote <= LONGEST_CELL:
                         return quote
-                    closed = found.start() if found is not None and near else stop
+                    closed = closing if near else stop
                 self._swallow(start, stop, closed, self._cells(data[start:stop])[0])
             text.drop(start, stop, reason)
             at = stop
@@ -194,7 +198,11 @@ class Scanner:
         own = self._cells(data[start : lines[0][0]])
         if len(own) != self._width:
             return False
-        alike = sum(_alike(own, self._cells(data[a:b])) for a, b in lines)
+        delimiters = self._width - 1
+        alike = 0
+        for a, b in lines:
+            if data.count(self._delimiter, a, b) >= delimiters:
+                alike += _alike(own, self._cells(data[a:b]))
         return 2 * alike >= len(lines)
 
     def _cells(self, line: bytes) -> list[bytes]:
@@ -251,6 +259,11 @@ class _Text:
     dropped: list[tuple[int, int, str]]
     """Start, stop and reason of damaged lines."""
 
+    @cached_property
+    def places(self) -> list[int]:
+        """``ends`` as a list, in which one is found sooner."""
+        return self.ends.tolist()
+
     def record_start(self, at: int) -> int:
         """Return where the record begins that ``at`` is in."""
         for quote, closed in reversed(self.long_cells):
@@ -262,18 +275,20 @@ class _Text:
         return self._line_start(at)
 
     def _line_start(self, at: int) -> int:
-        before = int(np.searchsorted(self.ends, at, side="right"))
-        return int(self.ends[before - 1]) if before else 0
+        before = bisect_right(self.places, at)
+        return self.places[before - 1] if before else 0
 
     def line_end(self, at: int) -> int:
         """Return where the line of ``at`` ends."""
-        following = int(np.searchsorted(self.ends, at, side="right"))
-        return int(self.ends[following]) if following < len(self.ends) else len(self.data)
+        following = bisect_right(self.places, at)
+        return self.places[following] if following < len(self.places) else len(self.data)
 
     def lines_behind(self, quote: int, closed: int) -> list[tuple[int, int]]:
         """Return the lines of a cell behind the one it opens on, the last to its own end."""
-        first, last = np.searchsorted(self.ends, [quote, closed], side="right").tolist()
-        edges = [*self.ends[first : last + 1].tolist(), *([len(self.data)] if last >= len(self.ends) else [])]
+        first, last = (bisect_right(self.places, at) for at in (quote, closed))
+        edges = self.places[first : last + 1]
+        if last >= len(self.places):
+            edges.append(len(self.data))
         return list(pairwise(edges)) if first < last else []
 
     def drop(self, start: int, stop: int, reason: str) -> None:
