@@ -69,6 +69,10 @@ DAMAGE = {
         {3: 'i3,"Weird title 3', 7: "i7,Title, 7", 90: 'i90,Title 90"'},
         "closed only behind lines that look like rows",
     ),
+    "closed by a stray quote, of a title that was quoted for its comma": (
+        {3: 'i3,"Weird title, 3', 90: 'i90,Title 90"'},
+        "closed only behind lines that look like rows",
+    ),
     "an empty quoted cell is a doubled quote to it": (
         {3: 'i3,"Weird title 3', 5: 'i5,""'},
         "with a quote that opens a cell and is not closed",
