@@ -106,7 +106,7 @@ def test_bad_rows_are_counted_and_shown_with_their_place(tmp_path: Path) -> None
     message = str(error.value)
     assert message.startswith("7 rows can not be read (")
     assert "set data.on_bad_rows: drop" in message
-    assert len([line for line in message.splitlines() if "log.csv row" in line]) == 5
+    assert len([line for line in message.splitlines() if "  log.csv row" in line]) == 6
     for row in (32, 42):
         assert f"row {row}: with {2 if row == 32 else 4} columns instead of 3" in message
     assert "row 5: without an item id" in message
@@ -126,7 +126,7 @@ def test_bad_rows_are_dropped_and_counted_when_asked(tmp_path: Path, said: list[
 def test_row_numbers_stay_right_behind_rows_that_were_skipped(tmp_path: Path) -> None:
     rows = grid()
     rows[2] = ["a", "b", 3, "extra"]
-    rows[3] = ["a", "b", 3, "extra"]
+    rows[3] = ["a", "b", 3, "extra", "more"]
     rows[69] = ["u6", "42.0", 60]
     rows[4] = ["u0", "i9", "then"]
     with pytest.raises(DataError) as error:
@@ -137,7 +137,9 @@ def test_row_numbers_stay_right_behind_rows_that_were_skipped(tmp_path: Path) ->
 
 def test_bytes_that_are_no_utf8_are_a_bad_row(tmp_path: Path, csv: Path) -> None:
     csv.write_bytes(csv.read_bytes().replace(b"u3,", b"u\xff,", 1))
-    with pytest.raises(DataError, match=r"1 row can not be read .*\n  log\.csv row 32: without a user id"):
+    with pytest.raises(
+        DataError, match=r"1 row can not be read .*\n  log\.csv row 32: with a 'who' that is not UTF-8"
+    ):
         prepare(files_config(tmp_path, csv))
 
 

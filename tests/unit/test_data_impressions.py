@@ -254,7 +254,7 @@ def test_a_row_with_a_bad_id_in_its_list_is_a_bad_row(tmp_path: Path) -> None:
     message = str(error.value)
     assert message.startswith("2 rows can not be read (")
     assert "log.csv row 5: with a shown item id that is a float, not text or an integer: '42.0'" in message
-    assert "log.csv row 10: without a shown item id: None" in message
+    assert "log.csv row 10: with a 'shown' that is not UTF-8" in message
     dataset = run(tmp_path, path, data__on_bad_rows="drop")
     assert dataset.counts["bad_rows"] == 2
     assert sum(dataset.counts["bad_rows_by_reason"].values()) == 2

@@ -155,11 +155,11 @@ def test_csv_layout(tmp_path: Path, name: str) -> None:
 
 
 def test_separators_that_straddle_read_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from twotower.data.sources import tables
+    from twotower.data.sources import csv_files
 
     ml_1m(tmp_path)
     whole = prepare(config(tmp_path, "ml-1m")).fingerprint
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 37)
+    monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 37)
     assert prepare(config(tmp_path, "ml-1m", repeats="first")).fingerprint == whole
 
 

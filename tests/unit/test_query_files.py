@@ -50,9 +50,9 @@ def test_cells_of_csv_hold_json_and_line_ends(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"\xa9\n\n", b"\xa9\\n\\n"))
     expected = [
         (2, {"query_id": "7", "history": history, "k": 3, "exclude_seen": False, "at": "2026-01-31"}),
-        (4, {"query_id": 'a "b"\n'}),
-        (5, {"query_id": '5 inch"', "history": []}),
-        (6, {"query_id": "last", "k": 9}),
+        (5, {"query_id": 'a "b"\n'}),
+        (7, {"query_id": '5 inch"', "history": []}),
+        (8, {"query_id": "last", "k": 9}),
     ]
     for stride, step in ((1, 1), (1, 3), (2, 2), (64, 64)):
         assert read(path, stride, step) == expected, (stride, step)
@@ -122,9 +122,14 @@ def test_a_bad_row_does_not_hide_the_next(tmp_path: Path, name: str, content: by
 
 def test_a_quote_that_is_not_closed_is_no_row_without_end(tmp_path: Path) -> None:
     path = tmp_path / "q.csv"
-    path.write_bytes(b'user_id\n1\n"2\n' + b"3\n" * 100_000)
-    with pytest.raises(DataError, match=r"q\.csv can not be read as CSV after row 2: field larger"):
-        scan(path, 64)
+    path.write_bytes(b'user_id\n1\n"2\n' + b"3\n" * 1_000)
+    for stride, step in ((1, 1), (1, 7), (64, 128), (2_000, 2_000)):
+        rows = read(path, stride, step)
+        assert [number for number, _ in rows] == list(range(2, 1_004)), (stride, step)
+        (bad,) = [(number, values) for number, values in rows if isinstance(values, DataError)]
+        assert bad[0] == 3
+        assert "quote that opens a cell and is not closed" in str(bad[1])
+        assert rows[-1][1] == {"user_id": "3"}
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
@@ -137,8 +142,11 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_are_found_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.csv", "c.parquet", ".hidden.csv", "notes.txt"):
+    for name in ("b.jsonl", "a.csv", "c.parquet", ".hidden.csv"):
         (tmp_path / name).write_text("x")
     assert [p.name for p in find_query_files(str(tmp_path), "--queries")] == ["a.csv", "b.jsonl", "c.parquet"]
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"--queries: folder .* also holds notes\.txt, of no kind"):
+        find_query_files(str(tmp_path), "--queries")
     with pytest.raises(DataError, match=r"--queries: .*notes\.txt is of no kind that can be read; use "):
         find_query_files(str(tmp_path / "notes.txt"), "--queries")

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import codecs
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from twotower.config.section import PositiveInt, Section, Share
 
 MovieLensName = Literal[
     "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small", "ml-latest"
 ]
+
+
+def _known_encoding(encoding: str) -> str:
+    try:
+        known = codecs.lookup(encoding)
+        "".encode(encoding)
+    except (LookupError, ValueError):
+        raise ValueError(f"{encoding!r} is no text encoding; use one such as latin-1 or cp1252") from None
+    return "utf-8" if known.name in ("utf-8", "utf-8-sig") else encoding
+
+
+Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
 
 
 class MovieLensSource(Section):
@@ -53,6 +67,10 @@ class TableConfig(Section):
     """Column of the id."""
     title: str | None = None
     """Column of a title for people to read (item table)."""
+    delimiter: Delimiter | None = None
+    """Of this table's CSV files; as in the source's when not given."""
+    encoding: Encoding | None = None
+    """Of this table's CSV files; as in the source's when not given."""
 
 
 class FilesSource(Section):
@@ -60,7 +78,13 @@ class FilesSource(Section):
 
     kind: Literal["files"]
     interactions: str
-    """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names."""
+    """A CSV or Parquet file, a folder of them, or a glob, read in the order of their names; CSV may be packed
+    (.gz, .bz2, .xz, .zst, .lz4). Folders such as ``date=2024-01-31`` are a column of that name."""
+    delimiter: Delimiter | None = None
+    """Between the columns of CSV files; when not given it is what their header shows: a comma (in .tsv: a
+    tab), else a semicolon, a tab or a bar."""
+    encoding: Encoding = "utf-8"
+    """Of CSV files, such as latin-1, cp1252 or utf-16; a byte order mark in a file stands above it."""
     columns: ColumnsConfig = ColumnsConfig()
     """Names of the interaction columns."""
     events: dict[str, float | Literal["negative", "seen_only"]] = {}
@@ -69,6 +93,16 @@ class FilesSource(Section):
     """The item table; without one the catalogue is every item in the interactions."""
     users: TableConfig | None = None
     """The user table."""
+
+    @field_validator("events", mode="before")
+    @classmethod
+    def _whole_numbers(cls, events: Any) -> Any:
+        if not isinstance(events, dict):
+            return events
+        odd = next((name for name in events if isinstance(name, bool) or name is None), "")
+        if odd != "":
+            raise ValueError(f"the event type {odd!r} is a word that YAML reads otherwise; put it in quotes")
+        return {str(name) if isinstance(name, int) else name: meaning for name, meaning in events.items()}
 
 
 class LightGCNSource(Section):
@@ -149,7 +183,7 @@ class DataConfig(Section):
     timezone: str = "UTC"
     """Zone of times that name none."""
     on_bad_rows: Literal["error", "drop"] = "error"
-    """What to do with rows that can not be read; both count them and show examples."""
+    """What to do with rows that can not be read; both count them by reason and show an example of each."""
     repeats: Literal["first", "last", "sum", "keep"] = "last"
     """Several interactions of a user and an item in one split: keep one, add up the weights in the last, or
     keep all."""

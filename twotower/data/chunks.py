@@ -22,7 +22,6 @@ IntArray = npt.NDArray[np.int64]
 
 CHUNK_ROWS = 1 << 18
 """Rows that a source aims to yield at once."""
-MAX_EXAMPLES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Chunk:
     event: pa.Array | None = None
     """[n] event types."""
     impressions: pa.Array | None = None
-    """[n] lists of item ids, or text (binary where it is not decoded yet) that holds them."""
+    """[n] lists of item ids, or text that holds them."""
     split: pa.Array | None = None
     """[n] text: train, validation or test."""
 
@@ -57,6 +56,9 @@ class SideTable:
     """Name of the table, for messages."""
     data: pa.Table
     """Columns ``item_id`` or ``user_id`` (string, unique, no nulls), ``title``, and what the source has."""
+    replaced: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Names of the file's own columns that are not in ``data``, because the name stands for another column:
+    for which one."""
 
 
 class RawSource(Protocol):
@@ -95,7 +97,7 @@ class RawSource(Protocol):
 
 
 class BadRows:
-    """Counts rows that can not be read and keeps the first examples."""
+    """Counts rows that can not be read, by reason, and keeps the first example of each."""
 
     def __init__(self, policy: Literal["error", "drop"]) -> None:
         """Start with no bad rows; ``policy`` is ``data.on_bad_rows``."""
@@ -105,19 +107,15 @@ class BadRows:
         self.examples: list[str] = []
 
     def add(self, file: str, rows: npt.ArrayLike, reason: str, values: list[Any] | None = None) -> None:
-        """Count the given rows of ``file``; ``values`` are what was wrong in each, for the examples."""
+        """Count the given rows of ``file``; ``values`` are what was wrong in the first of them."""
         numbers = np.asarray(rows, dtype=np.int64)
         if not len(numbers):
             return
+        shown = "" if not values else f": {values[0]!r}"
+        if reason not in self.reasons:
+            self.examples.append(f"{file} row {numbers[0]}: {reason}{shown}")
         self.count += len(numbers)
         self.reasons[reason] = self.reasons.get(reason, 0) + len(numbers)
-        for at, number in enumerate(numbers[: MAX_EXAMPLES - len(self.examples)].tolist()):
-            shown = "" if values is None else f": {values[at]!r}"
-            self.examples.append(f"{file} row {number}: {reason}{shown}")
-
-    def wants_examples(self, count: int) -> int:
-        """Return how many of ``count`` more bad rows would still be shown."""
-        return max(0, min(count, MAX_EXAMPLES - len(self.examples)))
 
     def settle(self) -> None:
         """Say what was dropped, or refuse.

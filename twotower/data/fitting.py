@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower import progress
 from twotower.config import FeaturesConfig
+from twotower.data import cells
 from twotower.errors import DataError
 from twotower.schema import (
     CategoricalFeature,
@@ -90,11 +92,10 @@ def as_lists(array: pa.Array, separator: str) -> pa.Array:
     if pa.types.is_null(kind):
         return array.cast(pa.list_(pa.string()))
     if _is_text(kind):
-        pieces = pc.split_pattern(array.cast(pa.string()), separator)
-    elif _is_list(kind):
-        pieces = array
-    else:
+        return cells.split_lists(array.cast(pa.string()), separator)
+    if not _is_list(kind):
         raise DataError(f"a multi_hot feature holds separated text or lists, not {kind}")
+    pieces = array
     values = pc.utf8_trim_whitespace(as_categories(pc.list_flatten(pieces)))
     parents = np.asarray(pc.list_parent_indices(pieces)).astype(np.int64)
     keep = np.asarray(pc.greater(pc.utf8_length(values), 0).fill_null(False))
@@ -217,8 +218,7 @@ def _as_vector(side: str, name: str, column: pa.Array, width: int) -> pa.Array:
     if pa.types.is_null(kind):
         return column.cast(target)
     if _is_text(kind):  # CSV: "[0.1, 0.2]", "0.1 0.2" and the like
-        text = pc.utf8_trim(column.cast(pa.string()), " []()")
-        column = pc.split_pattern_regex(text, r"[\s,;|]+")
+        column = cells.split_numbers(column.cast(pa.string()))
         kind = column.type
     if not _is_list(kind):
         raise DataError(
@@ -257,6 +257,8 @@ def _fit(side: str, spec: Any, table: pa.Table | None) -> FittedFeature:
         texts = _checked(side, spec, lambda: as_categories(column))
         return FittedFeature(spec=spec, values=_frequent(texts, spec.max_values))
     if isinstance(spec, MultiHotFeature):
+        if _is_text(column.type):
+            _check_separator(side, spec, column)
         lists = _checked(side, spec, lambda: as_lists(column, spec.separator))
         return FittedFeature(spec=spec, values=_frequent(pc.list_flatten(lists), spec.max_values))
     if isinstance(spec, NumericFeature):
@@ -265,6 +267,22 @@ def _fit(side: str, spec: Any, table: pa.Table | None) -> FittedFeature:
     if isinstance(spec, TextFeature) and not _is_text(column.type):
         _checked(side, spec, lambda: as_categories(column))
     return FittedFeature(spec=spec)
+
+
+def _check_separator(side: str, spec: MultiHotFeature, column: pa.Array) -> None:
+    """Refuse, or say, that the values of a column have another separator between them than is declared."""
+    other = cells.other_separator(column, spec.separator)
+    if other is None:
+        return
+    what = (
+        f"features.{side} {spec.name!r}: {other.cells:,} cells of column {spec.source_column!r} hold "
+        f"{other.separator!r} and not the separator {spec.separator!r}, such as {other.example!r}"
+    )
+    if other.sure:
+        raise DataError(
+            f"{what}; set the feature's separator to the one in the file, or write one in all cells"
+        )
+    progress.say(f"{what}; each is one value")
 
 
 def _frequent(texts: pa.StringArray, limit: int) -> list[str]:

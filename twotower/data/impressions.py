@@ -19,9 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.data import cells
 from twotower.data.chunks import BoolArray, IntArray
 from twotower.data.interning import IdColumn, Interner
-from twotower.data.sources.tables import decode
 from twotower.errors import DataError
 from twotower.schema import KINDS
 
@@ -40,25 +40,22 @@ class ShownItems:
         Raises:
             DataError: the column has another type.
         """
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
-        if pa.types.is_string_view(array.type) or pa.types.is_null(array.type):
+        if pa.types.is_null(array.type):
             array = array.cast(pa.string())
-        textual = _is_text(array.type)
-        if not (textual or _is_list(array.type)):
+        array = cells.joined(array, "the impressions column")
+        textual = cells.is_text(array.type)
+        if not (textual or cells.is_list(array.type)):
             raise DataError(
                 f"the impressions column has type {array.type}; it must hold lists of item ids, or text with "
                 "data.source.columns.impressions_separator between them"
             )
-        lists = pc.split_pattern(array, separator) if textual else array
+        if textual:
+            refuse_other_separator(array, separator)
+        lists = cells.split_lists(array, separator) if textual else array
         lengths = np.asarray(pc.list_value_length(lists).fill_null(0)).astype(np.int64)
         self.row: IntArray = np.repeat(np.arange(len(array)), lengths)
         """[L] int64, the row of the column that lists each item."""
-        ids = decode(pc.list_flatten(lists))
-        if textual:
-            # Text that is no UTF-8 was split as bytes: its pieces are null, not blank, and so stay, as bad.
-            blank = np.asarray(pc.equal(pc.utf8_trim_whitespace(ids), "").fill_null(False))
-            ids, self.row = ids.filter(pa.array(~blank)), self.row[~blank]
+        ids, _ = cells.text_of(pc.list_flatten(lists))  # what is no UTF-8 is null, and so bad
         self.ids = IdColumn(ids, "shown item")
         self._num_rows = len(array)
 
@@ -151,10 +148,16 @@ def attach(columns: dict[str, npt.NDArray[Any]], impressions: Impressions, allow
     return len(item_row)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind))
+def refuse_other_separator(text: pa.Array, separator: str) -> None:
+    """Refuse a column of impressions whose ids have another separator between them than the declared one.
 
-
-def _is_list(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(kind) for is_kind in lists)
+    Raises:
+        DataError: with an example and the setting.
+    """
+    other = cells.other_separator(text, separator)
+    if other is not None and other.sure:
+        raise DataError(
+            f"impressions such as {other.example!r} hold {other.separator!r} and not "
+            f"data.source.columns.impressions_separator, which is {separator!r}; set it to what stands "
+            "between the ids"
+        )

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twotower.data.cells import refuse_long
 from twotower.data.chunks import BoolArray
 from twotower.errors import DataError
 
@@ -63,6 +64,7 @@ class Interner:
     def __init__(self) -> None:
         """Start empty."""
         self._rows: dict[str, int] = {}
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -70,11 +72,18 @@ class Interner:
     def add(self, ids: list[str]) -> None:
         """Give each id of ``ids`` that is new the next row, in order."""
         rows = self._rows
+        before = len(rows)
         for text in ids:
             rows.setdefault(text, len(rows))
+        if len(rows) > before:
+            self._grow(sum(len(text.encode()) for text in ids))
 
     def intern(self, column: IdColumn, keep: BoolArray) -> npt.NDArray[np.int32]:
-        """Return the rows of the ids where ``keep`` [n] is true, int32, new ids in first-appearance order."""
+        """Return the rows of the ids where ``keep`` [n] is true, int32, new ids in first-appearance order.
+
+        Raises:
+            DataError: all ids together are more text than a vocabulary can hold.
+        """
         codes, values = column.codes, column.values
         if not keep.all():
             codes = codes[keep]
@@ -84,9 +93,16 @@ class Interner:
             used = np.arange(len(values))
         rows = self._rows
         of_code = np.full(len(values) + 1, -1, dtype=np.int32)
-        texts = values.take(pa.array(used)).to_pylist()
-        of_code[used] = [rows.setdefault(text, len(rows)) for text in texts]
+        before = len(rows)
+        texts = values.take(pa.array(used))
+        of_code[used] = [rows.setdefault(text, len(rows)) for text in texts.to_pylist()]
+        new = of_code[used] >= before
+        self._grow(int(pc.sum(pc.binary_length(texts.filter(pa.array(new)))).as_py() or 0))
         return of_code[codes]
+
+    def _grow(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        refuse_long(self._bytes, f"a column of {len(self._rows):,} different ids")
 
     def ids(self) -> pa.StringArray:
         """Return the ids in row order."""

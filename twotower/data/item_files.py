@@ -7,8 +7,8 @@ import pyarrow as pa
 from twotower.config import DataConfig, FilesSource, TableConfig
 from twotower.data.chunks import BadRows, SideTable
 from twotower.data.prepare import refuse_duplicates, with_title
-from twotower.data.sources import tables
-from twotower.data.sources.files import read_side
+from twotower.data.sources.files import find_side, read_side
+from twotower.data.sources.tables import TableFile, find_tables
 
 
 def read_items(config: DataConfig, path: str) -> pa.Table:
@@ -45,10 +45,10 @@ def read_item_ids(config: DataConfig, path: str, setting: str) -> list[str]:
 
 
 def _read(config: DataConfig, path: str, setting: str) -> SideTable:
-    files = tables.find_files(path, setting)
     columns = _columns(config, path)
+    files = _find(config, columns, setting)
     for file in files:
-        there = tables.require_columns(file, {"the item's id": columns.id})
+        there = file.require({"the item's id": columns.id})
         if columns.title is not None and columns.title not in there:
             columns = columns.model_copy(update={"title": None})
     bad = BadRows(config.on_bad_rows)
@@ -69,17 +69,24 @@ def read_user_ids(config: DataConfig, path: str) -> list[str]:
     Raises:
         DataError: nothing is there, the column is missing, or a row has no readable id.
     """
-    source, column = config.source, "user_id"
+    source, columns = config.source, TableConfig(path=path, id="user_id")
     if isinstance(source, FilesSource):
-        column = source.columns.user if source.users is None else source.users.id
-    files = tables.find_files(path, "--users")
+        users = source.users or TableConfig(path=path, id=source.columns.user)
+        columns = users.model_copy(update={"path": path, "title": None})
+    files = _find(config, columns, "--users")
     for file in files:
-        tables.require_columns(file, {"the user's id": column})
+        file.require({"the user's id": columns.id})
     # A row that is passed over would be a user who is not forgotten.
     bad = BadRows("error")
-    side = read_side("user", TableConfig(path=path, id=column), files, bad)
+    side = read_side("user", columns, files, bad)
     bad.settle()
     return list(side.data.column("user_id").unique().to_pylist())
+
+
+def _find(config: DataConfig, table: TableConfig, setting: str) -> list[TableFile]:
+    if isinstance(config.source, FilesSource):
+        return find_side(config.source, table, setting)
+    return find_tables(table.path, setting)
 
 
 def _columns(config: DataConfig, path: str) -> TableConfig:

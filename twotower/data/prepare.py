@@ -26,6 +26,8 @@ from twotower.artefacts import (
 )
 from twotower.config import Config
 from twotower.data import filters
+from twotower.data.attributes import attribute_columns
+from twotower.data.cells import joined
 from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.dataset import ITEM_ROW, KIND, Dataset
 from twotower.data.fitting import as_categories, fit_features
@@ -37,7 +39,7 @@ from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
 from twotower.data.splits import assign_splits, count_ties
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
-from twotower.errors import ArtefactError, DataError, DownloadError
+from twotower.errors import ArtefactError, ConfigError, DataError, DownloadError
 from twotower.schema import KINDS, SPLITS, FeatureSchema
 
 PREPARE_VERSION = 2
@@ -136,6 +138,8 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
         items.add(item_side.data.column("item_id").to_pylist())
     if user_side is not None:
         refuse_duplicates(user_side, "user_id")
+    refuse_replaced(config, item_side, user_side)
+    of_tables = bad.count
     raw = read_interactions(source, config.data, items, bad)
     bad.settle()
     columns = raw.columns
@@ -148,6 +152,7 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     counts: dict[str, Any] = {
         "rows_read": raw.rows_read,
         "bad_rows": bad.count,
+        "bad_table_rows": of_tables,
         "bad_rows_by_reason": dict(bad.reasons),
         "outside_window": raw.outside_window,
     }
@@ -187,6 +192,32 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
     _write(
         config, source, directory, schema, interactions, user_ids, item_ids, item_table, user_table, counts
     )
+
+
+def refuse_replaced(config: Config, item_side: SideTable | None, user_side: SideTable | None) -> None:
+    """Refuse a feature or attribute of a file's own column whose name stands for another column.
+
+    Raises:
+        ConfigError: with the feature and the column.
+    """
+    used: dict[str, dict[str, str]] = {"item": {}, "user": {}}
+    for side, specs in (("item", config.features.item), ("user", config.features.query)):
+        for spec in specs:
+            column = getattr(spec, "source_column", None)
+            if column is not None:
+                used[side].setdefault(
+                    column, f"features.{'item' if side == 'item' else 'query'} {spec.name!r}"
+                )
+    for name, column in attribute_columns(config.index.attributes).items():
+        used["item"].setdefault(column, f"index.attributes.{name}")
+    for noun, table in (("item", item_side), ("user", user_side)):
+        for column, source in (table.replaced if table is not None else {}).items():
+            if table is not None and column in used[noun]:
+                what = f"column {source!r} of the file" if source else f"the number of an {noun}"
+                raise ConfigError(
+                    f"{used[noun][column]} asks for column {column!r} of {table.file}, but that name stands "
+                    f"for {what}; rename the column in the file"
+                )
 
 
 def refuse_duplicates(side: SideTable, column: str) -> None:
@@ -243,9 +274,11 @@ def with_title(table: pa.Table) -> pa.Table:
     """Return a table of items as item_id, title (text, null where there is none), and its other columns."""
     title = pa.nulls(table.num_rows, pa.string())
     if "title" in table.column_names:
-        # A column that happens to be called title and holds something else is no title.
-        with contextlib.suppress(DataError):
-            title = as_categories(pa.concat_arrays(table.column("title").chunks))
+        # One that data.source.items.title names was checked; this happens to be called so.
+        try:
+            title = as_categories(joined(table.column("title"), "column 'title'"))
+        except DataError as error:
+            progress.say(f"column 'title' of the item table is no title: {error}")
         table = table.drop_columns(["title"])
     table = table.append_column("title", title)
     first = ["item_id", "title"]

@@ -7,20 +7,27 @@ not given.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import datetime
 import hashlib
+import io
+import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.data.sources import tables
+from twotower.data import cells
+from twotower.data.sources import csv_files, finding, tables
+from twotower.data.sources.csv_records import LONGEST_CELL, Scanner
 from twotower.errors import DataError
 from twotower.hashing import sha256_file
 
@@ -33,7 +40,7 @@ _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _TEXTS = ("query_id", "user_id", "at")
 """Keys whose text is the value itself."""
 _STAMP = ("path", "size", "changed")
-_BOM = b"\xef\xbb\xbf"
+_BLOCK_BYTES = 8 << 20
 _BATCH_ROWS = 2_048
 
 
@@ -83,7 +90,7 @@ def find_query_files(path: str, setting: str) -> list[Path]:
     Raises:
         DataError: there are none, or a named file is of another kind.
     """
-    return tables.find_files(path, setting, tuple(SUFFIXES))
+    return finding.find_files(path, setting, tuple(SUFFIXES))
 
 
 def scan(path: Path, stride: int) -> QueryFile:
@@ -96,40 +103,32 @@ def scan(path: Path, stride: int) -> QueryFile:
     Raises:
         DataError: the file can not be read.
     """
-    stamp = tables.stamp(path)
+    stamp = finding.stamp(path)
     kind = next(kind for suffix, kind in SUFFIXES.items() if path.name.lower().endswith(suffix))
-    try:
+    with finding.readable(path, "file of queries"):
         if kind == "parquet":
             count = pq.read_metadata(path).num_rows
             places = [*range(0, count, stride), count]
             numbers = [place + 1 for place in places]
             return QueryFile(path, kind, sha256_file(path), count, (places, numbers), stride, stamp)
-        with open(path, "rb") as file:
-            lines = _Lines(file)
-            place, number = array("q"), array("q")
-            count = row = 0
-            begin = lines.skip_bom()
-            if kind == "jsonl":
-                records: Iterator[Any] = (line.strip() for line in lines)
-            else:
-                records = csv.reader(map(_latin, lines), delimiter=_DELIMITERS[kind])
-                _header(records, path)
-                begin, row = lines.place, 1
-            for record in records:
-                row += 1
-                if record:
-                    if count % stride == 0:
-                        place.append(begin)
-                        number.append(row)
-                    count += 1
-                begin = lines.place
-            place.append(lines.place)
-            number.append(row + 1)
-            return QueryFile(path, kind, lines.digest.hexdigest(), count, (place, number), stride, stamp)
-    except csv.Error as error:
-        raise DataError(f"{path} can not be read as CSV after row {row}: {error}") from None
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} can not be read: {error}") from None
+        blocks = _Blocks(path)
+        place, number = array("q"), array("q")
+        count, last = 0, 1
+        if kind == "jsonl":
+            records: Iterator[tuple[int, int, Any]] = _lines(blocks, blocks.begin)
+        else:
+            dialect = _dialect(path, kind)
+            scanner = Scanner(dialect.delimiter, len(dialect.names), judges_inside=False)
+            records = _records(scanner, blocks, blocks.begin)
+            next(records, None)  # the header
+        for begin, last, _ in records:
+            if count % stride == 0:
+                place.append(begin)
+                number.append(last)
+            count += 1
+        place.append(blocks.end)
+        number.append(last + 1)
+        return QueryFile(path, kind, blocks.digest.hexdigest(), count, (place, number), stride, stamp)
 
 
 def columns_of(path: Path, kind: Kind) -> list[str]:
@@ -139,11 +138,10 @@ def columns_of(path: Path, kind: Kind) -> list[str]:
         DataError: the file can not be read, or a name is there twice.
     """
     if kind == "parquet":
-        names = list(tables.columns_of(path))
-        if len(set(names)) < len(names):
-            raise DataError(f"{path} has more than one column of a name: {', '.join(names)}; rename them")
-        return names
-    return tables.csv_header(tables.opener(path), str(path), _DELIMITERS[kind]) if kind != "jsonl" else []
+        file = tables.TableFile(path)
+        file.refuse_repeated(file.columns)
+        return file.columns
+    return [] if kind == "jsonl" else _dialect(path, kind).names
 
 
 def read_rows(part: dict[str, Any]) -> Iterator[tuple[int, Any]]:
@@ -160,8 +158,8 @@ def read_rows(part: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     path, begin, end = Path(part["path"]), int(part["begin"]), int(part["end"])
     count = part["stop"] - part["start"]
     changed = DataError(f"{path} was changed while the job ran; run it again")
-    try:
-        if tables.stamp(path) != [part[name] for name in _STAMP]:
+    with finding.readable(path, "file of queries"):
+        if finding.stamp(path) != [part[name] for name in _STAMP]:
             raise changed
         if part["kind"] == "parquet":
             rows = _parquet_rows(path, begin, end)
@@ -170,8 +168,6 @@ def read_rows(part: dict[str, Any]) -> Iterator[tuple[int, Any]]:
         for number, values in rows:
             count -= 1
             yield number, values
-    except (OSError, pa.ArrowInvalid, csv.Error) as error:
-        raise DataError(f"{path} can not be read: {error}") from None
     if count:
         raise changed
 
@@ -180,67 +176,86 @@ def _parquet_rows(path: Path, begin: int, end: int) -> Iterator[tuple[int, Any]]
     number = begin
     for table in tables.parquet_rows(path, begin, end, _BATCH_ROWS):
         maps = [field.name for field in table.schema if pa.types.is_map(field.type)]
-        for row in table.to_pylist():
+        wrong: dict[int, DataError] = {}
+        for at, name in enumerate(table.column_names):
+            text, broken = cells.text_of(cells.joined(table.column(name), f"column {name!r} of {path.name}"))
+            table = table.set_column(at, name, text)
+            for row in [] if broken is None else np.flatnonzero(broken).tolist():
+                wrong[row] = DataError(f"{name} is not UTF-8")
+        for at, row in enumerate(table.to_pylist()):
             number += 1
             for name in maps:
                 row[name] = None if row[name] is None else dict(row[name])
-            yield number, _attempt(_of_columns, _plain(row))
+            yield number, wrong.get(at) or _attempt(_of_columns, _plain(row))
 
 
 def _text_rows(path: Path, kind: Kind, begin: int, end: int, number: int) -> Iterator[tuple[int, Any]]:
-    names = columns_of(path, kind)
-    with open(path, "rb") as file:
-        file.seek(begin)
-        lines = _Lines(file, end - begin)
-        if kind == "jsonl":
-            for line in lines:
-                if line.strip():
-                    yield number, _attempt(_of_json, line)
-                number += 1
-            return
-        for record in csv.reader(map(_latin, lines), delimiter=_DELIMITERS[kind]):
-            if record:
-                yield number, _attempt(_of_cells, names, record)
+    blocks = _Blocks(path, begin, end)
+    if kind == "jsonl":
+        for _, line, text in _lines(blocks, begin, number):
+            yield line, _attempt(_of_json, text)
+        return
+    dialect = _dialect(path, kind)
+    scanner = Scanner(dialect.delimiter, len(dialect.names), judges_inside=False)
+    for _, line, record in _records(scanner, blocks, begin, number):
+        yield line, record if isinstance(record, DataError) else _attempt(_of_cells, dialect, record)
+
+
+class _Blocks:
+    """A range of the bytes of a file in blocks, behind a mark of UTF-8; hashes what it reads."""
+
+    def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+        self._path = path
+        with open(path, "rb") as file:
+            head = file.read(len(codecs.BOM_UTF8))
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path} is UTF-16; files of queries are UTF-8, write it so")
+        if begin == 0 and head == codecs.BOM_UTF8:
+            begin = len(head)
+        self.begin, self.end = begin, path.stat().st_size if end is None else end
+        self.digest = hashlib.sha256(head[:begin] if end is None else b"")
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self.end - self.begin
+        with open(self._path, "rb") as file:
+            file.seek(self.begin)
+            while left > 0 and (block := file.read(min(left, _BLOCK_BYTES))):
+                left -= len(block)
+                self.digest.update(block)
+                yield block
+
+
+def _dialect(path: Path, kind: Kind) -> csv_files.Dialect:
+    text = csv_files.Text(finding.opener(path), str(path))
+    with finding.readable(path):
+        return csv_files.dialect_of(text, _DELIMITERS[kind])
+
+
+def _lines(blocks: Iterable[bytes], place: int, number: int = 1) -> Iterator[tuple[int, int, bytes]]:
+    """Yield place, number and text of each line that is not blank."""
+    rest = b""
+    for block in itertools.chain(blocks, [b"\n"]):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield place, number, line
+            place += len(line) + 1
             number += 1
 
 
-class _Lines:
-    """The lines of a file from where it stands, as bytes; counts and hashes them."""
-
-    def __init__(self, file: BinaryIO, length: int | None = None) -> None:
-        self._file = file
-        self._length = length
-        self.place = 0
-        """Bytes of the lines so far."""
-        self.digest = hashlib.sha256()
-
-    def skip_bom(self) -> int:
-        """Pass over a mark of the byte order, and return how long it is."""
-        if self._file.read(len(_BOM)) == _BOM:
-            self.digest.update(_BOM)
-            self.place = len(_BOM)
-        else:
-            self._file.seek(0)
-        return self.place
-
-    def __iter__(self) -> Iterator[bytes]:
-        for line in self._file:
-            if self._length is not None and self.place >= self._length:
-                return
-            self.place += len(line)
-            if self._length is None:
-                self.digest.update(line)
-            yield line
-
-
-def _latin(line: bytes) -> str:
-    """Return a character for each byte: quotes, commas and line ends are where they are in UTF-8."""
-    return line.decode("latin-1")
-
-
-def _header(records: Iterator[Any], path: Path) -> None:
-    if not next(records, None):
-        raise DataError(f"{path} is empty; a CSV file starts with a line of column names")
+def _records(
+    scanner: Scanner, blocks: Iterable[bytes], place: int, number: int = 1
+) -> Iterator[tuple[int, int, bytes | DataError]]:
+    """Yield place, line and text of each record, or what is wrong with the lines that are none."""
+    for found in scanner.records(blocks, number):
+        edges = [*found.starts.tolist(), len(found.data)]
+        places = zip(found.begins.tolist(), found.lines.tolist(), pairwise(edges), strict=True)
+        rows: list[tuple[int, int, bytes | DataError]]
+        rows = [(begin, line, found.data[a:b]) for begin, line, (a, b) in places]
+        for d in found.damages:
+            rows.append((d.begin, d.lines[0], DataError(f"is a line {d.reason}: {d.text}")))
+        for begin, line, record in sorted(rows, key=lambda row: row[0]):
+            yield place + begin, line, record
 
 
 def _attempt(function: Any, *arguments: Any) -> Any:
@@ -261,14 +276,18 @@ def _of_json(line: bytes) -> dict[str, Any]:
     return values
 
 
-def _of_cells(names: list[str], record: list[str]) -> dict[str, Any]:
-    if len(record) != len(names):
-        raise DataError(f"has {len(record)} columns instead of {len(names)}")
+def _of_cells(dialect: csv_files.Dialect, record: bytes) -> dict[str, Any]:
     try:
-        cells = [cell.encode("latin-1").decode() for cell in record]
+        text = record.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"is not UTF-8: {error}") from None
-    return _of_columns({name: cell for name, cell in zip(names, cells, strict=True) if cell})
+    csv.field_size_limit(LONGEST_CELL)
+    lines = io.StringIO(text, newline="")
+    values = next(csv.reader(lines, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced))
+    names = dialect.names
+    if len(values) != len(names):
+        raise DataError(f"has {len(values)} columns instead of {len(names)}")
+    return _of_columns({name: value for name, value in zip(names, values, strict=True) if value})
 
 
 def _of_columns(row: dict[str, Any]) -> dict[str, Any]:

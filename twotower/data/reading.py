@@ -19,6 +19,7 @@ from twotower import progress
 from twotower.config import DataConfig, FilesSource
 from twotower.data import times
 from twotower.data.chunks import BadRows, BoolArray, Chunk, RawSource, TimeUnit
+from twotower.data.fitting import as_categories
 from twotower.data.impressions import LISTED_BY, Impressions, ShownItems
 from twotower.data.interactions import COLUMNS
 from twotower.data.interning import IdColumn, Interner
@@ -88,14 +89,18 @@ def read_interactions(
     growing = {name: _Growing(kind) for name, kind in (COLUMNS | _SHOWN_COLUMNS).items()}
     has_impressions = isinstance(config.source, FilesSource) and config.source.columns.impressions is not None
     rows_read = outside = 0
+    known = bad.count  # of tables
     with progress.bar(source.num_rows, "reading", "interactions") as bar:
         for chunk in source.chunks(bad):
+            rows_read += bad.count - known  # what is no row of a chunk was read too
             columns, num_outside = _read_chunk(chunk, rules, users, items, shown, bad)
             for name, column in columns.items():
                 growing[name].append(column)
             rows_read += len(chunk.rows)
             outside += num_outside
             bar.update(len(chunk.rows))
+            known = bad.count
+    rows_read += bad.count - known
     joined = {name: column.finish() for name, column in growing.items()}
     num_shown, shown_rows = (joined.pop(name) for name in _SHOWN_COLUMNS)
     impressions = None
@@ -195,8 +200,7 @@ class _Check:
     def refuse(self, mask: BoolArray, reason: str, values: pa.Array | None) -> None:
         new = np.flatnonzero(mask & ~self.mask)
         if len(new):
-            shown = new[: self.bad.wants_examples(len(new))]
-            texts = None if values is None else values.take(pa.array(shown)).to_pylist()
+            texts = None if values is None else values.take(pa.array(new[:1])).to_pylist()
             self.bad.add(self.chunk.file, self.chunk.rows[new], reason, texts)
             self.mask |= mask
 
@@ -248,7 +252,7 @@ def _kinds(
     kind = np.zeros(n, dtype=np.int8)
     event_weight = np.ones(n, dtype=np.float64)
     if chunk.event is not None and rules.events is not None:
-        encoded = as_text(chunk.event, "event").dictionary_encode()
+        encoded = as_categories(chunk.event).dictionary_encode()
         names = encoded.dictionary.to_pylist()
         meanings = [rules.events.get(name) for name in names] + [None]
         codes = np.asarray(encoded.indices.fill_null(len(names)))

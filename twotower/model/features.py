@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from twotower.data.fitting import as_lists
 from twotower.errors import DataError
 from twotower.model.hashing import hashed_rows
 from twotower.schema import (
@@ -162,9 +163,7 @@ def split_values(spec: MultiHotFeature, column: pa.Array) -> pa.ListArray:
     """Return a multi_hot column as lists of text; blank pieces are left out."""
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), pa.list_(pa.string()))
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return column.cast(pa.list_(pa.string()))
-    return pc.split_pattern(_as_text(column), spec.separator)
+    return as_lists(column, spec.separator)
 
 
 def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> npt.NDArray[np.int32]:

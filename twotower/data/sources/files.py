@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower import progress
 from twotower.config import FilesSource, TableConfig
-from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, SideTable, TimeUnit
+from twotower.data import cells
+from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, IntArray, SideTable, TimeUnit
+from twotower.data.dataset import ITEM_ROW
+from twotower.data.fitting import as_categories
 from twotower.data.interning import IdColumn
 from twotower.data.sources import tables
+from twotower.data.sources.finding import stamp
+from twotower.data.sources.tables import TableFile
 from twotower.errors import ConfigError, DataError
 
 
@@ -41,21 +46,23 @@ class Files:
             for role in ("user", "item", "time", "value", "event", "impressions", "split")
             if (name := getattr(columns, role)) is not None
         }
-        self._interactions = tables.find_files(source.interactions, "data.source.interactions")
+        self._interactions = tables.find_tables(
+            source.interactions, "data.source.interactions", source.delimiter, source.encoding
+        )
         wanted = {f"data.source.columns.{role}": name for role, name in self._mapped.items()}
         for file in self._interactions:
-            tables.require_columns(file, wanted)
-        self._items = _table_files(source.items, "items")
-        self._users = _table_files(source.users, "users")
-        known = all(tables.is_parquet(f) for f in self._interactions)
+            file.require(wanted)
+        self._items = _table_files(source, source.items, "items")
+        self._users = _table_files(source, source.users, "users")
+        known = all(f.is_parquet for f in self._interactions)
         self.num_rows: int | None = (
-            sum(pq.read_metadata(f).num_rows for f in self._interactions) if known else None
+            sum(pq.read_metadata(f.path).num_rows for f in self._interactions) if known else None
         )
 
     def signature(self) -> dict[str, Any]:
         """Return path, size and time of change of every file."""
         groups = {"interactions": self._interactions, "items": self._items, "users": self._users}
-        return {name: [tables.stamp(f) for f in files] for name, files in groups.items()}
+        return {name: [stamp(f.path) for f in files] for name, files in groups.items()}
 
     def facts(self) -> dict[str, Any]:
         """Return the number of files read."""
@@ -79,33 +86,46 @@ class Files:
         # A row with a list is worth many.
         num_rows = max(CHUNK_ROWS // 16, 1) if "impressions" in self._mapped else CHUNK_ROWS
         for file in self._interactions:
-            for batch, rows in tables.read_batches(file, distinct, bad):
-                for start in range(0, batch.num_rows, num_rows):
-                    part = batch.slice(start, num_rows)
+            for batch, numbers in file.batches(distinct, bad):
+                texts = {name: cells.text_of(batch.column(at)) for at, name in enumerate(distinct)}
+                table, rows = tables.drop_undecoded(file.name, texts, numbers, bad)
+                for start in range(0, table.num_rows, num_rows):
+                    part = table.slice(start, num_rows).combine_chunks()
                     roles = {
-                        role: tables.non_empty(tables.decode(part.column(distinct.index(name))))
+                        role: tables.non_empty(cells.joined(part.column(name), f"column {name!r}"))
                         for role, name in self._mapped.items()
-                        if role != "impressions"
                     }
-                    if "impressions" in self._mapped:
-                        # Undecoded: a list that is no UTF-8 is a bad row, and none at all is not.
-                        roles["impressions"] = part.column(distinct.index(self._mapped["impressions"]))
                     yield Chunk(file=file.name, rows=rows[start : start + num_rows], **roles)
 
 
-def _table_files(table: TableConfig | None, name: str) -> list[Path]:
+def _table_files(source: FilesSource, table: TableConfig | None, name: str) -> list[TableFile]:
     if table is None:
         return []
-    found = tables.find_files(table.path, f"data.source.{name}.path")
+    found = find_side(source, table, f"data.source.{name}.path")
     wanted = {f"data.source.{name}.id": table.id}
     if table.title is not None:
         wanted[f"data.source.{name}.title"] = table.title
     for file in found:
-        tables.require_columns(file, wanted)
+        file.require(wanted)
     return found
 
 
-def read_side(side: str, config: TableConfig, files: list[Path], bad: BadRows) -> SideTable:
+def find_side(source: FilesSource, table: TableConfig, setting: str) -> list[TableFile]:
+    """Return the files of an item or user table.
+
+    Args:
+        source: says what form CSV files have where the table does not.
+        table: names the path.
+        setting: what the path was given by, for messages.
+
+    Raises:
+        DataError: there are none, or one of them is of another kind.
+    """
+    delimiter, encoding = table.delimiter or source.delimiter, table.encoding or source.encoding
+    return tables.find_tables(table.path, setting, delimiter, encoding)
+
+
+def read_side(side: str, config: TableConfig, files: list[TableFile], bad: BadRows) -> SideTable:
     """Return an item or user table: its id and title under our names, and its other columns.
 
     Args:
@@ -115,44 +135,57 @@ def read_side(side: str, config: TableConfig, files: list[Path], bad: BadRows) -
         bad: receives the rows without a readable id.
 
     Raises:
-        DataError: a file can not be read, or the files have different columns.
+        DataError: a file can not be read, the title is no text, or the files have different columns.
     """
-    parts = []
+    own = _own_names(side, config)
+    parts, replaced = [], set()
     for file in files:
-        table, rows = tables.read_table(file, bad)
+        table, rows = tables.read_table(file, bad, [n for n in (config.id, config.title) if n is not None])
         parts.append(_clean(side, config, file, table, rows, bad))
+        replaced |= {name for name, source in own.items() if name != source and name in table.column_names}
+    for name in sorted(replaced):
+        progress.say(
+            f"{files[0].name}: its own column {name!r} is not kept, for that name stands for the "
+            f"{side}'s {own[name] or 'row'}; rename it in the file to use it"
+        )
     try:
-        joined = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        joined = pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             f"the files of the {side} table do not have the same columns and types: {error}"
         ) from None
-    return SideTable(files[0].name if len(files) == 1 else f"{config.path}", joined)
+    name = files[0].name if len(files) == 1 else f"{config.path}"
+    columns = {n: cells.joined(joined.column(n), f"column {n!r} of {name}") for n in joined.column_names}
+    return SideTable(name, pa.table(columns), {n: own[n] for n in sorted(replaced)})
 
 
-def _clean(side: str, config: TableConfig, file: Path, table: pa.Table, rows: Any, bad: BadRows) -> pa.Table:
+def _own_names(side: str, config: TableConfig) -> dict[str, str]:
+    """Return the names that a dataset's table keeps for itself, each with the column that it comes from."""
+    titled = {} if config.title is None else {"title": config.title}
+    numbered = {ITEM_ROW: ""} if side == "item" else {}
+    return {f"{side}_id": config.id} | numbered | titled
+
+
+def _clean(
+    side: str, config: TableConfig, file: TableFile, table: pa.Table, rows: IntArray, bad: BadRows
+) -> pa.Table:
     """Return the rows of a table that have an id, with the id and the title under the names we use."""
-    ids = IdColumn(tables.non_empty(_one(table.column(config.id))), side)
+    array = {n: tables.non_empty(cells.joined(table.column(n), f"column {n!r}")) for n in table.column_names}
+    ids = IdColumn(array[config.id], side)
     broken = np.zeros(table.num_rows, dtype=np.bool_)
     for mask, reason in ids.problems():
         new = np.flatnonzero(mask & ~broken)
         if len(new):
-            shown = new[: bad.wants_examples(len(new))]
-            bad.add(file.name, rows[new], reason, ids.array.take(pa.array(shown)).to_pylist())
+            bad.add(file.name, rows[new], reason, ids.array.take(pa.array(new[:1])).to_pylist())
             broken |= mask
-    id_name = f"{side}_id"
-    reserved = {config.id, id_name, "item_row"} | ({"title"} if config.title is not None else set())
-    others = [n for n in table.column_names if n not in reserved]
-    columns = {id_name: ids.values.take(pa.array(ids.codes, mask=broken | (ids.codes < 0)))}
+    own = _own_names(side, config)
+    columns = {f"{side}_id": ids.values.take(pa.array(ids.codes, mask=broken | (ids.codes < 0)))}
     if config.title is not None:
-        columns["title"] = _one(table.column(config.title))
-    result = pa.table(columns | {n: tables.non_empty(_one(table.column(n))) for n in others})
-    return result.filter(pa.array(~broken))
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    wide = pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type)
-    return array.cast(pa.string()) if wide else array
+        try:
+            columns["title"] = as_categories(array[config.title])
+        except DataError as error:
+            raise DataError(
+                f"data.source.{side}s.title: column {config.title!r} of {file.name} is no title: {error}"
+            ) from None
+    others = {n: column for n, column in array.items() if n not in own and n != config.id}
+    return pa.table(columns | others).filter(pa.array(~broken))

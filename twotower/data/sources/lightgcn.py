@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from twotower.config import LightGCNSource
 from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, SideTable, TimeUnit
-from twotower.data.sources.tables import stamp
+from twotower.data.sources.finding import stamp
 from twotower.errors import DataError
 from twotower.hashing import sha256_file
 

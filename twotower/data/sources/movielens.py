@@ -14,9 +14,12 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from twotower.config import MovieLensSource
-from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, SideTable, TimeUnit
+from twotower.data import cells
+from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, IntArray, SideTable, TimeUnit
 from twotower.data.sources import tables
+from twotower.data.sources.csv_files import Dialect, Text, csv_batches, dialect_of
 from twotower.data.sources.download import fetch_zip
+from twotower.data.sources.finding import Opener
 from twotower.errors import DownloadError
 
 OFFICIAL = "https://files.grouplens.org/datasets/movielens"
@@ -108,18 +111,14 @@ class MovieLens:
         columns = names or ["userId", "movieId", "rating", "timestamp"]
         if names is None:
             with self._whole():
-                header = tables.csv_header(self._open_ratings, file, ",")
-            missing = [c for c in columns if c not in header]
-            if missing:
-                raise DownloadError(
-                    f"{file} in {self.fetched.path} lacks columns {', '.join(missing)}; get the zip again"
-                )
-        with self._whole():
-            for batch, rows in tables.csv_batches(self._open_ratings, file, columns, bad, delimiter, names):
-                for start in range(0, batch.num_rows, CHUNK_ROWS):
-                    part = batch.slice(start, CHUNK_ROWS)
-                    user, item, value, time = (tables.decode(c) for c in part.columns)
-                    yield Chunk(file, rows[start : start + CHUNK_ROWS], user, item, time=time, value=value)
+                dialect = dialect_of(Text(self._open_ratings, file), delimiter)
+        else:
+            dialect = Dialect(delimiter, names, has_header=False)
+        for table, rows in self._texts(self._open_ratings, file, dialect, columns, bad):
+            for start in range(0, table.num_rows, CHUNK_ROWS):
+                user, item, value, time = table.slice(start, CHUNK_ROWS).combine_chunks().columns
+                roles = {"time": time.chunk(0), "value": value.chunk(0)}
+                yield Chunk(file, rows[start : start + CHUNK_ROWS], user.chunk(0), item.chunk(0), **roles)
 
     def item_table(self, bad: BadRows) -> SideTable:
         """Return item_id, title, genres (joined by |, null without any) and year (int64, of the title)."""
@@ -169,9 +168,24 @@ class MovieLens:
                 yield row[0], row[1], row[2]
         else:
             columns = ["movieId", "title", "genres"]
-            for batch, _ in tables.csv_batches(lambda: self._open("items"), file, columns, bad):
-                texts = (tables.decode(c).fill_null("").to_pylist() for c in batch.columns)
-                yield from zip(*texts, strict=True)
+            dialect = dialect_of(Text(lambda: self._open("items"), file), ",")
+            for table, _ in self._texts(lambda: self._open("items"), file, dialect, columns, bad):
+                yield from zip(*(column.fill_null("").to_pylist() for column in table.columns), strict=True)
+
+    def _texts(
+        self, opener: Opener, file: str, dialect: Dialect, columns: list[str], bad: BadRows
+    ) -> Iterator[tuple[pa.Table, IntArray]]:
+        """Yield columns of a CSV file as text, with the line of each row."""
+        missing = [c for c in columns if c not in dialect.names]
+        if missing:
+            raise DownloadError(
+                f"{file} in {self.fetched.path} lacks columns {', '.join(missing)}; get the zip again"
+            )
+        places = [dialect.names.index(c) for c in columns]
+        with self._whole():
+            for batch, rows in csv_batches(Text(opener, file), dialect, places, bad):
+                texts = {c: cells.text_of(batch.column(at)) for at, c in enumerate(columns)}
+                yield tables.drop_undecoded(file, texts, rows, bad)
 
     def _split(
         self, role: str, separator: str, width: int, encoding: str, bad: BadRows

@@ -1,253 +1,225 @@
-"""CSV and Parquet files: which ones a path names, their columns, and bounded batches of their rows."""
+"""CSV and Parquet files as tables: their columns, and bounded batches of their rows."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import gzip
-import io
-import os
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from twotower.data.chunks import CHUNK_ROWS, BadRows, IntArray
+from twotower import progress
+from twotower.data import cells
+from twotower.data.chunks import CHUNK_ROWS, BadRows, BoolArray, IntArray
+from twotower.data.sources import csv_files, finding
 from twotower.errors import DataError
 
-_DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
-_PARQUET = (".parquet", ".pq")
-SUFFIXES = (*_DELIMITERS, *_PARQUET)
-"""Of tables."""
-_BLOCK_BYTES = 8 << 20
-Opener = Callable[[], BinaryIO]
+_REMEDY = "data.source.encoding says what CSV files are in, such as latin-1 or cp1252"
 
 
-def find_files(path: str, setting: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """Return the files that a path names, sorted by name: a file, a folder, or a glob.
+@dataclasses.dataclass(frozen=True)
+class TableFile:
+    """A CSV or Parquet file, and how it is read."""
+
+    path: Path
+    delimiter: str | None = None
+    """Between CSV columns; None takes it from the header."""
+    encoding: str = "utf-8"
+    """Of CSV text."""
+    partitions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Columns by the names of the folders that the file is in."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file, for messages."""
+        return self.path.name
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether the file is Parquet, by its name."""
+        return finding.suffix_of(self.path) in finding.PARQUET
+
+    @property
+    def text(self) -> csv_files.Text:
+        """The CSV file's text."""
+        return csv_files.Text(finding.opener(self.path), str(self.path), self.encoding)
+
+    @cached_property
+    def dialect(self) -> csv_files.Dialect:
+        """How the CSV file's columns are told apart.
+
+        Raises:
+            DataError: the file is empty, damaged or ambiguous.
+        """
+        kind = next(k for k in finding.DELIMITERS if k in (finding.suffix_of(self.path) or ""))
+        with finding.readable(self.path):
+            return csv_files.dialect_of(self.text, finding.DELIMITERS[kind], self.delimiter)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the columns in the file, and then of those that only its folders stand for.
+
+        Raises:
+            DataError: the file is empty or damaged.
+        """
+        return self._own + [name for name in self.partitions if name not in self._own]
+
+    def require(self, wanted: dict[str, str]) -> list[str]:
+        """Check that the file has the columns that settings name, each once, and return all its columns.
+
+        Args:
+            wanted: column name by the setting that names it.
+
+        Raises:
+            DataError: a column is not there, or there twice.
+        """
+        self.refuse_repeated(list(wanted.values()))
+        missing = {setting: name for setting, name in wanted.items() if name not in self.columns}
+        if missing:
+            asked = ", ".join(f"{name!r} ({setting})" for setting, name in missing.items())
+            hint = ""
+            if not self.is_parquet and self.delimiter is None:
+                other = csv_files.delimiter_with(self.text, list(wanted.values()))
+                hint = "" if other is None else f"; set data.source.delimiter: {other!r} to find all"
+            raise DataError(
+                f"{self.path} has no column {asked}; its columns are {', '.join(self.columns)}{hint}"
+            )
+        return self.columns
+
+    def refuse_repeated(self, names: Sequence[str]) -> None:
+        """Refuse a column of ``names`` that is there twice.
+
+        Raises:
+            DataError: with its name.
+        """
+        twice = sorted({name for name in names if self.columns.count(name) > 1})
+        if twice:
+            raise DataError(
+                f"{self.path} has more than one column {', '.join(map(repr, twice))}; rename them"
+            )
+
+    def batches(self, columns: Sequence[str], bad: BadRows) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
+        """Yield bounded batches of the named columns and each row's number.
+
+        CSV columns come as binary text, those of folders as text. Rows are numbered from 1 in Parquet, and by
+        their line in CSV.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        own = [name for name in columns if name in self._own]
+        batches = self._parquet(own) if self.is_parquet else self._csv(own, bad)
+        for batch, rows in batches:
+            arrays = {name: batch.column(at) for at, name in enumerate(own)}
+            for name in set(columns) - set(own):
+                value = pa.scalar(self.partitions[name], pa.string())
+                arrays[name] = pa.repeat(value, batch.num_rows)
+            yield pa.RecordBatch.from_pydict({name: arrays[name] for name in columns}), rows
+
+    @cached_property
+    def _own(self) -> list[str]:
+        if not self.is_parquet:
+            return self.dialect.names
+        with finding.readable(self.path, "Parquet file"):
+            return list(pq.read_schema(self.path).names)
+
+    def _csv(self, columns: list[str], bad: BadRows) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
+        places = [self.dialect.names.index(name) for name in columns]
+        with finding.readable(self.path):
+            for batch, rows in csv_files.csv_batches(self.text, self.dialect, places, bad):
+                arrays = batch.columns
+                if self.dialect.spaced:
+                    arrays = [pc.ascii_trim_whitespace(a.cast(pa.string(), safe=False)) for a in arrays]
+                yield pa.RecordBatch.from_arrays(arrays, names=columns), rows
+
+    def _parquet(self, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
+        start = 1
+        with finding.readable(self.path, "Parquet file"), pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
+                yield batch.select(columns), np.arange(start, start + batch.num_rows, dtype=np.int64)
+                start += batch.num_rows
+
+
+def find_tables(
+    path: str, setting: str, delimiter: str | None = None, encoding: str = "utf-8"
+) -> list[TableFile]:
+    """Return the CSV and Parquet files that a path names, sorted by name: a file, a folder, or a glob.
 
     Args:
         path: the path.
         setting: what it was given by, for messages.
-        suffixes: of the files wanted: CSV and Parquet.
+        delimiter: of CSV files, or None.
+        encoding: of CSV files.
 
     Raises:
-        DataError: there are none, or a named file is of another type.
+        DataError: there are none, or one of them is of another kind.
     """
-    expanded = os.path.expanduser(path)
-    root = Path(expanded)
-    if root.is_file():
-        _require(root, setting, suffixes)
-        return [root]
-    if root.is_dir():
-        inside = [p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))]
-        found = sorted(p for p in inside if _suffix(p, suffixes) is not None)
-        if not found:
-            raise DataError(f"{setting}: folder {root} holds no file of {', '.join(suffixes)}")
-        return found
-    found = sorted(Path(p) for p in glob.glob(expanded, recursive=True) if os.path.isfile(p))
-    if not found:
-        raise DataError(
-            f"{setting}: {path!r} names no file (from {os.getcwd()}); give a CSV or Parquet file, a "
-            "folder or a glob"
-        )
-    for file in found:
-        _require(file, setting, suffixes)
-    return found
+    return [
+        TableFile(file, delimiter, encoding, finding.partitions(path, file))
+        for file in finding.find_files(path, setting)
+    ]
 
 
-def is_parquet(path: Path) -> bool:
-    """Return whether a file is Parquet by its name."""
-    return _suffix(path) in _PARQUET
+def read_table(file: TableFile, bad: BadRows, wanted: Sequence[str]) -> tuple[pa.Table, IntArray]:
+    """Return a whole file as a table without dictionaries, with the number of each row.
 
-
-def stamp(path: Path) -> list[Any]:
-    """Return what changes when a file is written again: absolute path, size and time of change."""
-    status = path.stat()
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
-
-
-def columns_of(path: Path) -> list[str]:
-    """Return the column names of a CSV or Parquet file.
+    Text is string. A row with text that is no UTF-8 is bad; but a binary column of Parquet that is not among
+    ``wanted`` may hold something else than text, and then stays as it is.
 
     Raises:
-        DataError: the file is empty or damaged.
+        DataError: the file is damaged, has a name twice, or more text than a column can hold.
     """
-    if is_parquet(path):
-        try:
-            return list(pq.read_schema(path).names)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a readable Parquet file: {error}") from None
-    return csv_header(opener(path), str(path), _DELIMITERS[_require(path, "file", SUFFIXES)])
-
-
-def require_columns(path: Path, wanted: dict[str, str]) -> list[str]:
-    """Check that a file has the columns that settings name, and return all its columns.
-
-    Args:
-        path: The file.
-        wanted: Column name by the setting that names it.
-
-    Raises:
-        DataError: a column is not there.
-    """
-    there = columns_of(path)
-    missing = {setting: name for setting, name in wanted.items() if name not in there}
-    if missing:
-        asked = ", ".join(f"{name!r} ({setting})" for setting, name in missing.items())
-        raise DataError(f"{path} has no column {asked}; its columns are {', '.join(there)}")
-    return there
-
-
-def read_batches(path: Path, columns: list[str], bad: BadRows) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
-    """Yield bounded batches of the named columns and each row's number; CSV columns are binary text."""
-    if is_parquet(path):
-        yield from _parquet_batches(path, columns)
-    else:
-        yield from csv_batches(
-            opener(path), str(path), columns, bad, _DELIMITERS[_require(path, "file", SUFFIXES)]
-        )
-
-
-def read_table(path: Path, bad: BadRows) -> tuple[pa.Table, IntArray]:
-    """Return a whole file as a table, CSV columns as text, with the row number of each row."""
-    names = columns_of(path)
+    names = [name for name in file.columns if name]
+    file.refuse_repeated(names)
     batches, rows = [], []
-    for batch, numbers in read_batches(path, names, bad):
+    sizes = dict.fromkeys(names, 0)
+    for batch, numbers in file.batches(names, bad):
         batches.append(batch)
         rows.append(numbers)
+        for name, column in zip(names, batch.columns, strict=True):
+            sizes[name] += cells.text_bytes(column)
+            cells.refuse_long(sizes[name], f"column {name!r} of {file.name}")
     if not batches:
-        empty = {name: pa.array([], pa.string()) for name in names}
-        return pa.table(empty), np.empty(0, dtype=np.int64)
-    table = pa.Table.from_batches(batches).combine_chunks()
-    for at, name in enumerate(table.column_names):
-        if pa.types.is_binary(table.column(name).type) and not is_parquet(path):
-            text = decode(table.column(name).combine_chunks())
-            table = table.set_column(at, name, text)
-    return table, np.concatenate(rows)
+        return pa.table({name: pa.array([], pa.string()) for name in names}), np.empty(0, np.int64)
+    table = pa.Table.from_batches(batches)
+    columns = {}
+    blobs = []
+    for name in names:
+        column = cells.joined(table.column(name), f"column {name!r} of {file.name}")
+        array, broken = cells.text_of(column)
+        if broken is not None and file.is_parquet and cells.is_bytes(column.type) and name not in wanted:
+            blobs.append(name)
+            array, broken = column, None
+        columns[name] = (array, broken)
+    if blobs:
+        progress.say(f"{file.name}: {', '.join(map(repr, blobs))} hold bytes that are no text")
+    return drop_undecoded(file.name, columns, np.concatenate(rows), bad)
 
 
-def decode(array: pa.Array) -> pa.Array:
-    """Return binary text as strings, null where it is no UTF-8; other types are returned as they are."""
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if not pa.types.is_binary(array.type):
-        return array
-    try:
-        return array.cast(pa.string())
-    except pa.ArrowInvalid:
-        return pa.array([_utf8(b) for b in array.to_pylist()], pa.string())
-
-
-def csv_header(open_file: Opener, name: str, delimiter: str) -> list[str]:
-    """Return the column names in the first line of a CSV file.
-
-    Raises:
-        DataError: the file is empty, or a name is there twice.
-    """
-    with (
-        open_file() as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="") as text,
-    ):
-        header = next(csv.reader(text, delimiter=delimiter), [])
-    if not header:
-        raise DataError(f"{name} is empty; a CSV file starts with a line of column names")
-    twice = sorted({c for c in header if header.count(c) > 1})
-    if twice:
-        raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; rename them")
-    return header
-
-
-def csv_batches(
-    open_file: Opener,
-    name: str,
-    columns: list[str],
-    bad: BadRows,
-    delimiter: str = ",",
-    names: list[str] | None = None,
-) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
-    """Yield bounded batches of CSV columns as binary text, with the row number of each row.
+def drop_undecoded(
+    name: str, columns: dict[str, tuple[pa.Array, BoolArray | None]], rows: IntArray, bad: BadRows
+) -> tuple[pa.Table, IntArray]:
+    """Return columns as a table without the rows that hold something that is no UTF-8, and their numbers.
 
     Args:
-        open_file: Opens the file's bytes.
-        name: Name of the file, for messages.
-        columns: Columns wanted, in this order.
-        bad: Receives rows with a wrong number of columns.
-        delimiter: Between columns.
-        names: All column names of a file without a header line.
-
-    Raises:
-        DataError: the file is no CSV.
+        name: of the file.
+        columns: by name what ``cells.text_of`` returned.
+        rows: [n] int64, number of each row.
+        bad: receives these rows, each for its first such column.
     """
-    skipped: list[int] = []
-
-    def on_invalid(row: Any) -> str:
-        # Rows are numbered as in an editor: the header is row 1. ``number`` is known when one thread reads.
-        skipped.append(row.number)
-        reason = f"with {row.actual_columns} columns instead of {row.expected_columns}"
-        bad.add(name, [row.number], reason, [row.text[:80]])
-        return "skip"
-
-    header_rows = 0 if names else 1
-    emitted = 0
-    with open_file() as raw:
-        try:
-            reader = pa_csv.open_csv(
-                raw,
-                read_options=pa_csv.ReadOptions(
-                    use_threads=False, block_size=_BLOCK_BYTES, column_names=names
-                ),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter=delimiter, newlines_in_values=True, invalid_row_handler=on_invalid
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    include_columns=columns,
-                    column_types={c: pa.binary() for c in columns},
-                    strings_can_be_null=True,
-                    null_values=[""],
-                    quoted_strings_can_be_null=False,
-                ),
-            )
-            for batch in reader:
-                if not batch.num_rows:
-                    continue
-                yield batch, _row_numbers(emitted, batch.num_rows, skipped, header_rows)
-                emitted += batch.num_rows
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"{name} can not be read as CSV after row {emitted + header_rows}: {error}"
-            ) from None
-
-
-def opener(path: Path) -> Opener:
-    """Return a function that opens a file's bytes, unpacking .gz."""
-    if path.name.lower().endswith(".gz"):
-        return lambda: gzip.open(path, "rb")  # type: ignore[return-value]
-    return lambda: open(path, "rb")
-
-
-def _row_numbers(emitted: int, count: int, skipped: list[int], header_rows: int) -> IntArray:
-    """Return the numbers in the file of rows ``emitted`` to ``emitted + count - 1`` of those not skipped."""
-    good = np.arange(emitted, emitted + count, dtype=np.int64)
-    gone = np.asarray(skipped, dtype=np.int64) - header_rows - 1
-    before = gone - np.arange(len(gone))  # good rows in front of each skipped one
-    return good + np.searchsorted(before, good, side="right") + header_rows + 1
-
-
-def _parquet_batches(path: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
-    start = 1
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
-                yield batch.select(columns), np.arange(start, start + batch.num_rows, dtype=np.int64)
-                start += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+    table = pa.table({name: array for name, (array, _) in columns.items()})
+    gone = np.zeros(len(rows), np.bool_)
+    for column, (_, broken) in columns.items():
+        if broken is not None:
+            bad.add(name, rows[broken & ~gone], f"with a {column!r} that is not UTF-8 ({_REMEDY})")
+            gone |= broken
+    if not gone.any():
+        return table, rows
+    return table.filter(pa.array(~gone)), rows[~gone]
 
 
 def parquet_rows(
@@ -282,26 +254,3 @@ def non_empty(array: pa.Array) -> pa.Array:
     if not pa.types.is_string(array.type):
         return array
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(array), ""), None, array)
-
-
-def _utf8(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
-    name = path.name.lower()
-    return next((s for s in suffixes if name.endswith(s)), None)
-
-
-def _require(path: Path, setting: str, suffixes: Sequence[str]) -> str:
-    suffix = _suffix(path, suffixes)
-    if suffix is None:
-        raise DataError(f"{setting}: {path} is of no kind that can be read; use {', '.join(suffixes)}")
-    return suffix
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
