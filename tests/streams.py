@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,7 @@ def uneven_dataset(root: Path) -> tuple[Config, Dataset]:
         "user_row": user,
         "item_row": rng.integers(0, dataset.num_items, n).astype(np.int32),
         "time": time[np.lexsort((time, user))],
-        "weight": rng.choice([0.25, 1.0], n).astype(np.float32),
+        "weight": rng.choice([0.0, 0.25, 1.0], n, p=[0.1, 0.45, 0.45]).astype(np.float32),
         "kind": rng.choice(
             [KINDS[k] for k in ("positive", "negative", "seen_only")], n, p=[0.7, 0.2, 0.1]
         ).astype(np.int8),
@@ -59,6 +60,15 @@ def uneven_dataset(root: Path) -> tuple[Config, Dataset]:
     replaced = Dataset.open(dataset.path)
     assert len(replaced.interactions) == n
     return config, replaced
+
+
+def with_weights(dataset: Dataset, weights: list[float]) -> Dataset:
+    """Return a dataset with other weights of its interactions, drawn of these."""
+    changed = Dataset.open(dataset.path)
+    old = dataset.interactions
+    drawn = np.random.default_rng(6).choice(weights, len(old)).astype(np.float32)
+    changed.interactions = dataclasses.replace(old, weight=drawn)
+    return changed
 
 
 def with_train(config: Config, **train: object) -> Config:

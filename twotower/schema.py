@@ -21,6 +21,9 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: dict[SplitName, int] = {"train": 0, "validation": 1, "test": 2}
 """Code of each split in the ``split`` column (int8) of a prepared dataset."""
 
+MAX_WEIGHT = 1e15
+"""Largest weight of an interaction, in the data or in a request: sums and squares are 32-bit floats."""
+
 UNKNOWN_ROW = 0
 """Embedding row of an id or category that was not there when the dataset was prepared."""
 

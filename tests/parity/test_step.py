@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.parity.workers import assert_close, step_results
+from tests.streams import with_weights
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.training.assembly import Batch
@@ -33,12 +34,17 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
     rows = batch.share.item_rows[0]
     users = batch.share.user_rows[0]
     known = known_items(trainer, batch)
-    counts = np.maximum(trainer.source.item_counts(), 1) / trainer.source.rows_per_epoch
+    counts = trainer.source.item_counts()
+    drawn_share = np.maximum(counts, 1) / np.maximum(counts, 1).sum()
+    examples_share = counts / counts.sum()
     shared = np.concatenate([rows, trainer.assemble._drawn(batch_step(trainer))[0], memory[1].numpy()])
     candidates = torch.cat([items[: b + drawn], memory[0].double()])
     filled = int((memory[1] >= 0).sum())
     valid = rows >= 0
-    expected = (valid.sum() + negatives.popular + filled) * counts[shared] + negatives.uniform / len(counts)
+    expected = (valid.sum() - 1 + filled) * examples_share + negatives.popular * drawn_share
+    expected += negatives.uniform / len(counts)
+    weight = trainer.source.examples.weights(batch.share.rows).astype(float)
+    assert len(set(weight[valid])) > 2
     mined = trainer.assemble.mined
     assert mined is not None
     own = np.where(valid[:, None], mined[np.maximum(batch.share.rows, 0)], -1)
@@ -49,19 +55,15 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
         logits = []
         for c, item in enumerate(shared):
             same = item == rows[q] and c != q
-            if item < 0 or same or (c != q and item in known[q]):
+            if item < 0 or same or (c != q and (item in known[q] or item in own[q])):
                 continue
-            logits.append(queries[q] @ candidates[c] / temperature - LOG_Q * np.log(expected[c]))
+            logits.append(queries[q] @ candidates[c] / temperature - LOG_Q * np.log(expected[item]))
             if c == q:
                 positive = logits[-1]
-        for (at, h), vector in own_vectors.items():
+        for (at, _h), vector in own_vectors.items():
             if at == q:
-                item = own[q, h]
-                often = (valid.sum() + negatives.popular + filled) * counts[item]
-                often += negatives.uniform / len(counts) + 1
-                correction = LOG_Q * np.log(often) - np.log(negatives.own_weight)
-                logits.append(queries[q] @ vector / temperature - correction)
-        total = total + torch.logsumexp(torch.stack(logits), 0) - positive
+                logits.append(queries[q] @ vector / temperature + np.log(negatives.own_weight))
+        total = total + weight[q] * (torch.logsumexp(torch.stack(logits), 0) - positive)
         # The item looks for its query; other queries of its owners are none of its negatives.
         back = []
         for other in np.flatnonzero(valid):
@@ -71,9 +73,9 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
             back.append(items[q] @ queries[other] / temperature - user_share)
             if other == q:
                 mine = back[-1]
-        total = total + torch.logsumexp(torch.stack(back), 0) - mine
+        total = total + weight[q] * (torch.logsumexp(torch.stack(back), 0) - mine)
     assert len({int(u) for u in users[valid]}) < valid.sum(), "no user twice: nothing of his was left out"
-    return total / (2 * valid.sum())
+    return total / (2 * weight.sum())
 
 
 def batch_step(trainer: Trainer) -> int:
@@ -98,7 +100,7 @@ def test_a_step_equals_the_oracle(chunk: int | None, small_config: Config, small
             "mined": {"per_query": 2, "skip": 2, "window": 20},
         },
     }
-    trainer = Trainer(parse_config(values), small_dataset, World(), "train")
+    trainer = Trainer(parse_config(values), with_weights(small_dataset, [0.25, 1, 3, 7, 0]), World(), "train")
     rest = trainer.source.rows_per_epoch % 61
     assert 3 < rest < 61
     step_results(trainer, [0], update=False)  # fills the memory, and gives mined lists

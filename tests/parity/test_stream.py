@@ -46,7 +46,7 @@ def _worker(rank: int, size: int, port: int, config: dict, dataset_path: str, ou
     found = {
         "keys": [keys_of(shares) for shares in [*epochs, resumed]],
         "rows": [
-            [(share.item_rows, share.user_rows, share.user_counts) for share in shares]
+            [(share.item_rows, share.user_rows, share.user_counts, share.weights) for share in shares]
             for shares in [*epochs, resumed]
         ],
         "results": step_results(trainer, STEPS),
@@ -101,13 +101,15 @@ def test_every_rank_knows_the_rows_of_all(uneven: tuple[Config, Dataset], ranks:
         for rank in ranks[1:]:
             for mine, theirs in zip(ranks[0]["rows"][0][step], rank["rows"][0][step], strict=True):
                 assert (mine == theirs).all()
-        items, users, counts = ranks[0]["rows"][0][step]
+        items, users, counts, weights = ranks[0]["rows"][0][step]
         for number, rank in enumerate(ranks):
             rows = np.array([of_key[int(k)] for k in rank["keys"][0][step]], np.int64)
             there = items[number] >= 0
             assert (items[number][there] == examples.item_rows(rows)).all()
             assert (users[number][there] == examples.user_rows(rows)).all()
             assert (counts[number][there] == examples.user_counts(rows)).all()
+            assert (weights[number][there] == examples.weights(rows)).all()
+            assert (weights[number][~there] == 0).all()
             assert (users[number][~there] == -1).all()
 
 
@@ -135,6 +137,7 @@ class _Recorded(MemorySource):
                 examples.item_rows(rows)[None],
                 examples.user_rows(rows)[None],
                 examples.user_counts(rows)[None],
+                examples.weights(rows)[None],
             )
 
 

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "batch norm": {},
+    "without weights": {"loss": {"weights": "none"}},
 }
 
 
@@ -52,7 +53,7 @@ def variant(small_config: Config, name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Events of 240 users: three of four are positive, the others are explicit negatives."""
+    """Events of 240 users: three of four are positive, of two weights, the others are explicit negatives."""
     folder = tmp_path_factory.mktemp("events")
     rng = np.random.default_rng(8)
     count = 5_000
@@ -62,7 +63,7 @@ def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> D
         rng.integers(0, 240, count),
         np.minimum(rng.exponential(30, count).astype(int), 179),
         rng.integers(1_600_000_000, 1_700_000_000, count),
-        rng.choice(["buy", "buy", "buy", "skip"], count),
+        rng.choice(["buy", "view", "view", "skip"], count),
         strict=True,
     )
     text = "\n".join(",".join(map(str, row)) for row in rows)
@@ -73,7 +74,7 @@ def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> D
         "kind": "files",
         "interactions": str(folder / "events.csv"),
         "columns": {"time": "timestamp", "event": "event", "time_unit": "s"},
-        "events": {"buy": 1.0, "skip": "negative"},
+        "events": {"buy": 1.0, "view": 0.3, "skip": "negative"},
         "items": {"path": str(folder / "items.csv"), "id": "item_id"},
     }
     return prepare(parse_config(values))

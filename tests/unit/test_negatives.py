@@ -22,9 +22,26 @@ def test_drawn_candidates_are_as_frequent_as_expected() -> None:
         batch = rng.choice(len(COUNTS), 50, p=COUNTS / COUNTS.sum())
         seen += np.bincount(np.concatenate([drawn, batch]), minlength=len(COUNTS))
     expected = sampler.expected_count(np.arange(len(COUNTS)), batch=50, memory=0)
-    # Item 1 is in no batch, but counts as if it had been seen once.
+    # Item 1 is in no batch, but is drawn as if it had been seen once.
     assert seen / steps == pytest.approx(expected, rel=0.03, abs=0.12)
     assert expected[0] / expected[1] > 8
+
+
+@pytest.mark.parametrize("memory", [0, 300])
+def test_expected_counts_add_up_to_the_candidates_whatever_has_examples(memory: int) -> None:
+    counts = np.zeros(2_000, np.int64)
+    counts[::40] = np.random.default_rng(4).integers(1, 30, 50)
+    sampler = CandidateSampler(counts, NegativesConfig(uniform=64, popular=128), seed=3)
+    expected = sampler.expected_count(np.arange(2_000), batch=256, memory=memory)
+    assert expected.sum() == pytest.approx(448 + memory, rel=1e-5)
+    assert expected.min() > 0
+
+
+def test_an_item_that_can_not_be_a_candidate_has_a_correction_that_is_a_number() -> None:
+    sampler = CandidateSampler(COUNTS, NegativesConfig(), seed=3)
+    assert sampler.expected_count(np.arange(7), batch=50, memory=9)[1] == 0
+    for batch in (1, 50):
+        assert np.isfinite(sampler.log_q(np.array([0, 1, 2, -1]), batch, memory=0)).all()
 
 
 def test_a_step_draws_the_same_on_every_rank_and_another_step_others() -> None:

@@ -29,10 +29,11 @@ from twotower.retrieval.groups import (
     unpack_hits,
     unpack_search,
 )
-from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, UnknownItemError
+from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
+from twotower.schema import MAX_WEIGHT
 
 QUERIES = [
     *(Query(k=9, user_id=str(u)) for u in range(NUM_USERS)),

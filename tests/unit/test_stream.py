@@ -148,6 +148,7 @@ def test_a_streamed_example_knows_what_it_knows_in_memory(
         assert (share.item_rows[0][: len(mine)] == memory.item_rows(theirs)).all()
         assert (share.user_rows[0][: len(mine)] == memory.user_rows(theirs)).all()
         assert (share.user_counts[0][: len(mine)] == memory.user_counts(theirs)).all()
+        assert (share.weights[0][: len(mine)] == memory.weights(theirs)).all()
         queries = share.examples.queries(mine)
         assert same_features(queries, memory.queries(theirs))
         history = queries["history"]

@@ -24,6 +24,9 @@ class LossConfig(Section):
     """Leave out in-batch negatives that are the positive item itself."""
     mask_known_positives: bool = True
     """Leave out negatives that the user has interacted with elsewhere in the fitted data."""
+    weights: Literal["none", "interaction"] = "interaction"
+    """What an example weighs in the loss: as much as every other, or its interaction's weight (that of its
+    event type times that of ``data.positives.weight``), where 0 is no example at all."""
     symmetric: bool = False
     """Add the loss of each item finding its query among the batch's queries; both count half."""
 
@@ -72,8 +75,8 @@ class NegativesConfig(Section):
     mined: MinedConfig = MinedConfig()
     """Mined hard negatives."""
     own_weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often an explicit or mined negative counts in its query's softmax: 1 keeps the sum over the
-    catalogue unbiased, where it weighs little; more makes it harder."""
+    """How often an explicit or mined negative counts in its query's softmax: with 1 as often as every other
+    item does on average, so that the sum over the catalogue stays unbiased; more makes it harder."""
 
 
 class EarlyStoppingConfig(Section):

@@ -29,7 +29,7 @@ class Block:
     start: int
     end: int
     num_examples: int
-    """Positive interactions with a catalogue item among them, in the split that was asked for."""
+    """Examples among them, in the split that was asked for."""
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -49,7 +49,9 @@ class BlockIndex:
         return sum(block.num_examples for block in self.blocks)
 
     @classmethod
-    def scan(cls, path: Path, block_rows: int, num_catalogue_items: int, split: int | None) -> BlockIndex:
+    def scan(
+        cls, path: Path, block_rows: int, num_catalogue_items: int, split: int | None, weighted: bool = True
+    ) -> BlockIndex:
         """Cut a file of interactions into blocks and count, in one pass over the columns that this needs.
 
         Args:
@@ -57,12 +59,13 @@ class BlockIndex:
             block_rows: the most rows of a block; one user with more rows is a block of its own.
             num_catalogue_items: examples are of item rows below it.
             split: a code of ``schema.SPLITS``; examples are of every split when None.
+            weighted: as for ``is_example``.
         """
         blocks: list[Block] = []
         item_counts = np.zeros(num_catalogue_items, np.int64)
         start = 0
-        for columns in whole_users(path, ["user_row", "item_row", "kind", "split"]):
-            example = is_example(columns, num_catalogue_items)
+        for columns in whole_users(path, ["user_row", "item_row", "weight", "kind", "split"]):
+            example = is_example(columns, num_catalogue_items, weighted)
             if split is not None:
                 example &= columns["split"] == split
             item_counts += np.bincount(columns["item_row"][example], minlength=num_catalogue_items)
@@ -74,12 +77,18 @@ class BlockIndex:
         return cls(blocks, item_counts)
 
 
-def is_example(columns: Columns, num_catalogue_items: int) -> npt.NDArray[np.bool_]:
-    """Return which rows are positive interactions with a catalogue item, [n] bool."""
+def is_example(columns: Columns, num_catalogue_items: int, weighted: bool = True) -> npt.NDArray[np.bool_]:
+    """Return which rows are examples of training: positive interactions with a catalogue item, [n] bool.
+
+    Args:
+        columns: item_row, kind and weight [n].
+        num_catalogue_items: items of other rows are no examples.
+        weighted: what weighs nothing is no example; otherwise weights are not looked at.
+    """
     found: npt.NDArray[np.bool_] = (columns["kind"] == KINDS["positive"]) & (
         columns["item_row"] < num_catalogue_items
     )
-    return found
+    return found & (columns["weight"] > 0) if weighted else found
 
 
 def whole_users(path: Path, names: Sequence[str] = tuple(COLUMNS)) -> Iterator[Columns]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from twotower.data.chunks import BoolArray
 from twotower.data.interactions import count_rows, user_blocks
-from twotower.schema import KINDS
+from twotower.schema import KINDS, MAX_WEIGHT
 
 Columns = dict[str, npt.NDArray[Any]]
 Repeats = Literal["first", "last", "sum", "keep"]
@@ -53,9 +53,9 @@ def reduce_repeats(columns: Columns, policy: Repeats) -> int:
 
     Positive and negative interactions are opinions and are reduced together: with ``last`` a later negative
     replaces an earlier positive. ``sum`` keeps the last opinion, with the sum of the weights of the opinions
-    of its own kind. A seen_only interaction never displaces an opinion: it goes where the pair has an
-    opinion, at whatever time, and is reduced to the first or (last, sum) the last where it has none.
-    ``keep`` keeps every row.
+    of its own kind, at most ``MAX_WEIGHT``. A seen_only interaction never displaces an opinion: it goes where
+    the pair has an opinion, at whatever time, and is reduced to the first or (last, sum) the last where it
+    has none. ``keep`` keeps every row.
 
     Args:
         columns: Sorted columns, with their splits.
@@ -100,7 +100,7 @@ def _first_or_last(columns: Columns, policy: Repeats) -> BoolArray:
         weight = np.where(alike, columns["weight"][order].astype(np.float64), 0.0)
         sums = np.add.reduceat(weight, starts)
         has_opinion = num_opinions > 0
-        columns["weight"][order[chosen][has_opinion]] = sums[has_opinion].astype(np.float32)
+        columns["weight"][order[chosen][has_opinion]] = np.minimum(sums[has_opinion], MAX_WEIGHT)
     kept = np.zeros(n, dtype=np.bool_)
     kept[order[chosen]] = True
     return kept

@@ -7,7 +7,6 @@ more a row, and 4 for each item shown.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from twotower.data.impressions import LISTED_BY, Impressions, ShownItems
 from twotower.data.interactions import COLUMNS
 from twotower.data.interning import IdColumn, Interner
 from twotower.errors import ConfigError, DataError
-from twotower.schema import KINDS, SPLITS
+from twotower.schema import KINDS, MAX_WEIGHT, SPLITS
 
 NO_SPLIT = -1
 """Split code of a row that has not been split yet."""
@@ -71,8 +70,8 @@ def read_interactions(
 ) -> RawInteractions:
     """Return all good interactions of a source inside the configured window.
 
-    The weight of a positive interaction is that of ``data.positives.weight`` times that of its event type;
-    all other kinds weigh 1.
+    The weight of a positive interaction is that of ``data.positives.weight`` times that of its event type,
+    from 0 to ``MAX_WEIGHT``; all other kinds weigh 1.
 
     Args:
         source: Where the chunks come from.
@@ -180,12 +179,12 @@ def _events(source: FilesSource) -> dict[str, tuple[int, float]] | None:
     for name, meaning in source.events.items():
         if isinstance(meaning, str):
             meanings[name] = (KINDS[meaning], 1.0)
-        elif math.isfinite(meaning) and meaning > 0:
+        elif 0 < meaning <= MAX_WEIGHT and np.float32(meaning) > 0:
             meanings[name] = (KINDS["positive"], float(meaning))
         else:
             raise ConfigError(
-                f"data.source.events.{name} is {meaning}; a weight must be above 0, and an event that is no "
-                "liking is negative or seen_only"
+                f"data.source.events.{name} is {meaning}; a weight must be above 0 and at most "
+                f"{MAX_WEIGHT:g}, and an event that is no liking is negative or seen_only"
             )
     return meanings
 
@@ -287,7 +286,12 @@ def _kinds(
             low, high = rules.value_range
             weight = np.clip((value - low) / (high - low), 0, 1)
     weight = np.where(kind == KINDS["positive"], weight * event_weight, 1.0)
-    return kind, weight.astype(np.float32)
+    check.refuse(~(weight <= MAX_WEIGHT), f"with a weight above {MAX_WEIGHT:g}", chunk.value)
+    # Rounded to nothing it would silently be no example of training.
+    weight = np.where(weight <= MAX_WEIGHT, weight, 0.0)
+    rounded = weight.astype(np.float32)
+    check.refuse((rounded == 0) & (weight > 0), "with a weight that 32-bit floats round to 0", chunk.value)
+    return kind, rounded
 
 
 def _given_split(chunk: Chunk, check: _Check) -> npt.NDArray[np.int8]:

@@ -20,8 +20,9 @@ from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError, NotAllowedError
 from twotower.model.features import Columns, encode_columns
-from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, Strategy
+from twotower.retrieval.query import HistoryItem, Query, Strategy
 from twotower.schema import (
+    MAX_WEIGHT,
     CategoricalFeature,
     FeatureSchema,
     FittedFeature,

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from twotower.errors import NotAllowedError
 
-MAX_WEIGHT = 1e15
-"""Largest weight of an item of a history, either way: sums and squares of them are 32-bit floats."""
 Strategy = Literal["personal", "history", "features", "popular", "similar"]
 
 
@@ -26,7 +24,7 @@ class HistoryItem:
     time: int | None = None
     """Microseconds UTC; an item without a time counts at every moment."""
     weight: float = 1.0
-    """Weight of the interaction, at most ``MAX_WEIGHT`` either way."""
+    """Weight of the interaction, at most ``schema.MAX_WEIGHT`` either way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from twotower.errors import NotAllowedError
-from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query
+from twotower.retrieval.query import HistoryItem, Query
+from twotower.schema import MAX_WEIGHT
 
 MAX_ID_LENGTH = 1024
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)

@@ -81,8 +81,8 @@ class Batch:
     """[o] int64, where each own negative belongs in a flat [b * H]."""
     own_log_q: torch.Tensor
     """[b, H] float32, infinite where there is none."""
-    known: tuple[torch.Tensor, torch.Tensor] | None
-    """Offsets [b + 1] and item rows: what the users have had of the candidates."""
+    left_out: tuple[torch.Tensor, torch.Tensor] | None
+    """Offsets [b + 1] and item rows: what the users have had of the candidates, and the own negatives."""
 
     def pinned(self) -> Batch:
         """Return the batch with its large part, the towers' rows, in pinned memory."""
@@ -135,29 +135,25 @@ class Assembler:
         in_use = self._memory_in_use(step)
         shared = np.concatenate([share.item_rows, drawn], axis=1).ravel()
         candidates = np.concatenate([shared, in_use])
-        batch, remembered = share.size, int((in_use >= 0).sum())
-
-        def log_q(item_rows: IntArray, certain: int) -> torch.Tensor:
-            expected = self._sampler.expected_count(item_rows, batch, remembered) + certain
-            return torch.from_numpy(np.log(expected) * np.float32(self._loss.log_q))
-
-        known = None
+        log_q = self._sampler.log_q(candidates, share.size, int((in_use >= 0).sum()))
+        # An own negative is there for certain and needs no estimate: it counts ``own_weight``, and copies of
+        # it that come by chance, which would count once more on average, are left out.
+        own_log_q = np.where(own >= 0, -math.log(self._negatives.own_weight), np.inf).astype(np.float32)
+        left_out = None
         if self._loss.mask_known_positives:
-            offsets, known_rows = examples.known_positives(share.rows, candidates)
-            known = torch.from_numpy(offsets), torch.from_numpy(known_rows)
+            left_out = examples.known_positives(share.rows, candidates)
+        if own.shape[1]:
+            left_out = _with_own(left_out, own)
         return Batch(
             share,
             Side(queries, query_keys, torch.from_numpy(share.rows >= 0)),
             Side(items, item_keys, torch.from_numpy(rows >= 0)),
             b + m,
             torch.from_numpy(candidates),
-            log_q(candidates, 0),
+            torch.from_numpy(log_q * np.float32(self._loss.log_q)),
             torch.from_numpy(own_place),
-            # An own negative is among its query's candidates for certain, and by chance as any other item.
-            (log_q(own, 1) - math.log(self._negatives.own_weight)).masked_fill_(
-                torch.from_numpy(own < 0), torch.inf
-            ),
-            known,
+            torch.from_numpy(own_log_q),
+            None if left_out is None else (torch.from_numpy(left_out[0]), torch.from_numpy(left_out[1])),
         )
 
     def _drawn(self, step: int) -> IntArray:
@@ -170,23 +166,34 @@ class Assembler:
         return np.concatenate([drawn, np.full(each * size - len(drawn), -1)]).reshape(size, each)
 
     def _own(self, share: Share) -> IntArray:
-        """Return the own negatives of the share's queries, [b, H], -1 where there is none."""
-        parts = []
+        """Return the own negatives of the share's queries, [b, H] different items, -1 where there is none."""
+        own = np.empty((len(share.rows), 0), np.int64)
         if self._negatives.explicit:
-            parts.append(share.examples.explicit_negatives(share.rows, self._negatives.explicit))
+            own = share.examples.explicit_negatives(share.rows, self._negatives.explicit)
         if self._negatives.mined.per_query:
             shape = (len(share.rows), self._negatives.mined.per_query)
             mined = np.full(shape, -1) if self.mined is None else self.mined[np.maximum(share.rows, 0)]
-            parts.append(np.where((share.rows < 0)[:, None], -1, mined))
-        if not parts:
-            return np.empty((len(share.rows), 0), np.int64)
-        return np.concatenate(parts, axis=1).astype(np.int64)
+            # An explicit negative that is mined too is one negative.
+            gone = (share.rows < 0)[:, None] | (mined[:, :, None] == own[:, None, :]).any(2)
+            own = np.concatenate([own, np.where(gone, -1, mined)], axis=1)
+        return own
 
     def _memory_in_use(self, step: int) -> IntArray:
         """Return the items of the memory, [K] with -1 where it is not filled, or [0] before it begins."""
         if step < self._negatives.memory_start:
             return np.empty(0, np.int64)
         return self._memory.item_rows.numpy().copy()
+
+
+def _with_own(left_out: tuple[IntArray, IntArray] | None, own: IntArray) -> tuple[IntArray, IntArray]:
+    """Return compressed rows of items, offsets [b + 1] and item rows, with own negatives [b, H] added."""
+    query, place = np.nonzero(own >= 0)
+    items, counts = own[query, place], np.bincount(query, minlength=len(own))
+    if left_out is not None:
+        lengths = np.diff(left_out[0])
+        query = np.concatenate([np.repeat(np.arange(len(own)), lengths), query])
+        items, counts = np.concatenate([left_out[1], items]), counts + lengths
+    return np.concatenate([[0], np.cumsum(counts)]), items[np.argsort(query, kind="stable")]
 
 
 def _forgetful(features: list[FittedFeature], batch: FeatureBatch, keys: torch.Tensor) -> FeatureBatch:

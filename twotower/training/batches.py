@@ -37,11 +37,21 @@ class Share:
     """[W, b] int64, the users of all ranks, -1 padding."""
     user_counts: IntArray
     """[W, b] int64, how many examples each of these users has."""
+    weights: npt.NDArray[np.float32]
+    """[W, b] float32, what each of these examples weighs in the loss, 0 for padding."""
 
     @property
     def size(self) -> int:
         """Examples of the global batch, padding left out."""
         return int((self.item_rows >= 0).sum())
+
+    def loss_weights(self, rank: int) -> npt.NDArray[np.float32]:
+        """Return the share of each example of a rank in the weight of the global batch, [b] float32.
+
+        In double precision until the end: equal weights give 1 / ``size`` to the bit, however small they are.
+        """
+        weights = self.weights.astype(np.float64)
+        return (weights[rank] / weights.sum()).astype(np.float32)
 
 
 class MemorySource:
@@ -92,4 +102,5 @@ class MemorySource:
                 self.examples.item_rows(padded).reshape(shape),
                 self.examples.user_rows(padded).reshape(shape),
                 self.examples.user_counts(padded).reshape(shape),
+                self.examples.weights(padded).reshape(shape),
             )

@@ -1,8 +1,9 @@
 """Training interactions in memory as examples, and the towers' inputs of them.
 
-An example is a positive interaction of the fitted split with a catalogue item. Its query knows what the
-user did strictly before the interaction's time inside the fitted split (``docs/knowledge.md``); where there
-are no times, the user's other interactions of that split.
+An example is a positive interaction of the fitted split with a catalogue item, and weighs in the loss what
+the interaction weighs; one that weighs nothing is no example, and is in the history of others all the same.
+Its query knows what the user did strictly before the interaction's time inside the fitted split
+(``docs/knowledge.md``); where there are no times, the user's other interactions of that split.
 ``Examples`` holds all users, or those of a part of the stream.
 
 Shapes: B rows of a batch, n examples, C candidates, H history length.
@@ -73,6 +74,7 @@ class Examples:
         fitted: Interactions,
         user_rows: IntArray | None = None,
         with_explicit: bool = False,
+        weighted: bool = True,
     ) -> None:
         """Take the fitted interactions of some users.
 
@@ -81,6 +83,7 @@ class Examples:
             fitted: all interactions of these users that may be trained on.
             user_rows: row in the user table of each user of ``fitted``; the same number when not given.
             with_explicit: keep their negative interactions too, for ``explicit_negatives``.
+            weighted: look at the weights of interactions; otherwise every one is an example that weighs 1.
         """
         self.inputs = inputs
         self.histories = Histories.of(fitted)
@@ -88,7 +91,11 @@ class Examples:
         self._user_of = np.repeat(
             np.arange(self.histories.num_users, dtype=np.int32), np.diff(self.histories.offsets)
         )
-        self._examples = np.flatnonzero(self.histories.item_rows < inputs.num_catalogue_items)
+        self._weighted = weighted
+        is_example = self.histories.item_rows < inputs.num_catalogue_items
+        if weighted:
+            is_example &= self.histories.weights > 0
+        self._examples = np.flatnonzero(is_example)
         self._user_counts = np.bincount(self._user_of[self._examples], minlength=self.histories.num_users)
         self._explicit = (
             ExplicitNegatives.of(fitted, inputs.num_catalogue_items, inputs.has_times)
@@ -98,7 +105,14 @@ class Examples:
         self._wanted = np.zeros(inputs.num_items, bool)
 
     @classmethod
-    def of(cls, dataset: Dataset, inputs: TowerInputs, fit: Fit, with_explicit: bool = False) -> Examples:
+    def of(
+        cls,
+        dataset: Dataset,
+        inputs: TowerInputs,
+        fit: Fit,
+        with_explicit: bool = False,
+        weighted: bool = True,
+    ) -> Examples:
         """Return all examples of a dataset's fitted split.
 
         Args:
@@ -106,16 +120,14 @@ class Examples:
             inputs: of that dataset.
             fit: the train split, or every interaction.
             with_explicit: keep negative interactions too.
+            weighted: look at the weights of interactions.
 
         Raises:
-            TrainingError: there is no positive interaction with a catalogue item in it.
+            TrainingError: there is none.
         """
-        examples = cls(inputs, fitted_part(dataset.interactions, fit), None, with_explicit)
+        examples = cls(inputs, fitted_part(dataset.interactions, fit), None, with_explicit, weighted)
         if len(examples) == 0:
-            raise TrainingError(
-                f"dataset {dataset.path} has no positive interaction with a catalogue item in split {fit!r}; "
-                "look at data.positives and at the ids of the item table"
-            )
+            raise no_examples(dataset, fit, weighted)
         return examples
 
     def __len__(self) -> int:
@@ -138,6 +150,11 @@ class Examples:
         """Return how many examples the user of each of examples [B] has, 0 for padding."""
         counts = self._user_counts[self._user_of[self._positions(examples)]]
         return np.where(examples < 0, 0, counts)
+
+    def weights(self, examples: IntArray) -> npt.NDArray[np.float32]:
+        """Return what examples [B] weigh in the loss, float32, 0 for padding."""
+        weights = self.histories.weights[self._positions(examples)] if self._weighted else np.float32(1)
+        return np.where(examples < 0, np.float32(0), weights)
 
     def item_counts(self) -> IntArray:
         """Return how many examples each catalogue item has, [num_catalogue_items] int64."""
@@ -207,6 +224,15 @@ def fitted_part(interactions: Interactions, fit: Fit) -> Interactions:
     if fit == "all":
         return interactions
     return interactions.select(interactions.split == SPLITS["train"])
+
+
+def no_examples(dataset: Dataset, fit: Fit, weighted: bool) -> TrainingError:
+    """Return the error of a dataset without examples."""
+    above, remedy = (" with a weight above 0", ", or set train.loss.weights: none") if weighted else ("", "")
+    return TrainingError(
+        f"dataset {dataset.path} has no positive interaction with a catalogue item in split {fit!r}{above}; "
+        f"look at data.positives and at the ids of the item table{remedy}"
+    )
 
 
 def _ranges(begin: IntArray, lengths: IntArray) -> IntArray:

@@ -64,7 +64,7 @@ class EpochReport:
     epoch: int
     """From 1."""
     loss: float
-    """Mean loss of its steps, over all workers."""
+    """Mean over its steps of their losses, over all workers; examples weigh in these as in training."""
     temperature: float
     """Temperature at its end."""
     seconds: float
@@ -347,5 +347,6 @@ def memory_source(
     config: Config, dataset: Dataset, inputs: TowerInputs, world: World, fit: Fit
 ) -> MemorySource:
     """Return the source that holds all interactions in memory."""
-    examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0)
+    weighted = config.train.loss.weights == "interaction"
+    examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0, weighted)
     return MemorySource(examples, dataset.interactions, config.train.global_batch_size, world, config.seed)

@@ -1,6 +1,15 @@
 """Negatives beside those of the batch: drawn candidates, the memory of past ones, and logQ of the mixture.
 
+An item that is expected q times among a query's negatives counts 1 / q each time, so that it counts once on
+average, whatever the mixture: the sum over the negatives then estimates that over the catalogue without bias.
+
 Shapes: N catalogue items, M drawn candidates, K candidates of the memory, D embedding_dim.
+
+Source: Bengio, Senecal: Adaptive importance sampling to accelerate training of a neural probabilistic
+    language model (IEEE Transactions on Neural Networks 2008); Yi et al.: Sampling-bias-corrected neural
+    modeling for large corpus item recommendations (RecSys 2019), section 3; for the mixture of in-batch and
+    drawn negatives Yang et al.: Mixed negative sampling for learning two-tower neural networks in
+    recommendations (WWW 2020), section 3.3.
 """
 
 from __future__ import annotations
@@ -15,13 +24,19 @@ IntArray = npt.NDArray[np.int64]
 
 
 class CandidateSampler:
-    """Draws shared candidates, and knows how often an item is expected among those of a step."""
+    """Draws shared candidates, and knows how often an item is expected among those of a step.
+
+    Every probability of sampling is here: that of being a positive of a step, from which the batch and the
+    memory come, and that of being drawn by popularity, where an item without any example counts as if it had
+    one.
+    """
 
     def __init__(self, item_counts: IntArray, config: NegativesConfig, seed: int) -> None:
-        """Take how often each catalogue item is a positive, [N] int64; an item without any counts as one."""
-        counts = np.maximum(item_counts, 1)
-        self._share = (counts / item_counts.sum()).astype(np.float64)
-        self._cumulated = np.cumsum(counts)
+        """Take how many examples each catalogue item has, [N] int64, at least one of all of them."""
+        self._positive = item_counts / item_counts.sum()
+        self._cumulated = np.cumsum(np.maximum(item_counts, 1))
+        by_popularity = np.maximum(item_counts, 1) / self._cumulated[-1]
+        self._drawn = config.popular * by_popularity + config.uniform / len(item_counts)
         self._config = config
         self._seed = seed
 
@@ -33,29 +48,38 @@ class CandidateSampler:
     def draw(self, step: int) -> IntArray:
         """Return the drawn candidates of a step, [M] int64 item rows: the same on every rank."""
         random = np.random.default_rng([self._seed, 3, step])
-        uniform = random.integers(0, len(self._share), self._config.uniform)
+        uniform = random.integers(0, len(self._positive), self._config.uniform)
         ticket = random.integers(0, self._cumulated[-1], self._config.popular)
         popular = np.searchsorted(self._cumulated, ticket, side="right")
         return np.concatenate([uniform, popular]).astype(np.int64)
 
     def expected_count(self, item_rows: IntArray, batch: int, memory: int) -> npt.NDArray[np.float32]:
-        """Return how often each item is expected among a step's shared candidates, [...] float32.
+        """Return how often each item is expected among shared candidates, [...] float32.
 
-        A candidate that is expected q times stands for 1 / q of itself in the softmax's denominator, so its
-        logit is corrected by log q; a constant factor of q changes nothing.
-
-        Source: Yi et al.: Sampling-bias-corrected neural modeling (RecSys 2019), section 3; for the mixture
-            of in-batch and uniform negatives Yang et al.: Mixed negative sampling for learning two-tower
-            neural networks in recommendations (WWW 2020), section 3.3.
+        Over the catalogue this adds up to ``batch + memory + num_drawn``. It is 0 for an item without an
+        example where nothing is drawn: such an item is never a shared candidate.
 
         Args:
             item_rows: catalogue items, any shape; -1 gets a number without meaning.
-            batch: positives of the global batch, each drawn in proportion to popularity.
-            memory: candidates of past batches.
+            batch: positives of the step that are counted, each an example like any other.
+            memory: candidates of past steps, which were positives of them.
         """
-        by_popularity = batch + memory + self._config.popular
-        uniformly = self._config.uniform / len(self._share)
-        return (by_popularity * self._share[item_rows] + uniformly).astype(np.float32)
+        return ((batch + memory) * self._positive[item_rows] + self._drawn[item_rows]).astype(np.float32)
+
+    def log_q(self, item_rows: IntArray, batch: int, memory: int) -> npt.NDArray[np.float32]:
+        """Return the correction of each shared candidate's logit in a step, float32 in the rows' shape.
+
+        Every query has one positive of the batch as its own, so its negatives are the others. The positive's
+        logit is corrected in the same way, as in Yi et al.
+
+        Args:
+            item_rows: candidates of the step; -1 gets a number without meaning.
+            batch: examples of the global batch.
+            memory: candidates of past steps among these.
+        """
+        expected = self.expected_count(item_rows, batch - 1, memory)
+        # Nothing is expected where an example is alone: there is no other candidate, and 0 is a number.
+        return np.log(expected, out=np.zeros_like(expected), where=expected > 0)
 
 
 class CandidateMemory:

@@ -1,7 +1,7 @@
 """One step's loss and gradients: towers in chunks, candidates of all ranks, one reduction.
 
-A rank's loss is the sum over its queries over the global count, so the global loss, and every gradient, is
-the sum over ranks.
+A rank's loss is the weighted sum over its queries over the weight of the global batch, so the global loss,
+and every gradient, is the sum over ranks.
 
 With ``train.tower_chunk_size`` a tower runs twice over its rows, in chunks (GradCache): first without a graph
 for all embeddings, which the loss gives gradients; then chunk by chunk with a graph, fed these gradients.
@@ -41,7 +41,7 @@ class Gradients:
     """What ``Step.gradients`` leaves beside the gradients in ``.grad``."""
 
     loss: float
-    """Mean loss of the global batch."""
+    """Weighted mean loss of the global batch."""
     tables: dict[str, RowGradient]
     """Gradients of touched rows by table."""
     flag: bool
@@ -87,7 +87,7 @@ class Step:
         query = _Pass(self, "query", sides["query"], touched)
         item = _Pass(self, "item", sides["item"], touched)
 
-        weight = (sides["query"].valid / share.size).float()
+        weight = _on(world.device, share.loss_weights(world.rank))
         loss = self._in_batch(batch, query.out, item.out, weight)
         if self._loss.symmetric:
             loss = 0.5 * (loss + self._item_to_query(share, query.out, item.out, weight))
@@ -118,8 +118,8 @@ class Step:
             own = empty.index_copy(0, place, items[batch.num_shared :]).view(b, width, -1)
             own_log_q = batch.own_log_q.to(device)
         known = None
-        if batch.known is not None:
-            known = Known(batch.known[0].to(device), batch.known[1].to(device), candidate_rows)
+        if batch.left_out is not None:
+            known = Known(batch.left_out[0].to(device), batch.left_out[1].to(device), candidate_rows)
         # On a rank its b positives come first, then its drawn candidates; ranks follow each other.
         positive = world.rank * batch.num_shared + torch.arange(b, device=device)
         loss = in_batch_softmax(

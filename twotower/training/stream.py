@@ -31,7 +31,7 @@ from twotower.errors import TrainingError
 from twotower.schema import SPLITS
 from twotower.training.batches import Share
 from twotower.training.collectives import World
-from twotower.training.examples import Examples, Fit, TowerInputs, fitted_part
+from twotower.training.examples import Examples, Fit, TowerInputs, fitted_part, no_examples
 
 IntArray = npt.NDArray[np.int64]
 ReadBlocks = Callable[[list[Block]], Iterator[Interactions]]
@@ -92,17 +92,17 @@ class StreamSource:
         self._seed = config.seed
         self._share_rows = config.train.global_batch_size // world.size
         self._with_explicit = config.train.negatives.explicit > 0
+        self._weighted = config.train.loss.weights == "interaction"
         self._buffer_rows = config.train.stream_buffer_rows
         block_rows = min(max(self._buffer_rows // _BLOCKS_OF_BUFFER, 1), _LARGEST_BLOCK)
         split = None if fit == "all" else SPLITS["train"]
-        self.index = BlockIndex.scan(self._path, block_rows, inputs.num_catalogue_items, split)
+        self.index = BlockIndex.scan(
+            self._path, block_rows, inputs.num_catalogue_items, split, self._weighted
+        )
         self.rows_per_epoch = self.index.num_examples
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / (self._share_rows * world.size))
         if self.rows_per_epoch == 0:
-            raise TrainingError(
-                f"dataset {dataset.path} has no positive interaction with a catalogue item in split {fit!r}; "
-                "look at data.positives and at the ids of the item table"
-            )
+            raise no_examples(dataset, fit, self._weighted)
         # A thread may make shares ahead while steps run: what it gathers must not mix with their collectives.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
@@ -161,14 +161,14 @@ class StreamSource:
         for number in range(first_pool, len(pools)):
             random = np.random.default_rng([self._seed, _POOL_ORDER, epoch, number, self._world.rank])
             columns, order = self._fill(carried, pools[number], read, random)
-            examples = Examples(self._inputs, *_renumbered(columns), self._with_explicit)
+            examples = Examples(self._inputs, *_renumbered(columns), self._with_explicit, self._weighted)
             if number == first_pool:
                 order = order[skipped:]
             if number == len(pools) - 1:
                 order = np.concatenate([order, np.full(padding, -1)])
             else:
                 full = len(order) - len(order) % b
-                carried = _carry(columns, order[full:], self._inputs.num_catalogue_items)
+                carried = self._carry(columns, order[full:])
                 order = order[:full]
             del columns  # the examples have what they need of them
             for start in range(0, len(order), b):
@@ -189,18 +189,33 @@ class StreamSource:
             wanted.append(np.arange(num_examples + piece.first, num_examples + piece.last))
             num_examples += piece.block.num_examples
         columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-        found = int(is_example(columns, self._inputs.num_catalogue_items).sum())
+        found = int(self._is_example(columns).sum())
         assert found == num_examples, f"{found} examples were read where the index has {num_examples}"
         return columns, np.concatenate([carried.order, random.permutation(np.concatenate(wanted))])
 
     def _share(self, examples: Examples, rows: IntArray) -> Share:
-        mine = np.stack([examples.item_rows(rows), examples.user_rows(rows), examples.user_counts(rows)])
+        numbers = (examples.item_rows(rows), examples.user_rows(rows), examples.user_counts(rows))
+        # The bits of the weights, so that one collective takes all.
+        mine = np.stack([*numbers, examples.weights(rows).astype(np.float64).view(np.int64)])
         everyone = [torch.from_numpy(mine)]
         if self._group is not None:
             everyone = [torch.empty(mine.shape, dtype=torch.int64) for _ in range(self._world.size)]
             dist.all_gather(everyone, torch.from_numpy(mine), group=self._group)
-        item_rows, user_rows, user_counts = torch.stack(everyone, dim=1).numpy()
-        return Share(examples, rows, item_rows, user_rows, user_counts)
+        item_rows, user_rows, user_counts, bits = torch.stack(everyone, dim=1).numpy()
+        return Share(
+            examples, rows, item_rows, user_rows, user_counts, bits.view(np.float64).astype(np.float32)
+        )
+
+    def _is_example(self, columns: Columns) -> npt.NDArray[np.bool_]:
+        return is_example(columns, self._inputs.num_catalogue_items, self._weighted)
+
+    def _carry(self, columns: Columns, left: IntArray) -> _Carried:
+        """Return what is carried on of a pool of which the examples ``left`` (numbers) are left over."""
+        example_rows = np.flatnonzero(self._is_example(columns))
+        kept = np.isin(columns["user_row"], columns["user_row"][example_rows[left]])
+        numbers = np.flatnonzero(kept[example_rows])
+        rows = {name: column[kept] for name, column in columns.items()}
+        return _Carried(rows, len(numbers), np.searchsorted(numbers, left))
 
 
 @dataclass(frozen=True)
@@ -217,15 +232,6 @@ class _Carried:
     @classmethod
     def nothing(cls) -> _Carried:
         return cls({name: np.empty(0, kind) for name, kind in COLUMNS.items()}, 0, np.empty(0, np.int64))
-
-
-def _carry(columns: Columns, left: IntArray, num_catalogue_items: int) -> _Carried:
-    """Return what is carried on of a pool of which the examples ``left`` (numbers) are left over."""
-    example_rows = np.flatnonzero(is_example(columns, num_catalogue_items))
-    kept = np.isin(columns["user_row"], columns["user_row"][example_rows[left]])
-    numbers = np.flatnonzero(kept[example_rows])
-    rows = {name: column[kept] for name, column in columns.items()}
-    return _Carried(rows, len(numbers), np.searchsorted(numbers, left))
 
 
 def _renumbered(columns: Columns) -> tuple[Interactions, IntArray]:
