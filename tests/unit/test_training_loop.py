@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.streams import with_weights
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules
@@ -61,7 +62,8 @@ def test_resuming_inside_an_epoch_equals_not_stopping(
 ) -> None:
     """With the memory of candidates, mined lists and the epoch's sums in the checkpoint, bit for bit."""
     config = with_train(small_config, **FULL)
-    whole = Trainer(config, small_dataset, World(), "train")
+    dataset = with_weights(small_dataset, [0.0, 0.3, 1.0, 9.0])
+    whole = Trainer(config, dataset, World(), "train")
     saved = tmp_path / "state.pt"
 
     def save(report: StepReport) -> None:
@@ -70,7 +72,7 @@ def test_resuming_inside_an_epoch_equals_not_stopping(
 
     for _ in range(3):
         whole.run_epoch(save)
-    second = Trainer(config, small_dataset, World(), "train")
+    second = Trainer(config, dataset, World(), "train")
     second.load_state_dict(*torch.load(saved, weights_only=True))
     assert (second.epoch, second.step) == (1, whole.source.steps_per_epoch + 11)
     assert second.assemble.mined is not None

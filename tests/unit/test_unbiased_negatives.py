@@ -8,7 +8,6 @@ the gradient of the query holds the share of each item in the denominator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
 
 
 def shares(loss: Callable[[torch.Tensor], torch.Tensor], positive: torch.Tensor) -> Array:
-    """Return what each of N unit vectors counts relative to the positive's, [b, N], over zero vectors [b, N]."""
+    """Return what each of N unit vectors counts, that of the positive as 1, [b, N]; all scores are 0."""
     zeros = torch.zeros(positive.shape, requires_grad=True)
     loss(zeros).backward()
     assert zeros.grad is not None

@@ -285,11 +285,13 @@ def _kinds(
         elif rules.value_range is not None:
             low, high = rules.value_range
             weight = np.clip((value - low) / (high - low), 0, 1)
-    weight = np.where(kind == KINDS["positive"], weight * event_weight, 1.0)
-    check.refuse(~(weight <= MAX_WEIGHT), f"with a weight above {MAX_WEIGHT:g}", chunk.value)
-    # Rounded to nothing it would silently be no example of training.
-    weight = np.where(weight <= MAX_WEIGHT, weight, 0.0)
+    with np.errstate(over="ignore"):
+        weight = np.where(kind == KINDS["positive"], weight * event_weight, 1.0)
+    usable = (weight >= 0) & (weight <= MAX_WEIGHT)
+    check.refuse(~usable, f"with a weight above {MAX_WEIGHT:g}", chunk.value)
+    weight = np.where(usable, weight, 0.0)
     rounded = weight.astype(np.float32)
+    # Rounded to nothing it would be no example of training, and nobody would be told.
     check.refuse((rounded == 0) & (weight > 0), "with a weight that 32-bit floats round to 0", chunk.value)
     return kind, rounded
 
