@@ -142,7 +142,8 @@ class PositivesConfig(Section):
     min_value: float | None = None
     """Interactions with a smaller value are negatives; all are positive when not given."""
     weight: Literal["one", "value", "scaled"] = "one"
-    """1; the value; or clip((value - min) / (max - min), 0, 1) over ``value_range``."""
+    """1; the value; or clip((value - min) / (max - min), 0, 1) over ``value_range``. Times the weight of the
+    event type it is what an interaction weighs in the loss (``train.loss.weights``) and in histories."""
     value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """Smallest and largest value of the scale; MovieLens declares its own."""
 

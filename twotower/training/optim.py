@@ -34,8 +34,9 @@ class Optimizers:
 
     @torch.no_grad()
     def gradient_norm(self, gradients: Gradients) -> float:
-        """Return the Euclidean norm of the whole gradient, table rows included."""
-        dense = [p.grad for p in (*self._towers, self._temperature) if p.grad is not None]
+        """Return the Euclidean norm of the gradient of all that is learned, table rows included."""
+        learned = [*self._towers, self._temperature] if self._loss.learn_temperature else self._towers
+        dense = [p.grad for p in learned if p.grad is not None]
         rows = [grad for _, grad in gradients.tables.values() if grad.numel()]
         return float(torch.stack(torch._foreach_norm([*dense, *rows])).norm())
 
