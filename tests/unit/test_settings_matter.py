@@ -39,6 +39,8 @@ MINED: Settings = {
 }
 MEMORY: Settings = {"train.negatives.memory": 60, "train.negatives.memory_start": 0}
 STREAM: Settings = {"train.ingest": "stream", "train.stream_buffer_rows": 100}
+# A temperature that falls.
+HOT: Settings = {"train.epochs": 4, "train.loss.temperature": 5.0, "train.optimizer.learning_rate": 0.03}
 # Key, another value, and what stands beside it both times.
 CASES: list[tuple[str, Any, Settings]] = [
     ("train.epochs", 3, {}),
@@ -48,11 +50,7 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("train.precision", "bfloat16", {}),
     ("train.loss.temperature", 0.2, {}),
     ("train.loss.learn_temperature", False, {}),
-    (
-        "train.loss.min_temperature",
-        0.99,
-        {"train.loss.temperature": 1.0, "train.optimizer.learning_rate": 0.03},
-    ),
+    ("train.loss.min_temperature", 4.9, HOT),
     ("train.loss.log_q", 0.5, {}),
     ("train.loss.mask_accidental_hits", False, {"train.loss.mask_known_positives": False}),
     ("train.loss.mask_known_positives", False, {}),

@@ -21,7 +21,7 @@ class LossConfig(Section):
     log_q: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Strength of the logQ correction: 1 is the full one, 0 is off."""
     mask_accidental_hits: bool = True
-    """Leave out candidates that are the positive item itself; ``mask_known_positives`` leaves them out too."""
+    """Leave out candidates that are the positive item itself, as ``mask_known_positives`` does too."""
     mask_known_positives: bool = True
     """Leave out negatives that the user has interacted with elsewhere in the fitted data."""
     weights: Literal["none", "interaction"] = "interaction"
