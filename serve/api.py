@@ -64,11 +64,13 @@ def make_api(
     ) -> Response:
         deadline = deadline_of(request, limits.deadline_ms)
         async with bodies.read(request) as body:
-            with service.admission.enter():
+            with service.admission.enter() as place:
                 if len(body) <= INLINE_BODY_BYTES:
                     query = parse(body, service.max_k, limits)
                 else:
                     query = await service.workers.run(parse, body, service.max_k, limits, deadline=deadline)
+                if isinstance(query, list):
+                    place.hold(len(query))
                 return json_response(await answer(query, deadline))
 
     @api.post(

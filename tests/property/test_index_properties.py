@@ -62,7 +62,9 @@ def test_scores_and_hits_do_not_depend_on_the_sharding(
     only = Allowed.of_mask(generator.random(searcher.num_rows) < 0.7) if some else None
     with mock.patch.object(search, "_LONG_LIST", long):
         found = searcher.search(queries, k, exclude, allowed=only)
-        alone = [searcher.search(queries[q : q + 1], k, exclude[q : q + 1], allowed=only)[0] for q in range(3)]
+        alone = [
+            searcher.search(queries[q : q + 1], k, exclude[q : q + 1], allowed=only)[0] for q in range(3)
+        ]
     for q, hits in enumerate(found):
         assert hits.scores.tolist() == alone[q].scores.tolist()
         scores = vectors @ queries[q]

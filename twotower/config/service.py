@@ -142,7 +142,7 @@ class LimitsConfig(Section):
     body_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds that a client may take to send a body; a slower one is answered 408."""
     max_queued: NonNegativeInt = 64
-    """Requests that wait while all workers are busy; above it the answer is 503."""
+    """Requests that wait while all workers are busy, each of a batch counted; above it the answer is 503."""
     deadline_ms: PositiveInt = 1_000
     """Milliseconds after which work on a request no longer begins; its X-Deadline-Ms goes before this."""
 
