@@ -83,6 +83,9 @@ class IndexConfig(Section):
     """Real queries that recall is reported on; as many others tune the search."""
     train_points: PositiveInt | None = None
     """Vectors that train an IVF index, drawn over all shards; null takes 64 for each list."""
+    kept_history: PositiveInt | None = None
+    """Latest positive interactions kept of each user, where that is more than features look at; queries with
+    an ``at`` in the past reach back so far."""
     attributes: dict[str, AttributeConfig] = {}
     """Attributes of items that queries can filter by, by name."""
 

@@ -99,7 +99,8 @@ def user_history(generation: Generation, user_id: str) -> UserHistory:
         shown = user_id if len(user_id) <= _MAX_SHOWN else user_id[:_MAX_SHOWN] + "..."
         raise UnknownUserError(f"user {shown!r} is not known", "the id of a user with interactions")
     histories = generation.histories
-    own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+    begin, end = int(histories.offsets[row]), int(histories.offsets[row + 1])
+    own = slice(max(begin, end - generation.schema.max_history), end)
     item_rows = histories.item_rows[own][::-1]
     times = histories.times[own][::-1].tolist()
     weights = histories.weights[own][::-1].tolist()

@@ -150,8 +150,9 @@ class RetrieveRequest(BaseModel):
     features: dict[str, Any] = {}
     """Values of user feature columns; each replaces the stored value."""
     at: Time | None = None
-    """What of the user's history counts: what happened strictly before this moment; now when not given. What
-    has been seen, and what is popular, is as of the generation all the same."""
+    """What of the user's history counts: what happened strictly before this moment; now when not given. A moment
+    so far back that the generation does not keep all that counts is refused: send ``history`` then. The user's
+    columns, what has been seen, and what is popular, are as of the generation all the same."""
     exclude_seen: bool = True
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: Ids = []
