@@ -350,6 +350,40 @@ def test_sizes_that_are_just_allowed(api: FastAPI) -> None:
     assert "requests: the sum of k is 51" in answer.error["message"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/healthz", "/readyz", "/v1/generation", "/docs", "/openapi.json", "/", "/v1/items/1003/similar"],
+)
+def test_a_newline_makes_it_another_path(api: FastAPI, path: str) -> None:
+    assert asyncio.run(ask(api, "GET", path)).status == 200
+    for end in ("\n", "\r", "\n\n"):
+        answer = asyncio.run(ask(api, "GET", path + end))
+        assert (answer.status, answer.error["code"]) == (404, "no_such_path")
+        assert answer.error["message"].isprintable()
+
+
+VALUES: list[tuple[Any, str]] = [
+    (True, "true"),
+    ([1, None], "[1,null]"),
+    ({"a": False}, '{"a":false}'),
+    ("old", "'old'"),
+]
+
+
+@pytest.mark.parametrize(("value", "shown"), VALUES, ids=[shown for _, shown in VALUES])
+def test_values_are_shown_as_they_were_sent(api: FastAPI, value: Any, shown: str) -> None:
+    for wrong, message in (
+        ({"features": {"age": value}}, f"'age' has the value {shown}"),
+        ({"filter": {"year": {"gte": value}}}, f"filter.year.gte: {shown} is not allowed"),
+        ({"filter": {"year": value}}, f"filter.year: {shown} is no object of operators"),
+    ):
+        if isinstance(value, dict) and "object" in message:
+            continue
+        answer = asyncio.run(retrieve(api, parts=[json.dumps({"k": 3, **wrong}).encode()]))
+        assert answer.status == 422
+        assert message in answer.error["message"]
+
+
 NESTED = [
     b'{"k": ' + b"[" * 1000 + b"]" * 1000 + b"}",
     b'{"k": 3, "user_id": ' + b"[" * 500 + b"]" * 500 + b"}",

@@ -61,15 +61,17 @@ class Histories:
         users = interactions.user_row[keep]
         counts = np.bincount(users, minlength=num_users)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        arrays = [interactions.item_row[keep], interactions.time[keep], interactions.weight[keep]]
+        items, times, weights = (
+            c[keep] for c in (interactions.item_row, interactions.time, interactions.weight)
+        )
         cut = None
         if capped is not None:
             from_end = offsets[users + 1] - np.arange(len(users))
             latest = from_end <= capped
-            arrays = [a[latest] for a in arrays]
+            items, times, weights = items[latest], times[latest], weights[latest]
             cut = counts > capped
             offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, capped))]).astype(np.int64)
-        return cls(offsets, *arrays, cut)
+        return cls(offsets, items, times, weights, cut)
 
     def before(
         self, user_rows: npt.ArrayLike, times: npt.ArrayLike | None, length: int

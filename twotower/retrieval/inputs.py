@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import DataError, NotAllowedError
+from twotower.errors import DataError, NotAllowedError, shown
 from twotower.model.features import Columns, encode_columns
 from twotower.retrieval.query import MAX_WEIGHT, HistoryItem, Query, Strategy
 from twotower.schema import (
@@ -249,10 +249,9 @@ class Inputs:
 
 
 def _not_kept(query: Query) -> NotAllowedError:
-    user_id = str(query.user_id)
-    shown = user_id if len(user_id) <= 60 else user_id[:60] + "..."
     return NotAllowedError(
-        f"at: what user {shown!r} had done before that moment is not all known: only his latest items are kept",
+        f"at: what user {shown(query.user_id)} had done before that moment is not all known: only his latest "
+        "items are kept",
         "a later moment, or those items as history; a generation that is built with a larger "
         "index.kept_history reaches further back",
     )
@@ -305,8 +304,7 @@ def _checked(feature: FittedFeature, value: Any) -> Any:
     elif isinstance(spec, (CategoricalFeature, MultiHotFeature)) and isinstance(value, (int, float)):
         # Booleans and fractions are cast to text as Arrow casts the same column of a table.
         return value if isinstance(value, (bool, float)) else str(value)
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:60] + "..."
-    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown}", _allowed(feature))
+    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown(value)}", _allowed(feature))
 
 
 def _allowed(feature: FittedFeature) -> str:

@@ -55,6 +55,7 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
     histories = Histories.of(dataset.interactions, capped=kept)
     for name in HISTORY:
         save_array(users / f"history_{name}.npy", getattr(histories, name))
+    assert histories.cut is not None
     save_array(directory / HISTORY_CUT, histories.cut)
     offsets, item_rows = seen_sets(dataset)
     save_array(users / "seen_offsets.npy", offsets)
