@@ -232,8 +232,8 @@ class Searcher:
         by_selector: bool,
     ) -> list[Hits]:
         """Search in blocks of queries that fetch alike; a query with a long list is searched by itself."""
-        if exclude is None:
-            return self._search_block(queries, k, None, effort, complete, allowed, by_selector)
+        if exclude is None or (len(queries) == 1 and np.size(exclude[0]) <= _LONG_LIST):
+            return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
         hits: list[Hits] = [no_hits()] * len(queries)
         lengths = np.array([np.size(e) for e in exclude])
         for q in np.flatnonzero(lengths > _LONG_LIST).tolist():
