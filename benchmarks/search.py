@@ -5,6 +5,9 @@ tuned to index recall 0.95 on other queries, over the fastest point of a sweep o
 reaches that recall. ``filtered_over_best_strategy``: the strategy that the measured plan chooses over the
 fastest of the three, each at the least effort that reaches 0.95, predicates evaluated anew each time, the
 worst of four shares. ``merge_us``: merging eight lists of 100.
+``batch_with_20k_seen_over_single``: queries of users who have had 20,000 items, in a batch of 16 over one by
+one; ``delta_with_20k_seen_over_single`` and ``delta_batch_with_20k_seen_over_single``: one by one and in a
+batch after an update of one item.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from benchmarks import measure
+from benchmarks.seen import seen_ratios
 from benchmarks.tuned import POINTS_PER_LIST, SHARDS, TARGET, THREADS, Data, K, tuned_shards, with_answers
 from benchmarks.vectors import make
 from twotower.config.service import IndexConfig
@@ -67,12 +71,15 @@ def main() -> None:
     rows.append([f"best: {best.name}", f"{best.recall:.4f}", f"{best_ms:.3f}", f"{best.threads} threads"])
     rows.append([f"{SHARDS} x {factory}", f"{recall:.4f}", f"{ours_ms:.3f}", f"{searcher.effort}"])
     rows.append(["batch of all queries", "", "", f"{_qps(searcher, data.queries):,.0f} queries/s"])
+    seen, lines = seen_ratios(searcher, data, repeats=3 if quick else 9)
+    rows += lines
     worst, filtered = _filtered(searcher, data, queries_per_share=24 if quick else 96)
     rows += filtered
     figures = {
         "p50_over_best": ratio,
         "filtered_over_best_strategy": worst,
         "merge_us": _merge_us(),
+        **seen,
         "index_recall": recall,
         "search_p50_ms": ours_ms,
     }

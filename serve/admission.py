@@ -41,31 +41,73 @@ def overloaded(what: str) -> BadRequest:
 
 
 class Admission:
-    """Counts the requests that are worked on or wait, and takes in no more than there is room for."""
+    """Counts the queries that are worked on or wait, and takes in no more requests than there is room for.
+
+    A batch counts as many queries as it has. It is taken in where there is room for one, since it may have
+    more than there is room for at all, and then keeps others out until it is answered.
+    """
 
     def __init__(self, room: int) -> None:
         """Hold nothing yet.
 
         Args:
-            room: requests at most.
+            room: queries from which on no request is taken in.
         """
         self._room = room
         self._count = 0
 
     @contextlib.contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count a request while the block runs; only the event loop may call this.
+    def enter(self) -> Iterator[Place]:
+        """Count a request as one query, or as many as its place is told, while the block runs.
+
+        Only the event loop may call this.
 
         Raises:
             BadRequest: there is no room (503).
         """
-        if self._count >= self._room:
-            raise overloaded("too many requests wait")
-        self._count += 1
+        place = Place(self)
+        place.hold(1)
         try:
-            yield
+            yield place
         finally:
-            self._count -= 1
+            place.leave()
+
+    def take(self, count: int, held: int) -> None:
+        """Count more queries of a request that holds some already.
+
+        Raises:
+            BadRequest: others left no room (503).
+        """
+        if self._count - held >= self._room:
+            raise overloaded("too many requests wait")
+        self._count += count
+
+    def give_back(self, count: int) -> None:
+        """Count queries no longer."""
+        self._count -= count
+
+
+class Place:
+    """What one request holds of the room."""
+
+    def __init__(self, admission: Admission) -> None:
+        """Hold nothing yet."""
+        self._admission = admission
+        self._held = 0
+
+    def hold(self, count: int) -> None:
+        """Hold so many queries, at least as many as before.
+
+        Raises:
+            BadRequest: others left no room (503).
+        """
+        self._admission.take(count - self._held, self._held)
+        self._held = count
+
+    def leave(self) -> None:
+        """Hold nothing."""
+        self._admission.give_back(self._held)
+        self._held = 0
 
 
 def deadline_exceeded() -> BadRequest:

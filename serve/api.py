@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from starlette.routing import Route
 
 import twotower
 from serve import documentation as docs
@@ -64,11 +66,13 @@ def make_api(
     ) -> Response:
         deadline = deadline_of(request, limits.deadline_ms)
         async with bodies.read(request) as body:
-            with service.admission.enter():
+            with service.admission.enter() as place:
                 if len(body) <= INLINE_BODY_BYTES:
                     query = parse(body, service.max_k, limits)
                 else:
                     query = await service.workers.run(parse, body, service.max_k, limits, deadline=deadline)
+                if isinstance(query, list):
+                    place.hold(len(query))
                 return json_response(await answer(query, deadline))
 
     @api.post(
@@ -144,6 +148,7 @@ def make_api(
     if demo:
         add_demo(api, service)
     add_error_handlers(api)
+    _match_whole_paths(api)
     docs.document(api, service.max_k, limits, token is not None)
     # The last that is added sees a request first.
     api.add_middleware(Heads)
@@ -154,3 +159,10 @@ def make_api(
         api.add_middleware(RequestIds)
     api.add_middleware(Measured, metrics=service.metrics)
     return api
+
+
+def _match_whole_paths(api: FastAPI) -> None:
+    """Let routes match whole paths: their patterns end in ``$``, which passes over a newline at the end."""
+    for route in api.routes:
+        if isinstance(route, Route):
+            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")

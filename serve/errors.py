@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -55,6 +57,7 @@ def add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         path = request.url.path
+        path = path if path.isprintable() else quote(path)
         path = path if len(path) <= _MAX_PATH else path[:_MAX_PATH] + "..."
         message = f"{request.method} {path}: {error.detail}"
         code = {404: "no_such_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")

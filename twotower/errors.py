@@ -1,11 +1,16 @@
 """The errors a person is meant to read: each says which value, which rule and what to do."""
 
 import errno
+import math
 import os
 import re
+from typing import Any
+
+import orjson
 
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """What the system says of a file that is not there, however often it is asked."""
+_MAX_SHOWN = 60
 _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 _REFUSAL = re.compile(
     r"(?:(?:(?:could not|unable to) .*|with strerror): ([^:()]+?)(?: \(\d+\))?"
@@ -82,6 +87,23 @@ class StoppedError(TwotowerError):
     """The job was asked to stop by SIGTERM, and has left a state to go on from."""
 
     exit_code = 143
+
+
+def shown(value: Any) -> str:
+    """Return a value of a query as messages show it, shortened: a text in quotes, all else as JSON has it."""
+    text = repr(value) if isinstance(value, str) else as_json(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON has it, or of what type it is where JSON has nothing for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except orjson.JSONEncodeError:
+        # Nested deeper than can be written, or an integer of more than 64 bits.
+        return f"a value of type {type(value).__name__}"
 
 
 def may_pass(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import Message
 
-from serve.admission import Bodies
+from serve.admission import Admission, Bodies
 from serve.api import make_api
 from serve.fused import FusedService, Service
 from serve.schemas import BadRequest
@@ -84,6 +84,43 @@ def test_more_than_the_queue_holds_is_refused_at_once(api: FastAPI, service: Ser
         assert (await retrieve(api)).status == 200
 
     asyncio.run(run())
+
+
+def batch(api: FastAPI, size: int) -> Any:
+    body = json.dumps({"requests": [{"k": 3}] * size}).encode()
+    return ask(api, "POST", "/v1/retrieve/batch", [body])
+
+
+@pytest.mark.parametrize("size", range(1, LIMITS.max_batch + 1))
+def test_a_batch_counts_as_many_requests_as_it_has(
+    api: FastAPI, service: Service, gate: Gate, size: int
+) -> None:
+    async def run() -> None:
+        tasks = await gate.occupy(service, WORKERS)
+        waiting = [asyncio.create_task(batch(api, size)) for _ in range(MAX_QUEUED + 2)]
+        await asyncio.sleep(0.05)
+        gate.opened.set()
+        statuses = [answer.status for answer in await asyncio.gather(*waiting)]
+        # Whole batches, until there is no room for one more request.
+        fit = -(-MAX_QUEUED // size)
+        assert sorted(statuses) == [200] * fit + [503] * (len(waiting) - fit)
+        await asyncio.gather(*tasks)
+        assert (await batch(api, LIMITS.max_batch)).status == 200
+        assert (await retrieve(api)).status == 200
+
+    asyncio.run(run())
+
+
+def test_batches_that_are_read_at_the_same_time_do_not_all_fit() -> None:
+    admission = Admission(3)
+    with admission.enter() as first, admission.enter() as second:
+        first.hold(20)
+        with pytest.raises(BadRequest, match="overloaded"):
+            second.hold(2)
+        with pytest.raises(BadRequest, match="overloaded"), admission.enter():
+            pass
+    with admission.enter() as alone:
+        alone.hold(50)
 
 
 def similar(api: FastAPI, **arguments: Any) -> Any:
@@ -311,6 +348,40 @@ def test_sizes_that_are_just_allowed(api: FastAPI) -> None:
     answer = asyncio.run(ask(api, "POST", path, [json.dumps(batch).encode()]))
     assert answer.status == 422
     assert "requests: the sum of k is 51" in answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/healthz", "/readyz", "/v1/generation", "/docs", "/openapi.json", "/", "/v1/items/1003/similar"],
+)
+def test_a_newline_makes_it_another_path(api: FastAPI, path: str) -> None:
+    assert asyncio.run(ask(api, "GET", path)).status == 200
+    for end in ("\n", "\r", "\n\n"):
+        answer = asyncio.run(ask(api, "GET", path + end))
+        assert (answer.status, answer.error["code"]) == (404, "no_such_path")
+        assert answer.error["message"].isprintable()
+
+
+VALUES: list[tuple[Any, str]] = [
+    (True, "true"),
+    ([1, None], "[1,null]"),
+    ({"a": False}, '{"a":false}'),
+    ("old", "'old'"),
+]
+
+
+@pytest.mark.parametrize(("value", "shown"), VALUES, ids=[shown for _, shown in VALUES])
+def test_values_are_shown_as_they_were_sent(api: FastAPI, value: Any, shown: str) -> None:
+    for wrong, message in (
+        ({"features": {"age": value}}, f"'age' has the value {shown}"),
+        ({"filter": {"year": {"gte": value}}}, f"filter.year.gte: {shown} is not allowed"),
+        ({"filter": {"year": value}}, f"filter.year: {shown} is no object of operators"),
+    ):
+        if isinstance(value, dict) and "object" in message:
+            continue
+        answer = asyncio.run(retrieve(api, parts=[json.dumps({"k": 3, **wrong}).encode()]))
+        assert answer.status == 422
+        assert message in answer.error["message"]
 
 
 NESTED = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twotower.errors import ArtefactError
+from twotower.index import search
+from twotower.index.allowed import Allowed
 from twotower.index.build import build_shard
 from twotower.index.parts import check_parts, load_shard, load_vectors, remove_strays, write_part
 from twotower.index.search import Searcher, Shard, best_keys, hits_of, ranking_keys
@@ -31,26 +34,42 @@ def catalogues(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int
     return vectors, rows, shards, draw(st.integers(1, 50))
 
 
-@settings(max_examples=80, deadline=None)
-@given(catalogues(), st.integers(0, 2**32 - 1))
+@settings(max_examples=120, deadline=None)
+@given(
+    catalogues(),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0, 3, 1_000]),
+    st.sampled_from(["Flat", "IVF1,Flat"]),
+    st.booleans(),
+)
 def test_scores_and_hits_do_not_depend_on_the_sharding(
-    case: tuple[np.ndarray, np.ndarray, np.ndarray, int], seed: int
+    case: tuple[np.ndarray, np.ndarray, np.ndarray, int], seed: int, long: int, factory: str, some: bool
 ) -> None:
+    """Nor on what is dead, on a restriction, on how many are left out, or on which queries come together."""
     vectors, rows, shards, k = case
     generator = np.random.default_rng(seed)
     queries = generator.integers(-2, 3, (3, DIM)).astype(np.float32) / 2
     exclude = [
         generator.choice(rows, int(generator.integers(0, len(rows) + 1)), replace=False) for _ in range(3)
     ]
+    # What an update changed lies in another shard, and is dead in its own.
+    dead = rows[generator.random(len(rows)) < 0.2]
+    changed = np.isin(rows, dead)
+    parts = [(shards == s, dead) for s in range(int(shards.max()) + 2)] + [(changed, dead[:0])]
     searcher = Searcher(
-        [
-            Shard(build_shard(vectors[shards == s], "Flat"), rows[shards == s])
-            for s in range(int(shards.max()) + 2)
-        ]
+        [Shard(build_shard(vectors[p], factory, 1, rows[p]), rows[p], gone) for p, gone in parts]
     )
-    for q, hits in enumerate(searcher.search(queries, k, exclude)):
+    only = Allowed.of_mask(generator.random(searcher.num_rows) < 0.7) if some else None
+    with mock.patch.object(search, "_LONG_LIST", long):
+        found = searcher.search(queries, k, exclude, allowed=only)
+        alone = [
+            searcher.search(queries[q : q + 1], k, exclude[q : q + 1], allowed=only)[0] for q in range(3)
+        ]
+    for q, hits in enumerate(found):
+        assert hits.scores.tolist() == alone[q].scores.tolist()
         scores = vectors @ queries[q]
-        allowed = [i for i in range(len(rows)) if rows[i] not in set(exclude[q].tolist())]
+        out = set(exclude[q].tolist())
+        allowed = [i for i in range(len(rows)) if rows[i] not in out and (not some or only.mask()[rows[i]])]
         ranked = sorted(allowed, key=lambda i: (-scores[i], rows[i]))
         assert len(hits.item_rows) == min(k, len(allowed))
         assert hits.scores.tolist() == [scores[i] for i in ranked[:k]]

@@ -118,6 +118,8 @@ def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> N
         generation = Generation.open(store.path(name), verify=True)
         assert len(generation.seen(row)) == 0
         assert len(generation.histories.of_user(row)[0]) == 0
+        assert generation.histories.cut is not None
+        assert not generation.histories.cut[row]
         missing = {n: column[row].tolist() for n, column in generation.user_columns.items()}
         assert missing == {"age": [0.0, 1.0], "colour": [-1]}
         table = generation.checkpoint().model.tables["id_of_user"].detach().numpy()

@@ -69,6 +69,26 @@ def test_capped_histories_answer_like_complete_ones_up_to_the_cap(rng: np.random
         np.testing.assert_array_equal(got, expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 80), st.integers(0, 6), st.integers(0, 9))
+def test_what_capped_histories_reach_is_what_complete_ones_say(
+    seed: int, users: int, n: int, length: int, more: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    data = make_interactions(rng, users, n)
+    complete, capped = Histories.of(data), Histories.of(data, capped=length + more)
+    asked = rng.integers(-1, users, 40)
+    times = rng.integers(-1, 11, 40)
+    got, expected = capped.before(asked, times, length)[0], complete.before(asked, times, length)[0]
+    reached = capped.reaches(asked, got)
+    np.testing.assert_array_equal(got[reached], expected[reached])
+    # Nobody is refused of whom all is kept, or enough.
+    counts = np.where(asked < 0, 0, np.diff(complete.offsets)[asked])
+    assert reached[counts <= length + more].all()
+    assert reached[(got >= 0).all(axis=1)].all()
+    assert complete.reaches(asked, expected).all()
+
+
 def loop_of_example(data: Interactions, row: int, length: int, order: str) -> list[int]:
     """What the example at a row of the log knows, the latest first."""
     found = []

@@ -83,6 +83,9 @@ class IndexConfig(Section):
     """Real queries that recall is reported on; as many others tune the search."""
     train_points: PositiveInt | None = None
     """Vectors that train an IVF index, drawn over all shards; null takes 64 for each list."""
+    kept_history: PositiveInt | None = None
+    """Latest positive interactions kept of each user, where that is more than features look at; queries with
+    an ``at`` in the past reach back so far."""
     attributes: dict[str, AttributeConfig] = {}
     """Attributes of items that queries can filter by, by name."""
 
@@ -145,7 +148,7 @@ class LimitsConfig(Section):
     body_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds that a client may take to send a body; a slower one is answered 408."""
     max_queued: NonNegativeInt = 64
-    """Requests that wait while all workers are busy; above it the answer is 503."""
+    """Requests that wait while all workers are busy, each of a batch counted; above it the answer is 503."""
     deadline_ms: PositiveInt = 1_000
     """Milliseconds after which work on a request no longer begins; its X-Deadline-Ms goes before this."""
 

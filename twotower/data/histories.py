@@ -44,6 +44,8 @@ class Histories:
     """[n] int64, microseconds UTC; ascending inside a user."""
     weights: npt.NDArray[np.float32]
     """[n] float32."""
+    cut: npt.NDArray[np.bool_] | None = None
+    """[U] bool, whose earlier interactions are not among these; None is nobody's."""
 
     @property
     def num_users(self) -> int:
@@ -63,13 +65,17 @@ class Histories:
         users = interactions.user_row[keep]
         counts = np.bincount(users, minlength=num_users)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        arrays = [interactions.item_row[keep], interactions.time[keep], interactions.weight[keep]]
+        items, times, weights = (
+            c[keep] for c in (interactions.item_row, interactions.time, interactions.weight)
+        )
+        cut = None
         if capped is not None:
             from_end = offsets[users + 1] - np.arange(len(users))
             latest = from_end <= capped
-            arrays = [a[latest] for a in arrays]
+            items, times, weights = items[latest], times[latest], weights[latest]
+            cut = counts > capped
             offsets = np.concatenate([[0], np.cumsum(np.minimum(counts, capped))]).astype(np.int64)
-        return cls(offsets, *arrays)
+        return cls(offsets, items, times, weights, cut)
 
     def before(
         self, user_rows: npt.ArrayLike, times: npt.ArrayLike | None, length: int
@@ -89,6 +95,19 @@ class Histories:
         if times is not None:
             end = first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
         return self._take(begin, end, length)
+
+    def reaches(self, user_rows: npt.ArrayLike, found: IntArray) -> npt.NDArray[np.bool_]:
+        """Return of each user whether what ``before`` found is all that it had to find, [B] bool.
+
+        Args:
+            user_rows: [B] int; -1 is an unknown user.
+            found: [B, H] item rows as ``before`` gave them; fewer than H of a user whose earlier interactions
+                are not kept may be too few.
+        """
+        users = np.asarray(user_rows, dtype=np.int64)
+        if self.cut is None or found.shape[1] == 0:
+            return np.ones(len(users), np.bool_)
+        return (users < 0) | (found[:, -1] >= 0) | ~self.cut[np.maximum(users, 0)]
 
     def of_examples(
         self, user_rows: npt.ArrayLike, positions: npt.ArrayLike, length: int, order: Order

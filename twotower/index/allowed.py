@@ -50,6 +50,15 @@ class Allowed:
         return cls(num_rows, rows=given)
 
     @classmethod
+    def all_but(cls, rows: npt.ArrayLike, num_rows: int) -> Allowed:
+        """Return all rows but some, given in any order; those outside of [0, R) are passed over."""
+        out = cls.of_rows(rows, num_rows).rows()
+        mask = np.ones(num_rows, np.bool_)
+        mask[out] = False
+        bits = np.packbits(mask, bitorder="little")
+        return cls(num_rows, bits=bits, count=num_rows - len(out))
+
+    @classmethod
     def of_mask(cls, mask: npt.NDArray[np.bool_]) -> Allowed:
         """Return the set of the rows where ``mask`` [R] is true."""
         return cls(len(mask), bits=np.packbits(mask, bitorder="little"))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.errors import NotAllowedError
+from twotower.errors import NotAllowedError, shown
 from twotower.index.allowed import Allowed, BitArray
 from twotower.index.kept import Kept
 
@@ -343,9 +343,3 @@ def _within(codes: npt.NDArray[Any], span: tuple[int, int]) -> npt.NDArray[np.bo
 
 def _plain(value: pa.Scalar) -> Any:
     return value.as_py()
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.errors import NotAllowedError
+from twotower.errors import NotAllowedError, shown
 from twotower.index.allowed import Allowed
-from twotower.index.attribute_column import OPERATORS, SPARSE, AttributeColumn, Term, shown
+from twotower.index.attribute_column import OPERATORS, SPARSE, AttributeColumn, Term
 from twotower.index.kept import Kept
 
 MAX_VALUES = 1_000

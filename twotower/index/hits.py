@@ -81,7 +81,9 @@ class Excluded:
         queries = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])
         rows = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
         valid = (rows >= 0) & (rows < int(_LOW))
-        return cls(np.unique((queries[valid] << 32) | rows[valid]))
+        pairs = (queries[valid] << 32) | rows[valid]
+        # Seen sets come in order, and may be long.
+        return cls(pairs if (pairs[1:] > pairs[:-1]).all() else np.unique(pairs))
 
     @property
     def item_rows(self) -> IntArray:

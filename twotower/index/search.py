@@ -153,20 +153,7 @@ class Searcher:
                 return self._gather(queries, k, exclude, allowed)
             by_selector = strategy == "selector"
             effort = effort or self._filtered_effort(strategy, planned.strategy, planned.effort)
-        effort = effort or self.effort
-        if len(queries) == 1 and len(self.units) == 1:
-            hits_of_one = self._find_one(queries, k, exclude, effort, allowed, by_selector)
-            if hits_of_one is not None:
-                return [hits_of_one]
-        if exclude is None or len(queries) == 1:
-            return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
-        hits: list[Hits] = [no_hits()] * len(queries)
-        for block in _alike(k + np.array([np.size(e) for e in exclude])):
-            lists = [exclude[q] for q in block.tolist()]
-            found = self._search_block(queries[block], k, lists, effort, complete, allowed, by_selector)
-            for q, h in zip(block.tolist(), found, strict=True):
-                hits[q] = h
-        return hits
+        return self._find_all(queries, k, exclude, effort or self.effort, complete, allowed, by_selector)
 
     def search_exactly(
         self,
@@ -185,7 +172,7 @@ class Searcher:
         effort = max((e for e in whole if e is not None), key=lambda e: e.nprobe, default=None)
         if None in whole or effort is None:
             return self._gather(queries, k, exclude, allowed)
-        return self._search_block(queries, k, exclude, effort, False, allowed, True)
+        return self._find_all(queries, k, exclude, effort, False, allowed, True)
 
     def vectors(self, item_rows: npt.ArrayLike) -> FloatArray:
         """Return the vectors of items as the indexes hold them (some round), [m, D] float32.
@@ -234,6 +221,57 @@ class Searcher:
         """Return the planned effort, or the greatest for a strategy that the plan did not choose."""
         return effort if strategy == planned else self.efforts()[-1]
 
+    def _find_all(
+        self,
+        queries: FloatArray,
+        k: int,
+        exclude: Sequence[npt.ArrayLike] | None,
+        effort: Effort,
+        complete: bool,
+        allowed: Allowed | None,
+        by_selector: bool,
+    ) -> list[Hits]:
+        """Search in blocks of queries that fetch alike; a query with a long list is searched by itself."""
+        if exclude is None or (len(queries) == 1 and np.size(exclude[0]) <= _LONG_LIST):
+            return self._search_block(queries, k, exclude, effort, complete, allowed, by_selector)
+        hits: list[Hits] = [no_hits()] * len(queries)
+        lengths = np.array([np.size(e) for e in exclude])
+        for q in np.flatnonzero(lengths > _LONG_LIST).tolist():
+            hits[q] = self._search_rest(queries[q : q + 1], k, exclude[q], effort, complete, allowed)
+        few = np.flatnonzero(lengths <= _LONG_LIST)
+        for block in _alike(k + lengths[few]):
+            places = few[block]
+            lists = [exclude[q] for q in places.tolist()]
+            found = self._search_block(queries[places], k, lists, effort, complete, allowed, by_selector)
+            for q, h in zip(places.tolist(), found, strict=True):
+                hits[q] = h
+        return hits
+
+    def _search_rest(
+        self,
+        query: FloatArray,
+        k: int,
+        out: npt.ArrayLike,
+        effort: Effort,
+        complete: bool,
+        allowed: Allowed | None,
+    ) -> Hits:
+        """Search one query among all but many items: bits cost less than fetching as many more."""
+        before = self.num_items if allowed is None else allowed.count
+        rest = Allowed.all_but(out, self.num_rows if allowed is None else allowed.num_rows)
+        if allowed is not None:
+            rest &= allowed
+        left = sum(unit.num_allowed(rest) for unit in self.units)
+        if left == 0:
+            return no_hits()
+        if 2 * left < before:
+            # An approximate search has to look the harder the fewer are left, as among those of a filter.
+            harder = unmeasured(left, before, effort)
+            if harder.strategy == "gather":
+                return self._gather(query, k, None, rest)[0]
+            effort = harder.effort
+        return self._search_block(query, k, None, effort, complete, rest, True)[0]
+
     def _search_block(
         self,
         queries: FloatArray,
@@ -244,6 +282,10 @@ class Searcher:
         allowed: Allowed | None,
         by_selector: bool,
     ) -> list[Hits]:
+        if len(queries) == 1 and self._pool is None:
+            hits_of_one = self._find_one(queries, k, exclude, effort, allowed, by_selector)
+            if hits_of_one is not None:
+                return [hits_of_one]
         excluded = Excluded.of(exclude) if exclude is not None else None
         hits, short = self._find(queries, k, excluded, effort, allowed, by_selector)
         if not complete or not len(short):
@@ -273,24 +315,28 @@ class Searcher:
         allowed: Allowed | None,
         by_selector: bool,
     ) -> Hits | None:
-        """Return what ``_find`` does, for one query of one index, in a third of its time; None when short."""
-        unit = self.units[0]
+        """Return what ``_find`` does, for one query, in a third of its time; None when short."""
         out = _NO_ROWS if exclude is None else np.asarray(exclude[0], dtype=np.int64).reshape(-1)
         fetch = k + len(out)
-        if len(out) > _LONG_LIST:
-            # Bits cost less than fetching as many more as a long list has.
-            others = ~Allowed.of_rows(out, self.num_rows if allowed is None else allowed.num_rows)
-            allowed = others if allowed is None else allowed & others
-            by_selector, out, fetch = True, _NO_ROWS, k
-        scores, rows = unit.search(query, min(fetch, len(unit.item_rows)), effort, allowed, by_selector)
-        found_scores, found_rows = scores[0], rows[0]
+        found = [
+            unit.search(query, min(fetch, len(unit.item_rows)), effort, allowed, by_selector)
+            for unit in self.units
+        ]
+        scores, rows = found[0][0][0], found[0][1][0]
+        if len(found) > 1:
+            scores = np.concatenate([f[0][0] for f in found])
+            rows = np.concatenate([f[1][0] for f in found])
         if len(out):
             # NumPy's isin takes several times as long for so few.
             ordered = np.sort(out)
-            at = np.minimum(np.searchsorted(ordered, found_rows), len(ordered) - 1)
-            kept = ordered[at] != found_rows
-            found_scores, found_rows = found_scores[kept], found_rows[kept]
-        hits = in_order(found_scores, found_rows, k)
+            at = np.minimum(np.searchsorted(ordered, rows), len(ordered) - 1)
+            kept = ordered[at] != rows
+            scores, rows = scores[kept], rows[kept]
+        if len(found) > 1:
+            # What was not found has the least score there is.
+            order = np.lexsort((rows, -scores))
+            scores, rows = scores[order], rows[order]
+        hits = in_order(scores, rows, k)
         return hits if len(hits.item_rows) == k else None
 
     def _find(

@@ -399,9 +399,10 @@ def _history(
     else:
         w = (valid * spec.decay ** np.arange(items.shape[1])).astype(np.float32)
     total = w.sum(1, keepdims=True)
-    pooled = torch.from_numpy(w / np.where(total > 0, total, 1).astype(np.float32))
+    pooled = torch.from_numpy(w / np.where(total > 0, total, np.float32(1)))
     if table is None or table.buckets is None:
-        return Bag(torch.from_numpy(np.where(valid, items + (UNKNOWN_ROW + 1), -1)), pooled)
+        # -1 stays where there is no item.
+        return Bag(torch.from_numpy(items + (UNKNOWN_ROW + 1) * valid), pooled)
     ids = hashed_rows(torch.tensor(items), table.buckets, table.hashes)
     ids = ids.masked_fill(torch.from_numpy(~valid)[..., None], -1)
     return Bag(ids.flatten(1), pooled[..., None].expand(ids.shape).flatten(1))

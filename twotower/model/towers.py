@@ -96,11 +96,16 @@ class Tower(nn.Module):
             row_keys: [B] int64, the seeds of each row's dropout masks; None leaves dropout out.
             valid: [B] bool, false at padding, which takes no part in batch statistics; None means all.
         """
-        x = self.input_dropout(x, row_keys)
+        # A call of a module that does nothing costs a single query as much as one that does something.
+        if row_keys is not None:
+            x = self.input_dropout(x, row_keys)
         h = x
         for layer in self.layers:
             if isinstance(layer, RowDropout):
-                h = layer(h, row_keys)
+                if row_keys is not None:
+                    h = layer(h, row_keys)
+            elif isinstance(layer, nn.Identity):
+                continue
             elif isinstance(layer, GlobalBatchNorm):
                 h = layer(h, valid)
             else:

@@ -31,6 +31,8 @@ TOMBSTONES = "tombstones.npy"
 """Item rows of base shards that updates deleted or replaced."""
 HISTORY = ("offsets", "item_rows", "times", "weights")
 """Arrays of the users' histories."""
+HISTORY_CUT = "users/history_cut.npy"
+"""Of each user whether earlier interactions were left out."""
 COLUMN, PROFILE = "column-", "profile-"
 """How the names of files of static columns and of profiles begin."""
 AGAIN = "Delete the generation and build it again."

@@ -28,7 +28,15 @@ from twotower.errors import ArtefactError
 from twotower.index.parts import save_array
 from twotower.model.features import encode_columns
 from twotower.model.forget import forget_in_checkpoint
-from twotower.retrieval.files import FACTS, KIND, column_file, file_facts, read_shard_facts, write_shard_facts
+from twotower.retrieval.files import (
+    FACTS,
+    HISTORY_CUT,
+    KIND,
+    column_file,
+    file_facts,
+    read_shard_facts,
+    write_shard_facts,
+)
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import WORK
 from twotower.retrieval.store import Store
@@ -144,6 +152,10 @@ def write_users(old: Generation, rows: npt.NDArray[np.int64], directory: Path) -
     save_array(users / "history_offsets.npy", offsets)
     for name in ("item_rows", "times", "weights"):
         save_array(users / f"history_{name}.npy", getattr(histories, name)[stays])
+    if HISTORY_CUT in old.manifest["files"]:
+        cut = np.array(histories.cut)
+        cut[rows] = False
+        save_array(directory / HISTORY_CUT, cut)
     offsets, stays = without_users(old.seen_offsets, rows)
     save_array(users / "seen_offsets.npy", offsets)
     save_array(users / "seen_item_rows.npy", old.seen_item_rows[stays])

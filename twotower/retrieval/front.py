@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 
 from twotower.data.dataset import ITEM_ROW
-from twotower.errors import NotAllowedError
+from twotower.errors import NotAllowedError, shown
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
 from twotower.index.recall import index_recalls
@@ -229,8 +229,7 @@ class Front:
             reason = "is not known"
             if row is not None:
                 reason = "is not in the catalogue: it only occurs in interactions, or was deleted"
-            shown = item_id if len(item_id) <= 60 else item_id[:60] + "..."
-            raise UnknownItemError(f"item {shown!r} {reason}", "the id of an item of the catalogue")
+            raise UnknownItemError(f"item {shown(item_id)} {reason}", "the id of an item of the catalogue")
         return row
 
     def _answers(self, row: int) -> bool:

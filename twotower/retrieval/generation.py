@@ -43,6 +43,7 @@ from twotower.retrieval.files import (
     CONFIG,
     DELTA,
     HISTORY,
+    HISTORY_CUT,
     ITEM_IDS,
     ITEMS,
     KIND,
@@ -146,8 +147,14 @@ class Generation:
 
     @functools.cached_property
     def histories(self) -> Histories:
-        """Each user's latest positive interactions of all splits, as many as a feature looks at."""
-        return Histories(*(self._array(f"users/history_{name}.npy") for name in HISTORY))
+        """Each user's latest positive interactions of all splits, at least as many as a feature looks at."""
+        offsets, items, times, weights = (self._array(f"users/history_{name}.npy") for name in HISTORY)
+        if HISTORY_CUT in self.manifest.get("files", ()):
+            cut = self._array(HISTORY_CUT)
+        else:
+            # Of an earlier release, which kept just so many: whoever has them may have had more.
+            cut = np.diff(offsets) >= self.schema.max_history
+        return Histories(offsets, items, times, weights, cut)
 
     def seen(self, user_row: int) -> npt.NDArray[np.int32]:
         """Return all items a user ever had, of every kind and split, ascending [m] int32."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import DataError, NotAllowedError
+from twotower.errors import DataError, NotAllowedError, shown
 from twotower.model.features import Columns, encode_columns
 from twotower.retrieval.query import HistoryItem, Query, Strategy
 from twotower.schema import (
@@ -45,7 +45,7 @@ class UserTable:
     ids: Vocabulary
     """The users, in row order."""
     histories: Histories
-    """Positive interactions, at least the latest H of each user."""
+    """Positive interactions, at least the latest H of each user, and whose earlier ones are not there."""
     seen_offsets: npt.NDArray[np.int64]
     """[U + 1] int64: user u has had ``seen_item_rows[seen_offsets[u]:seen_offsets[u + 1]]``."""
     seen_item_rows: npt.NDArray[np.integer[Any]]
@@ -99,9 +99,11 @@ class Inputs:
         """Check what ``resolve`` would.
 
         Raises:
-            NotAllowedError: a feature of the query is not known or not readable.
+            NotAllowedError: as of ``resolve``.
         """
         self._given_columns(query.features)
+        if query.at is not None:
+            self._stored([query], self._user_rows([query]), [query.at])
 
     def resolve(self, query: Query, now: int) -> Input:
         """Return one query in rows.
@@ -111,28 +113,51 @@ class Inputs:
             now: microseconds UTC, for a query that names no moment.
 
         Raises:
-            NotAllowedError: a feature of the query is not known or not readable.
+            NotAllowedError: a feature of the query is not known or not readable, or what its user had done
+                before ``at`` is not all kept.
         """
         return self.resolve_all([query], now)[0]
 
     def resolve_all(self, queries: Sequence[Query], now: int) -> list[Input]:
         """Return each query in rows, as ``resolve`` does, looking up users and stored histories at once."""
-        user_rows = np.full(len(queries), -1, np.int64)
-        named = [i for i, query in enumerate(queries) if query.user_id is not None]
-        if named:
-            ids = [query.user_id for query in queries if query.user_id is not None]
-            user_rows[named] = self.users.ids.rows(ids, missing="negative")
+        user_rows = self._user_rows(queries)
         moments = [now if query.at is None else query.at for query in queries]
-        if any(query.history is None and row >= 0 for query, row in zip(queries, user_rows, strict=True)):
-            histories = self.users.histories
-            stored = histories.before(user_rows, np.array(moments, np.int64), self.schema.max_history)
-        else:
-            shape = len(queries), self.schema.max_history
-            stored = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        stored = self._stored(queries, user_rows, moments)
         return [
             self._resolved(query, row, moments[i], stored[0][i], stored[1][i])
             for i, (query, row) in enumerate(zip(queries, user_rows.tolist(), strict=True))
         ]
+
+    def _user_rows(self, queries: Sequence[Query]) -> IntArray:
+        if len(queries) == 1 and queries[0].user_id is not None:
+            # A third of what several take.
+            row = self.users.ids.row(queries[0].user_id)
+            return np.array([-1 if row is None else row], np.int64)
+        rows = np.full(len(queries), -1, np.int64)
+        named = [i for i, query in enumerate(queries) if query.user_id is not None]
+        if named:
+            ids = [query.user_id for query in queries if query.user_id is not None]
+            rows[named] = self.users.ids.rows(ids, missing="negative")
+        return rows
+
+    def _stored(
+        self, queries: Sequence[Query], user_rows: IntArray, moments: Sequence[int]
+    ) -> tuple[IntArray, FloatArray]:
+        """Return the latest items [B, H], and weights, that users had before a moment.
+
+        What comes with a query replaces them, so that only queries without a history need them.
+        """
+        wanted = np.array([query.history is None for query in queries], np.bool_) & (user_rows >= 0)
+        if not wanted.any():
+            shape = len(queries), self.schema.max_history
+            return np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        histories = self.users.histories
+        found = histories.before(user_rows, np.array(moments, np.int64), self.schema.max_history)
+        # Without ``at`` what lies in the future by this machine's clock is no reason to refuse.
+        for i in np.flatnonzero(wanted & ~histories.reaches(user_rows, found[0])).tolist():
+            if queries[i].at is not None:
+                raise _not_kept(queries[i])
+        return found
 
     def num_seen(self, user_id: str | None) -> int:
         """Return how many items a user has had; 0 for an unknown user."""
@@ -228,6 +253,15 @@ class Inputs:
         return _encoded([f for f in self._static if _column(f) in values], values)
 
 
+def _not_kept(query: Query) -> NotAllowedError:
+    return NotAllowedError(
+        f"at: what user {shown(query.user_id)} had done before that moment is not all known: only his latest "
+        "items are kept",
+        "a later moment, or those items as history; a generation that is built with a larger "
+        "index.kept_history reaches further back",
+    )
+
+
 def _column(feature: FittedFeature) -> str:
     spec = feature.spec
     assert not isinstance(spec, (IdFeature, HistoryFeature, ProfileFeature))
@@ -275,8 +309,7 @@ def _checked(feature: FittedFeature, value: Any) -> Any:
     elif isinstance(spec, (CategoricalFeature, MultiHotFeature)) and isinstance(value, (int, float)):
         # Booleans and fractions are cast to text as Arrow casts the same column of a table.
         return value if isinstance(value, (bool, float)) else str(value)
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:60] + "..."
-    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown}", _allowed(feature))
+    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown(value)}", _allowed(feature))
 
 
 def _allowed(feature: FittedFeature) -> str:

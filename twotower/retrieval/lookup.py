@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from twotower.errors import NotAllowedError
+from twotower.errors import NotAllowedError, shown
 from twotower.retrieval.generation import Generation
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BLOCK_USERS = 1 << 20
 _MOST_SCANNED = 16 * _BLOCK_USERS
-_MAX_SHOWN = 60
 
 
 class UnknownUserError(NotAllowedError):
@@ -96,10 +95,10 @@ def user_history(generation: Generation, user_id: str) -> UserHistory:
     """
     row = generation.user_ids.row(user_id)
     if row is None:
-        shown = user_id if len(user_id) <= _MAX_SHOWN else user_id[:_MAX_SHOWN] + "..."
-        raise UnknownUserError(f"user {shown!r} is not known", "the id of a user with interactions")
+        raise UnknownUserError(f"user {shown(user_id)} is not known", "the id of a user with interactions")
     histories = generation.histories
-    own = slice(int(histories.offsets[row]), int(histories.offsets[row + 1]))
+    begin, end = int(histories.offsets[row]), int(histories.offsets[row + 1])
+    own = slice(max(begin, end - generation.schema.max_history), end)
     item_rows = histories.item_rows[own][::-1]
     times = histories.times[own][::-1].tolist()
     weights = histories.weights[own][::-1].tolist()

@@ -40,7 +40,8 @@ class Query:
     features: dict[str, Any] = field(default_factory=dict)
     """Values by column of the user table; each replaces the stored value, None stands for missing."""
     at: int | None = None
-    """Microseconds UTC; only what happened strictly before it counts. None is now."""
+    """Microseconds UTC; of the history only what happened strictly before it counts. None is now. It is an
+    error where the generation does not keep enough of the user's history to know what that was."""
     exclude_seen: bool = True
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: Sequence[str] = ()

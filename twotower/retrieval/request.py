@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from twotower.errors import NotAllowedError
+from twotower.errors import NotAllowedError, as_json
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.schema import MAX_WEIGHT
 
@@ -151,8 +150,9 @@ class RetrieveRequest(BaseModel):
     features: dict[str, Any] = {}
     """Values of user feature columns; each replaces the stored value."""
     at: Time | None = None
-    """What of the user's history counts: what happened strictly before this moment; now when not given. What
-    has been seen, and what is popular, is as of the generation all the same."""
+    """What of the user's history counts: what happened strictly before this moment; now when not given. A
+    moment so far back that the generation does not keep all that counts is refused: send ``history`` then.
+    The user's columns, what has been seen, and what is popular, are as of the generation all the same."""
     exclude_seen: bool = True
     """Leave out what the user has already had, and the items of ``history``."""
     exclude_items: Ids = []
@@ -275,9 +275,5 @@ def _path(location: tuple[Any, ...]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as JSON, shortened."""
-    try:
-        text = orjson.dumps(value, default=str).decode()
-    except orjson.JSONEncodeError:
-        # Nested deeper than can be written, or an integer of more than 64 bits.
-        text = f"a value of type {type(value).__name__}"
+    text = as_json(value)
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

@@ -21,6 +21,7 @@ from twotower.retrieval.files import (
     BASE,
     CONFIG,
     HISTORY,
+    HISTORY_CUT,
     ITEM_IDS,
     KIND,
     column_file,
@@ -50,9 +51,12 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
 
     users = directory / "users"
     users.mkdir()
-    histories = Histories.of(dataset.interactions, capped=schema.max_history)
+    kept = max(schema.max_history, config.index.kept_history or 0)
+    histories = Histories.of(dataset.interactions, capped=kept)
     for name in HISTORY:
         save_array(users / f"history_{name}.npy", getattr(histories, name))
+    assert histories.cut is not None
+    save_array(directory / HISTORY_CUT, histories.cut)
     offsets, item_rows = seen_sets(dataset)
     save_array(users / "seen_offsets.npy", offsets)
     save_array(users / "seen_item_rows.npy", item_rows)
