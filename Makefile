@@ -12,13 +12,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP  := $(VENV)/.installed-$(FLAVOUR)
+# Side by side, in lanes that tests/conftest.py makes: two of them have a Ray, and often wait for it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TORCH   = $(shell grep '^torch==' requirements/$(FLAVOUR).txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test lint
+.PHONY: help setup quickstart serve test test-fast lint
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON, FLAVOUR=cpu|gpu, TORCH_INDEX, CONFIG, ARGS (see the top of the Makefile)."
 
 setup: $(STAMP)  ## Install everything into .venv
@@ -30,7 +32,10 @@ serve: $(STAMP)  ## Serve the published generation of CONFIG on 127.0.0.1 until 
 	@$(BIN)/python -m jobs.serve --config $(CONFIG) $(ARGS)
 
 test: $(STAMP)  ## Run all tests (tests that need a GPU or the MovieLens mirror say why they do not run)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@$(PYTEST) -n 3
+
+test-fast: $(STAMP)  ## Run the tests that take no Ray, no sockets and little time
+	@$(PYTEST) -n 2 -m "not (cluster or http or browser or parity or sockets or slow)"
 
 lint: $(STAMP)  ## Check style, types and the floors of the house
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -21,6 +22,9 @@ from tests.browser.chromium import reason_to_skip
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
+LANES = {"http": "service", "browser": "service", "cluster": "ray"}
+"""Folders that one process of pytest-xdist runs one after the other, on one Ray; of other files any process
+runs the next."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,35 +58,55 @@ def pytest_configure(config: pytest.Config) -> None:
 
     apply_environment()
     config.pluginmanager.register(_RealDataSummary(), "realdata-summary")
+    # A busy machine is no fault of what is tested.
+    hypothesis.settings.register_profile(
+        "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process run a whole file, with its fixtures, and a whole lane, with its Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return LANES.get(file.split("/")[1], file)
+
+    # In the order of ``_longest_first``.
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _with_the_service(items)
+    _longest_first(items)
     browser_missing = reason_to_skip()
     gpu_missing = _gpu_missing() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        folder = _folder(item)
         if folder in TIERS:
             item.add_marker(folder)
-        if "mirror" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "mirror" in fixtures:
             item.add_marker("realdata")
+        if "endpoint" in fixtures:
+            item.add_marker("sockets")
         if gpu_missing and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=gpu_missing))
         if browser_missing and folder == "browser":
             item.add_marker(pytest.mark.skip(reason=browser_missing))
 
 
-def _with_the_service(items: list[pytest.Item]) -> None:
-    """Let the browser's tests follow those over HTTP: while the service runs it holds CPUs of Ray's."""
-    folders = [item.path.relative_to(ROOT / "tests").parts[0] for item in items]
-    if "http" not in folders:
-        return
-    last = max(i for i, folder in enumerate(folders) if folder == "http")
-    both = list(zip(items, folders, strict=True))
-    browser = [item for item, folder in both if folder == "browser"]
-    before = [item for item, folder in both[: last + 1] if folder != "browser"]
-    after = [item for item, folder in both[last + 1 :] if folder != "browser"]
-    items[:] = [*before, *browser, *after]
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").parts[0]
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Let what runs on Ray begin first, since it takes longest, and the browser follow HTTP's one service."""
+    first = ("http", "browser", "cluster")
+    items.sort(key=lambda item: first.index(_folder(item)) if _folder(item) in first else len(first))
 
 
 def _gpu_missing() -> str | None:

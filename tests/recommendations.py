@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.apart import run_apart
 from twotower.config import Config, parse_config
 
 
@@ -50,6 +49,5 @@ module.recommend(parse_config(json.load(open(sys.argv[1]))), sys.argv[2], *sys.a
 def run_until_killed(config: Config, generation: Path, folder: Path, *more: str) -> None:
     """Recommend in a process of its own, which SIGKILL ends when two parts are written."""
     (folder / "config.json").write_text(json.dumps(config.to_json()))
-    command = [sys.executable, "-c", _KILLED, str(folder / "config.json"), str(generation), *more]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    done = run_apart(_KILLED, folder / "config.json", generation, *more)
+    assert done.returncode == -signal.SIGKILL, done.stderr

@@ -23,6 +23,7 @@ from ray.train.torch import TorchTrainer
 from jobs import train as train_job
 from tests.parity.workers import assert_close, step_results
 from twotower.artefacts import has_manifest
+from twotower.cluster.processes import descendants
 from twotower.cluster.train import train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -166,10 +167,10 @@ def losses(config: Config) -> dict[int, float]:
 
 def worker_processes() -> list[int]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in descendants(os.getpid()):
         with contextlib.suppress(OSError):
-            if b"RayTrainWorker" in path.read_bytes():
-                found.append(int(path.parent.name))
+            if b"RayTrainWorker" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                found.append(process.pid)
     return sorted(found)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.apart import START
 from tests.parity.workers import assert_close
 from twotower.cluster.processes import free_port
 from twotower.model.norm import GlobalBatchNorm
@@ -63,7 +64,7 @@ def _run(rank: int, size: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_equals_torch_on_the_global_batch(size: int, tmp_path: Path) -> None:
-    mp.start_processes(_run, args=(size, free_port(), str(tmp_path)), nprocs=size, start_method="spawn")
+    mp.start_processes(_run, args=(size, free_port(), str(tmp_path)), nprocs=size, start_method=START)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     reference = torch.nn.BatchNorm1d(E)
     for step in range(2):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.apart import START
 from tests.parity.workers import assert_close, step_results
 from tests.streams import keys, keys_of, uneven_dataset, with_train
 from twotower.cluster.processes import free_port
@@ -78,7 +79,7 @@ def ranks(uneven: tuple[Config, Dataset], tmp_path_factory: pytest.TempPathFacto
     size = 3
     config, dataset = uneven
     arguments = (size, free_port(), config.to_json(), str(dataset.path), str(out))
-    mp.start_processes(_worker, args=arguments, nprocs=size, start_method="spawn")
+    mp.start_processes(_worker, args=arguments, nprocs=size, start_method=START)
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.apart import START
 from tests.parity.workers import assert_close
 from twotower.cluster.processes import free_port
 from twotower.model.features import Bag
@@ -51,7 +52,7 @@ def _run(rank: int, size: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_over_ranks_equal_one_process(size: int, tmp_path: Path) -> None:
-    mp.start_processes(_run, args=(size, free_port(), str(tmp_path)), nprocs=size, start_method="spawn")
+    mp.start_processes(_run, args=(size, free_port(), str(tmp_path)), nprocs=size, start_method=START)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     expected = gradients([bag for rank in range(size) for bag in bags_of(rank)], World())
     assert ranks[0].keys() == expected.keys() == WIDTHS.keys()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.apart import START
 from twotower.cluster.processes import free_port
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -74,7 +75,7 @@ def run_world(
     torch.save(
         {"configs": plain, "dataset": str(dataset.path), "steps": steps, "update": update}, out / "work.pt"
     )
-    mp.start_processes(_run, args=(size, free_port(), str(out)), nprocs=size, start_method="spawn")
+    mp.start_processes(_run, args=(size, free_port(), str(out)), nprocs=size, start_method=START)
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 

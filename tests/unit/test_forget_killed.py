@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.apart import run_apart
 from tests.forgetting import COLOUR, GONE, files_with, make_shop
 from tests.updates import write_config
 from twotower.config import Config, load_config
 from twotower.retrieval.forget import REQUEST, forget_users
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
-
-ROOT = Path(__file__).parents[2]
 
 # The job kills itself before the rename of that number, or says in a file how many there were.
 JOB = """
@@ -46,15 +43,7 @@ Path(told).write_text(str(count))
 
 
 def start(config: Path, fatal: int, told: Path) -> subprocess.CompletedProcess[str]:
-    arguments = [str(config), GONE, str(fatal), str(told)]
-    return subprocess.run(
-        [sys.executable, "-c", JOB, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_apart(JOB, config, GONE, fatal, told)
 
 
 def state(config: Config) -> dict[str, bytes]:

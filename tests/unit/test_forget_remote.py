@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import forget as job
+from tests.apart import run_apart
 from tests.buckets import keys
 from tests.forgetting import COLOUR, GONE, answers, files_with, fill, lists_of, make_files, others
 from tests.updates import write_config
@@ -26,8 +24,6 @@ from twotower.retrieval.objects import Objects
 from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +180,7 @@ def test_a_killed_run_is_finished_by_the_next_one(
     """At several writes to the bucket, one after the other; nothing of an earlier run is in the way."""
     file = write_config(shop, tmp_path / "config.yaml")
     for fatal in (1, 4, 9, 30, 12):
-        done = subprocess.run(
-            [sys.executable, "-c", JOB, str(file), GONE, str(fatal)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_apart(JOB, file, GONE, fatal)
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         for name in store.pointers().values():
             Generation.open(RemoteStore(store.where, tmp_path / "reader").fetch(name), verify=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.apart import context
 from tests.generations import edit_index, plain_generation, untrained_checkpoint
 from twotower.artefacts import MANIFEST
 from twotower.config import parse_config
@@ -143,7 +143,6 @@ def _publish(root: str, name: str, ready: Any, answers: Any) -> None:
 
 
 def test_publishing_processes_exclude_each_other(store: Store) -> None:
-    context = multiprocessing.get_context("spawn")
     ready, answers = context.Barrier(3), context.Queue()
     processes = [context.Process(target=_publish, args=(str(store.root), n, ready, answers)) for n in "abc"]
     for process in processes:

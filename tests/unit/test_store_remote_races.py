@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.apart import run_apart
 from tests.buckets import change, contents, hashes, keys
 from tests.generations import edit_manifest
 from twotower.errors import RefusedError
@@ -219,9 +218,7 @@ def test_a_push_that_is_killed_changes_nothing(here: RemoteStore, elsewhere: Rem
     for file in contents(here.path("b")):
         if file.endswith(".npy"):
             change(here, "b", file)
-    done = subprocess.run(
-        [sys.executable, "-c", _PUSHER, stage, here.where, str(here.root)], capture_output=True, text=True
-    )
+    done = run_apart(_PUSHER, stage, here.where, here.root)
     assert done.returncode == -9, done.stderr
     published = stage == "publications/"
     assert elsewhere.current() == ("b" if published else "a")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests.apart import run_apart
 from tests.shop import NUM_ITEMS, build_store
 from tests.updates import content
 from twotower.config import Config
@@ -46,28 +45,23 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return build_store(tmp_path_factory.mktemp("killed"))[0]
 
 
-def run(store: Store, fatal: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", UPDATER, str(store.root), fatal]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 def test_a_killed_update_changes_nothing_and_is_finished_by_the_next_one(shop: Config) -> None:
     store = Store(shop.store)
     before = content(store)
     for name in ("tombstones.npy", "index.faiss", "item_rows.npy", "shard.json", "manifest.json"):
-        done = run(store, name)
+        done = run_apart(UPDATER, store.root, name)
         assert done.returncode == -signal.SIGKILL, (name, done.stderr)
         assert content(store) == before, name
         assert (store.current(), store.generations()) == ("g1", ["g1"])
 
     # Finished, but not published.
-    done = run(store, "CURRENT")
+    done = run_apart(UPDATER, store.root, "CURRENT")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert store.current() == "g1"
     (name,) = set(store.generations()) - {"g1"}
     Generation.open(store.path(name), verify=True)
 
-    done = run(store, "")
+    done = run_apart(UPDATER, store.root, "")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == name == store.current()
     generation = Generation.open(store.path(name), verify=True)
