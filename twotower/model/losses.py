@@ -203,10 +203,10 @@ def _blocked(
 def _fastest_linear(x: Tensor) -> Callable[..., Tensor]:
     """Return F.linear, or oneDNN's version of it where that is faster for tensors like ``x``.
 
-    On CPUs torch leaves float32 products to MKL, which knows Intel's processors best; oneDNN, which torch ships
-    too, is as fast there and faster on others. Measured for the three products of a block of 256 x 8192, all
-    blocks, on two Zen 5 cores: 46, 43 and 45 ms against 110, 102 and 110; on a Zen 4 core: 189, 169 and 192
-    against 223, 197 and 227 with AVX-512, and 202, 188 and 202 against 220, 197 and 216 with AVX2.
+    On CPUs torch leaves float32 products to MKL, which is made for Intel's processors; oneDNN, which torch
+    ships too, is faster on others. Measured for the three products of a block of 256 x 8192, all blocks: on
+    two Zen 5 cores 46, 43 and 45 ms against 110, 102 and 110; on one Zen 4 core 189, 169 and 192 against 223,
+    197 and 227, kept to AVX2 202, 188 and 202 against 220, 197 and 216. Not measured on Intel's.
     """
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     wide = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
