@@ -1,6 +1,7 @@
 """What all benchmarks share: interleaved times, extra memory in a fresh process, results as JSON.
 
-A benchmark is a module run as ``python -m benchmarks.NAME [--quick]``::
+A benchmark is a module run as ``python -m benchmarks.NAME [--quick] [--isa avx2]``. It names the instruction
+set that it ran on; ``--isa avx2`` runs it as on a processor without AVX-512 (``isa``)::
 
     quick = measure.start("What this measures.", threads=2)
     samples = measure.times({"ours": ours, "dense": dense}, repeats=3 if quick else 9)
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import isa
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,11 +64,23 @@ class Sample:
 
 def start(description: str, threads: int) -> bool:
     """Read the command line, set torch's number of threads; return whether ``--quick`` was given."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    quick: bool = parser.parse_args().quick
+    quick: bool = options(argparse.ArgumentParser(description=description)).quick
     torch.set_num_threads(threads)
     return quick
+
+
+def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, ``--quick`` and ``--isa`` added; an ``--isa`` starts the process anew."""
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument(
+        "--isa",
+        choices=isa.SETS,
+        default="native",
+        help="avx2: run as on a processor without AVX-512, into results/NAME-avx2.json",
+    )
+    options = parser.parse_args()
+    isa.lowered(options.isa)
+    return options
 
 
 def times(callables: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Sample]:
@@ -103,17 +118,21 @@ def peak_extra_bytes(module_function: str, kwargs: Mapping[str, Any], threads: i
 
 
 def finish(name: str, figures: Mapping[str, float], table: Sequence[Sequence[object]], quick: bool) -> None:
-    """Print the table (heading first) and the figures; write results/NAME.json unless quick."""
+    """Print the table (heading first) and the figures; write results/NAME.json unless quick.
+
+    A run that was kept to an instruction set has a file of its own, such as results/NAME-avx2.json.
+    """
     cells = [[str(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     rounded = {key: float(f"{value:.4g}") for key, value in figures.items()}
-    result = {"name": name, "figures": rounded}
+    result = {"name": name, "figures": rounded, "isa": isa.named(isa.in_use())}
     if not quick:
         RESULTS.mkdir(exist_ok=True)
+        file = name if isa.asked() == "native" else f"{name}-{isa.asked()}"
         whole = {**result, "machine": _machine(), "table": cells}
-        (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
+        (RESULTS / f"{file}.json").write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(result))
 
 
@@ -124,6 +143,7 @@ def _machine() -> dict[str, object]:
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "isa": isa.in_use(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

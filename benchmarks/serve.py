@@ -65,9 +65,8 @@ Run = Callable[[Mapping[str, Measured]], Measured]
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--fused-only", action="store_true", help="leave out the sharded topology")
-    options = parser.parse_args()
+    options = measure.options(parser)
     require_wrk()
     torch.set_num_threads(THREADS)
     # Before anything imports Ray.

@@ -105,8 +105,7 @@ class Known:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    quick = parser.parse_args().quick
+    quick = measure.options(parser).quick
     require_wrk()
     torch.set_num_threads(THREADS)
     # Before anything imports Ray.

@@ -124,7 +124,7 @@ def in_order(scores: FloatArray, item_rows: IntArray, k: int) -> Hits:
     if len(item_rows) and item_rows[-1] < 0:
         found = item_rows >= 0
         scores, item_rows = scores[found], item_rows[found]
-    if (scores[1:] >= scores[:-1]).any():
+    if np.count_nonzero(scores[1:] >= scores[:-1]):  # any() takes three times as long
         order = np.lexsort((item_rows, -scores))
         scores, item_rows = scores[order], item_rows[order]
     return Hits(item_rows, scores)

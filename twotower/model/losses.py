@@ -146,7 +146,9 @@ def _blocked(
     own = None if own_QHD is None else own_QHD.detach().to(dtype)
     loss = q_QD.new_zeros(())
     d_q = torch.empty_like(q_QD) if with_gradients else None
-    d_c_DC = torch.zeros_like(c_CD.T) if with_gradients else None
+    # Laid out as the products give and take it: a sum over two layouts takes half of a product's time.
+    c_DC = c_CD.T.contiguous()
+    d_c_DC = torch.zeros_like(c_DC) if with_gradients else None
     d_own = torch.empty_like(own) if with_gradients and own is not None else None
     linear = _fastest_linear(q_QD)
     bias_C = batch.bias_C * _LOG2_E
@@ -180,7 +182,7 @@ def _blocked(
             continue
         block_RC.scatter_add_(1, positive_R1, -total_R[:, None])
         scale_R1 = (weight_R / total_R).masked_fill_(weight_R == 0, 0)[:, None] / t
-        d_RD = linear(block_RC, c_CD.T)
+        d_RD = linear(block_RC, c_DC)
         if own is not None and d_own is not None:
             d_RD += torch.einsum("rh,rhd->rd", own_RH, own[first:last])
             d_own[first:last] = (own_RH * scale_R1)[:, :, None] * q_RD[:, None, :]
@@ -192,7 +194,7 @@ def _blocked(
     d_t = -torch.dot(q_QD.flatten(), d_q.flatten()) / t
     return loss, (
         d_q.to(queries_QD.dtype),
-        d_c_DC.T.to(candidates_CD.dtype),
+        d_c_DC.T.to(candidates_CD.dtype).contiguous(),
         d_t.to(temperature.dtype),
         None if d_own is None or own_QHD is None else d_own.to(own_QHD.dtype),
     )
@@ -201,12 +203,13 @@ def _blocked(
 def _fastest_linear(x: Tensor) -> Callable[..., Tensor]:
     """Return F.linear, or oneDNN's version of it where that is faster for tensors like ``x``.
 
-    On CPUs torch leaves float32 products to MKL, which uses AVX-512 on Intel's processors only; oneDNN, which
-    torch ships too, uses it on all that have it. Measured on two Zen 5 cores for the three products of a
-    block of 256 x 8192: 46, 43 and 45 ms for all blocks against 110, 102 and 110.
+    On CPUs torch leaves float32 products to MKL, which is made for Intel's processors; oneDNN, which torch
+    ships too, is faster on others. Measured for the three products of a block of 256 x 8192, all blocks: on
+    two Zen 5 cores 46, 43 and 45 ms against 110, 102 and 110; on one Zen 4 core 189, 169 and 192 against 223,
+    197 and 227, kept to AVX2 202, 188 and 202 against 220, 197 and 216. Not measured on Intel's.
     """
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    wide = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if onednn is None or not wide or x.dtype != torch.float32:
         return F.linear
     return lambda x, weight, bias=None: onednn(x, weight, bias, "none", [], "")
