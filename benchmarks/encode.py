@@ -30,7 +30,6 @@ from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.features import encode_columns, item_batch
 from twotower.model.towers import TwoTower
 from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.encoding import source_columns
 
 DIM = 128
 BATCH = 8_192
@@ -145,7 +144,7 @@ def _bare_loop(directory: str, paths: list[str], out: str) -> None:
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(directory)
     schema = checkpoint.schema
-    columns = [ITEM_ROW, "item_id", *source_columns(schema)]
+    columns = [ITEM_ROW, "item_id", *schema.item_columns]
     for path in paths:
         vectors: list[Any] = []
         rows: list[Any] = []

@@ -25,6 +25,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     from twotower.cluster.build import build_generation
 
     dataset = stages.dataset_for(config, arguments.dataset)
+    stages.require(config, dataset, "index")
     with stages.on_ray(config):
         checkpoint = arguments.checkpoint or stages.checkpoints_for(config, dataset).served
         stage("encode the catalogue and build the index")

@@ -28,6 +28,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     from twotower.cluster.evaluate import evaluate
 
     dataset = stages.dataset_for(config, arguments.dataset)
+    stages.require(config, dataset, "evaluate")
     with stages.on_ray(config):
         checkpoint = arguments.checkpoint or stages.checkpoints_for(config, dataset).evaluated
         stage("evaluate")

@@ -24,11 +24,13 @@ def run(config: Config, dataset: Dataset, force: bool = False) -> command.Result
     """Train, index, evaluate and publish from a prepared dataset.
 
     Raises:
+        ConfigError: a step can not be taken with this dataset; none was taken.
         RefusedError: something speaks against publishing, and ``force`` does not override it.
     """
     from twotower.cluster.build import build_generation
     from twotower.cluster.evaluate import evaluate
 
+    stages.require(config, dataset, "train", "index", "recommend", "evaluate")
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
         stage("encode the catalogue and build the index")

@@ -15,6 +15,7 @@ from twotower.config import Config
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     dataset = stages.dataset_for(config)
+    stages.require(config, dataset, "train", "index", "recommend")
     details = {
         "fingerprint": dataset.fingerprint,
         "num_users": dataset.num_users,

@@ -19,6 +19,8 @@ from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.errors import ArtefactError, ConfigError
 from twotower.progress import say, stage
+from twotower.training import preflight
+from twotower.training.preflight import Step
 
 if TYPE_CHECKING:
     from twotower.retrieval.store import Store
@@ -60,6 +62,15 @@ def dataset_for(config: Config, path: Path | None = None) -> Dataset:
         return Dataset.open(path)
     stage("prepare")
     return prepare(config)
+
+
+def require(config: Config, dataset: Dataset, *steps: Step) -> None:
+    """Check what later steps ask of a dataset, before the first of them costs anything.
+
+    Raises:
+        ConfigError: with everything that speaks against it.
+    """
+    preflight.require(config, dataset, steps)
 
 
 def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:

@@ -16,6 +16,7 @@ from twotower.config import Config
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     dataset = stages.dataset_for(config, arguments.dataset)
+    stages.require(config, dataset, "train", "index", "recommend")
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
     manifest = read_manifest(checkpoints.evaluated, "checkpoint")

@@ -16,7 +16,7 @@ from twotower.index.parts import Part, write_part
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
-from twotower.retrieval.encoding import encode_table, source_columns
+from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.promise import measure
 from twotower.retrieval.shards import write_shard
@@ -62,7 +62,7 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
             number,
             choose(config.index, dataset.num_catalogue_items, checkpoint.embedding_dim).factory,
             dataset.item_paths,
-            ["title", *source_columns(checkpoint.schema)],
+            ["title", *checkpoint.schema.item_columns],
             config.index.attributes,
             checkpoint.fingerprint,
             str(directory / "shards" / f"{number:05d}"),

@@ -181,6 +181,13 @@ class FittedFeature(BaseModel):
     std: float = 1.0
     """Standard deviation of a numeric feature after its transform; 1 where it would be 0."""
 
+    @property
+    def profile_width(self) -> int:
+        """Width of the profile of an item feature."""
+        if isinstance(self.spec, NumericFeature):
+            return 1
+        return self.spec.dim if isinstance(self.spec, VectorFeature) else len(self.values or []) + 1
+
 
 class FeatureSchema(BaseModel):
     """All features of both towers, fitted. Its JSON is stored in datasets, checkpoints and generations."""
@@ -205,6 +212,12 @@ class FeatureSchema(BaseModel):
             f.spec.max_length for f in self.query if isinstance(f.spec, (HistoryFeature, ProfileFeature))
         ]
         return max(lengths, default=0)
+
+    @property
+    def item_columns(self) -> list[str]:
+        """Columns of the item table that item features are read from, each once."""
+        specs = (f.spec for f in self.item)
+        return list(dict.fromkeys(s.source_column for s in specs if isinstance(s, _ColumnFeature)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the schema as plain JSON values."""

@@ -142,7 +142,7 @@ WRONG: list[tuple[dict[str, Any], list[Any], str]] = [
     (
         {"type": "numeric", "transform": "log1p"},
         cycle(1.0, -3.5),
-        r"log1p, which needs values above -1, .* holds -3\.5",
+        r"log1p needs numbers above -1, and the smallest is -3\.5",
     ),
     (
         {"type": "vector", "dim": 3},
@@ -152,7 +152,7 @@ WRONG: list[tuple[dict[str, Any], list[Any], str]] = [
     ({"type": "vector", "dim": 3}, cycle(1.0), r"is a vector, but has type double"),
     ({"type": "vector", "dim": 1}, cycle(["a"]), r"is a vector, but holds no numbers"),
     ({"type": "vector", "dim": 2}, cycle([1.0, np.nan]), r"missing or infinite elements"),
-    ({"type": "categorical"}, cycle([1]), r"'f', column 'f': a categorical feature holds text, numbers"),
+    ({"type": "categorical"}, cycle([1]), r"'f', column 'f': text, numbers, booleans or dates are needed"),
     ({"type": "multi_hot"}, cycle(4), r"'f', column 'f': a multi_hot feature holds separated text or lists"),
 ]
 

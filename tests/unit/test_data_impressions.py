@@ -266,7 +266,11 @@ def test_a_row_with_a_bad_id_in_its_list_is_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shown", "reason", "count"),
     [
-        (pa.array([[1.0, 2.0]] * 6, pa.list_(pa.float64())), r"a shown item id that is a float.*: 1\.0", 6),
+        (
+            pa.array([[1.0, 2.5]] * 6, pa.list_(pa.float64())),
+            r"a shown item id that is a fraction.*: 2\.5",
+            6,
+        ),
         (pa.array([["a", None]] + [["b"]] * 5), "1 without a shown item id", 1),
         (pa.array([["a", " "]] * 2 + [["b"]] * 4), "2 without a shown item id", 2),
     ],

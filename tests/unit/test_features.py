@@ -112,7 +112,7 @@ def test_lists_and_numbers_as_categories() -> None:
         (
             FittedFeature(spec=NumericFeature(name="year", transform="log1p")),
             [-1.0],
-            "log1p needs values >= 0",
+            "log1p needs numbers above -1, and the smallest is -1",
         ),
     ],
 )

@@ -35,7 +35,6 @@ from twotower.index.spec import CAGRA, builds_on_gpu, empty_index
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.encoding import source_columns
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.promise import describe, measure
 from twotower.retrieval.shards import train_shards, write_shard
@@ -178,7 +177,7 @@ def build_shards(
             number,
             factory,
             [str(Path(path).absolute()) for path in catalogue.paths],
-            ["title", *source_columns(checkpoint.schema)],
+            ["title", *checkpoint.schema.item_columns],
             config.index.attributes,
             checkpoint.fingerprint,
             str(directory.absolute() / f"{number:05d}"),

@@ -27,7 +27,7 @@ from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar
 from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.encoding import encode_table, source_columns
+from twotower.retrieval.encoding import encode_table
 from twotower.training.ahead import made_ahead
 
 __all__ = ["EncodeItems", "encode_catalogue", "load_vectors"]
@@ -119,7 +119,7 @@ def encode_catalogue(
     out_dir.mkdir(parents=True, exist_ok=True)
     schema = Checkpoint.open(checkpoint_dir).schema
     present = catalogue.columns
-    wanted = dict.fromkeys([ITEM_ROW, "item_id", *source_columns(schema)])
+    wanted = dict.fromkeys([ITEM_ROW, "item_id", *schema.item_columns])
     settings: dict[str, Any] = {
         "checkpoint": str(checkpoint_dir.absolute()),
         "directory": str(out_dir),

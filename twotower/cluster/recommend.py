@@ -16,7 +16,6 @@ from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import FEWEST, part_size, ranges, work_through
 from twotower.cluster.recommend_parts import (
     MAX_SHOWN,
-    QUERIES_SCHEMA,
     CheckQueries,
     Recommend,
     check_part,
@@ -25,6 +24,7 @@ from twotower.cluster.recommend_parts import (
 )
 from twotower.cluster.session import session
 from twotower.config import Config
+from twotower.config.service import LIST_COLUMNS
 from twotower.data.item_files import read_item_ids
 from twotower.data.query_files import QueryFile, find_query_files, scan
 from twotower.errors import ConfigError, DataError, NotAllowedError
@@ -33,6 +33,7 @@ from twotower.progress import bar, say
 from twotower.retrieval.front import allowed_items
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.query_rows import check_columns
+from twotower.training.preflight import check_fields
 
 KIND = "recommendations"
 _VERSION = 2
@@ -176,14 +177,7 @@ def _check_queries(settings: dict[str, Any], work: list[dict[str, Any]], total: 
 
 
 def _checked_fields(generation: Generation, fields: list[str]) -> list[str]:
-    taken = QUERIES_SCHEMA.names
-    known = [name for name in generation.items.fields if name not in taken]
-    for name in fields:
-        if name not in known or fields.count(name) > 1:
-            raise ConfigError(
-                f"recommend.fields: {name!r} is no column of items that can be added, or is there twice; "
-                f"allowed: {', '.join(known) or 'none: items have ids only'}"
-            )
+    check_fields(fields, [name for name in generation.items.fields if name not in LIST_COLUMNS])
     return fields
 
 

@@ -38,6 +38,7 @@ from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, StoppedError, TrainingError, TwotowerError
 from twotower.evaluation.sweep import Trial, TrialResult, ranked, set_line, trials_of, write_sweep
 from twotower.progress import say
+from twotower.training.preflight import problems
 
 KIND = "sweep"
 _EPOCH_KEYS = ("epoch", "loss", "temperature", "seconds", "validation_recall", "validation_ndcg")
@@ -63,6 +64,9 @@ def tune(config: Config, dataset: Dataset) -> Path:
     """
     trials = trials_of(config)
     datasets = _datasets(trials, config, dataset)
+    for trial in trials:
+        for problem in problems(trial.config, datasets[trial.name], "train"):
+            raise ConfigError(f"tune.parameters: {trial.label}: {problem}")
     checkpoints = _checkpoint_ids(trials, datasets)
     shown = config.tune.model_dump(mode="json", exclude={"max_concurrent"})
     name = fingerprint({"dataset": dataset.fingerprint, "trials": checkpoints, "tune": shown})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -35,6 +36,22 @@ class MovieLensSource(Section):
     """Official name."""
 
 
+def check_time_format(text: str) -> str:
+    """Return a format of times.
+
+    Raises:
+        ValueError: it is none, or leaves the day open.
+    """
+    moment = datetime.datetime(2001, 12, 31, 23, 59, 59, 999_999, datetime.UTC)
+    try:
+        found = datetime.datetime.strptime(moment.strftime(text), text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no format of times ({error}); write one such as '%m/%d/%Y'") from None
+    if found.date() != moment.date():
+        raise ValueError(f"{text!r} does not name year, month and day; write one such as '%m/%d/%Y %H:%M'")
+    return text
+
+
 class ColumnsConfig(Section):
     """Names of the columns of your interactions."""
 
@@ -43,9 +60,11 @@ class ColumnsConfig(Section):
     item: str = "item_id"
     """Column of the item's id (text or integer)."""
     time: str | None = None
-    """Column of the time: a timestamp, ISO 8601 text, or a number with ``time_unit``."""
+    """Column of the time: a timestamp, ISO 8601 text, or what ``time_unit`` or ``time_format`` says."""
     time_unit: Literal["s", "ms", "us", "ns"] | None = None
     """Unit of a numeric time column."""
+    time_format: Annotated[str, AfterValidator(check_time_format)] | None = None
+    """Format of a time column of text that is not ISO 8601, as in Python's strptime, such as "%m/%d/%Y"."""
     value: str | None = None
     """Column of a rating or another strength."""
     event: str | None = None
@@ -56,6 +75,15 @@ class ColumnsConfig(Section):
     """Between the ids of an impressions column of text, such as in CSV."""
     split: str | None = None
     """Column with train, validation or test, for ``split.kind: given``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.time_unit is not None and self.time_format is not None:
+            raise ValueError(
+                f"time_unit ({self.time_unit}) is of numbers and time_format ({self.time_format}) of text; "
+                "leave one out"
+            )
+        return self
 
 
 class TableConfig(Section):

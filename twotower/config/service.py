@@ -115,6 +115,10 @@ class EvaluationConfig(Section):
     """Most popular items drawn in the t-SNE map."""
 
 
+LIST_COLUMNS = ("query_id", "user_id", "strategy", "rank", "item_id", "score")
+"""Columns of recommendations, which no column of items can take the names of."""
+
+
 class RecommendConfig(Section):
     """Offline top k for every user, or for a file of queries."""
 

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import AttributeConfig
-from twotower.data.fitting import as_categories, as_lists
+from twotower.data.fitting import as_lists
 from twotower.data.times import to_micros
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, DataError
+from twotower.values import as_categories, as_numbers, as_text, examples, is_list, is_text, plain
 
 TIME = pa.timestamp("us", "UTC")
 _TYPES = {
@@ -49,14 +50,10 @@ def attribute_table(items: pa.Table, attributes: Mapping[str, AttributeConfig]) 
                 f"{where}: the item table has no column {column!r}; its columns are "
                 f"{', '.join(items.column_names)}"
             )
-        values = items.column(column).combine_chunks()
-        if isinstance(values, pa.ChunkedArray):
-            values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
+        values = plain(items.column(column))
         try:
             columns[name] = _typed(values, attributes[name])
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (DataError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             kind = attributes[name].type
             raise ConfigError(
                 f"{where}: column {column!r} of type {values.type} can not be "
@@ -68,27 +65,36 @@ def attribute_table(items: pa.Table, attributes: Mapping[str, AttributeConfig]) 
 
 def _typed(values: pa.Array, attribute: AttributeConfig) -> pa.Array:
     kind = values.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         if attribute.type not in ("auto", "text") or not _is_name(kind.value_type):
-            raise pa.ArrowInvalid("lists must be of text or integers, which are compared as text")
+            raise DataError("lists must be of text or integers, which are compared as text")
         return as_lists(values, "")
     if attribute.separator is not None:
-        return as_lists(as_categories(values), attribute.separator)
+        return as_lists(as_text(values), attribute.separator)
     target = _own_type(kind) if attribute.type == "auto" else _TYPES[attribute.type]
     if target == pa.string():
-        return as_categories(values) if _is_name(kind) else values.cast(target)
+        return as_categories(values)
     if target == TIME:
         return _times(values)
-    if _is_text(kind):
-        values = pc.utf8_trim_whitespace(values.cast(pa.string()))
     if target == pa.float64():
-        values = values.cast(target)
-        return pc.if_else(pc.is_finite(values).fill_null(False), values, None)
+        return _numbers(values)
+    if is_text(kind):
+        values = pc.utf8_trim_whitespace(as_categories(values))
     return values.cast(target)
 
 
+def _numbers(values: pa.Array) -> pa.Array:
+    found = as_numbers(values)
+    if found is None:
+        raise DataError("these are no numbers")
+    broken = np.flatnonzero(found.unreadable)
+    if len(broken) and is_text(values.type):
+        raise DataError(f"{len(broken):,} values are no numbers, such as {values[int(broken[0])].as_py()!r}")
+    return pa.array(found.values, mask=found.missing | found.unreadable)
+
+
 def _own_type(kind: pa.DataType) -> pa.DataType:
-    if _is_text(kind) or pa.types.is_null(kind):
+    if is_text(kind) or pa.types.is_null(kind):
         return pa.string()
     if pa.types.is_boolean(kind):
         return pa.bool_()
@@ -98,23 +104,19 @@ def _own_type(kind: pa.DataType) -> pa.DataType:
         return pa.float64()
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return TIME
-    raise pa.ArrowInvalid("no filter reads this type")
+    raise DataError("no filter reads this type")
 
 
 def _times(values: pa.Array) -> pa.Array:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        raise pa.ArrowInvalid("numbers are no times; declare them as integer or number")
+        raise DataError("numbers are no times; declare them as integer or number")
     micros, missing = to_micros(values, None, "UTC", "")
     unreadable = np.flatnonzero(missing & ~np.asarray(values.is_null()))
     if len(unreadable):
-        example = values[int(unreadable[0])].as_py()
-        raise pa.ArrowInvalid(f"{len(unreadable)} values are no times, such as {example!r}")
+        example = examples(values, unreadable[:1])[0]
+        raise DataError(f"{len(unreadable)} values are no times, such as {example!r}")
     return pa.array(micros, pa.int64(), mask=missing).cast(TIME)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def _is_name(kind: pa.DataType) -> bool:
-    return _is_text(kind) or bool(pa.types.is_integer(kind) or pa.types.is_null(kind))
+    return is_text(kind) or bool(pa.types.is_integer(kind) or pa.types.is_null(kind))

@@ -18,8 +18,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.chunks import BoolArray
+from twotower.data.chunks import BoolArray, IntArray
 from twotower.errors import DataError
+from twotower.values import is_text
 
 MAX_BYTES = 2**31 - 1
 """Of the text of one column, which is addressed with 32 bits."""
@@ -96,11 +97,6 @@ def text_of(array: pa.Array) -> tuple[pa.Array, BoolArray | None]:
         return pa.array([text or (None if text is False else text) for text in texts], pa.string()), broken
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def is_bytes(kind: pa.DataType) -> bool:
     """Return whether a column holds bytes."""
     return bool(
@@ -111,9 +107,13 @@ def is_bytes(kind: pa.DataType) -> bool:
     )
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Return whether a column holds lists."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+def flattened(lists: pa.Array) -> tuple[pa.Array, IntArray]:
+    """Return the elements of lists of any type, and [m] int64 the row of each; a null has none."""
+    # Behind a null there may be elements, and views of lists lose theirs in a cast (Arrow 26).
+    rows = np.flatnonzero(np.asarray(lists.is_valid()))
+    lists = lists.take(pa.array(rows)) if lists.null_count else lists
+    lengths = np.asarray(pc.list_value_length(lists)).astype(np.int64)
+    return lists.flatten(), np.repeat(rows, lengths)
 
 
 def split_lists(text: pa.Array, separator: str) -> pa.Array:

@@ -5,6 +5,7 @@ Sources only find and split rows; ``reading`` decides what a row means and wheth
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
@@ -116,6 +117,14 @@ class BadRows:
             self.examples.append(f"{file} row {numbers[0]}: {reason}{shown}")
         self.count += len(numbers)
         self.reasons[reason] = self.reasons.get(reason, 0) + len(numbers)
+
+    def copy(self) -> BadRows:
+        """Return what is known now, for ``restore``."""
+        return copy.deepcopy(self)
+
+    def restore(self, before: BadRows) -> None:
+        """Forget what came after ``copy``: it is read again."""
+        vars(self).update(vars(before.copy()))
 
     def settle(self) -> None:
         """Say what was dropped, or refuse.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,29 @@ from twotower.config import FeaturesConfig
 from twotower.data import cells
 from twotower.errors import DataError
 from twotower.schema import (
+    MAX_PROFILE_WIDTH,
     CategoricalFeature,
     FeatureSchema,
     FittedFeature,
     MultiHotFeature,
     NumericFeature,
+    ProfileFeature,
     TextFeature,
     VectorFeature,
 )
+from twotower.values import (
+    MAX_NUMBER,
+    as_categories,
+    as_numbers,
+    as_text,
+    examples,
+    is_list,
+    is_text,
+    plain,
+)
+
+MAX_VECTOR_ELEMENT = 1e15
+"""Larger elements of a vector leave nothing of a tower's other inputs, or overflow its 32-bit floats."""
 
 
 def fit_features(
@@ -42,11 +58,13 @@ def fit_features(
     Raises:
         DataError: a column is not there, has the wrong type, or a value that its feature can not take.
     """
+    raw = {"item": items, "query": users}
     items = stored_columns("item", config.item, items)
     if users is not None:
         users = stored_columns("query", config.query, users)
-    query = [_fit("query", spec, users) for spec in config.query]
-    item = [_fit("item", spec, items) for spec in config.item]
+    query = [_fit("query", spec, users, _precision(spec, raw["query"])) for spec in config.query]
+    item = [_fit("item", spec, items, _precision(spec, raw["item"])) for spec in config.item]
+    check_profiles(query, item)
     schema = FeatureSchema(
         query=query,
         item=item,
@@ -57,27 +75,20 @@ def fit_features(
     return schema, items, users
 
 
-def as_categories(array: pa.Array) -> pa.StringArray:
-    """Return the values of a categorical feature as text: integers and whole floats in decimal, nulls kept.
+def check_profiles(query: Sequence[FittedFeature], item: Sequence[FittedFeature]) -> None:
+    """Check the width of profiles.
 
     Raises:
-        DataError: the array holds neither text, numbers nor booleans.
+        DataError: the profile of a vocabulary wider than ``MAX_PROFILE_WIDTH``.
     """
-    kind = array.type
-    if pa.types.is_dictionary(kind):
-        return as_categories(array.dictionary_decode())
-    if pa.types.is_floating(kind):
-        # An integer column with gaps often arrives as floats: 3.0 is the category 3.
-        value = array.cast(pa.float64())
-        value = pc.if_else(pc.is_nan(value).fill_null(True), None, value)
-        whole = pc.and_(pc.equal(pc.floor(value), value), pc.less(pc.abs(value), 2.0**53))
-        integers = pc.if_else(whole, value, None).cast(pa.int64()).cast(pa.string())
-        return pc.coalesce(integers, value.cast(pa.string()))
-    if not (
-        _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
-    ):
-        raise DataError(f"a categorical feature holds text, numbers or booleans, not {kind}")
-    return array.cast(pa.string())
+    widths = {f.spec.name: f.profile_width for f in item}
+    for feature in query:
+        spec = feature.spec
+        if isinstance(spec, ProfileFeature) and widths[spec.of] > MAX_PROFILE_WIDTH:
+            raise DataError(
+                f"profile feature {spec.name!r} is {widths[spec.of]} wide; at most {MAX_PROFILE_WIDTH} is "
+                f"allowed. Lower max_values of {spec.of!r} or take it out"
+            )
 
 
 def as_lists(array: pa.Array, separator: str) -> pa.Array:
@@ -86,18 +97,18 @@ def as_lists(array: pa.Array, separator: str) -> pa.Array:
     Raises:
         DataError: the array holds neither text nor lists of text or numbers.
     """
+    array = plain(array)
     kind = array.type
-    if pa.types.is_dictionary(kind):
-        return as_lists(array.dictionary_decode(), separator)
     if pa.types.is_null(kind):
         return array.cast(pa.list_(pa.string()))
-    if _is_text(kind):
-        return cells.split_lists(array.cast(pa.string()), separator)
-    if not _is_list(kind):
+    if is_text(kind):
+        pieces = cells.split_lists(array, separator)
+    elif is_list(kind):
+        pieces = array
+    else:
         raise DataError(f"a multi_hot feature holds separated text or lists, not {kind}")
-    pieces = array
-    values = pc.utf8_trim_whitespace(as_categories(pc.list_flatten(pieces)))
-    parents = np.asarray(pc.list_parent_indices(pieces)).astype(np.int64)
+    flat, parents = cells.flattened(pieces)
+    values = as_categories(pc.utf8_trim_whitespace(as_text(flat)))
     keep = np.asarray(pc.greater(pc.utf8_length(values), 0).fill_null(False))
     counts = np.bincount(parents[keep], minlength=len(array))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -106,19 +117,8 @@ def as_lists(array: pa.Array, separator: str) -> pa.Array:
     return pc.if_else(pa.array(missing), pa.scalar(None, lists.type), lists)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
 def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    return plain(table.column(name))
 
 
 def stored_columns(side: str, specs: Sequence[Any], table: pa.Table) -> pa.Table:
@@ -147,7 +147,7 @@ def stored_columns(side: str, specs: Sequence[Any], table: pa.Table) -> pa.Table
             for width in widths:
                 column = _as_vector(side, name, column, width)
         elif all(isinstance(s, (CategoricalFeature, TextFeature)) for s in used_by):
-            column = _checked(side, used_by[0], lambda c=column: as_categories(c))
+            column = _checked(side, used_by[0], lambda c=column: as_text(c))
         table = table.set_column(index, name, column)
     return table
 
@@ -171,45 +171,41 @@ def _checked(side: str, spec: Any, convert: Any) -> Any:
 
 
 def _as_number(side: str, name: str, column: pa.Array) -> pa.Array:
-    kind = column.type
-    if pa.types.is_null(kind):
-        return column.cast(pa.float64())
-    if _is_text(kind):
-        text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-        text = pc.if_else(
-            pc.is_in(text, value_set=pa.array(["", "NA", "NaN", "nan", "null", "None"])), None, text
-        )
-        for target in (pa.int64(), pa.float64()):
-            try:
-                return _finite(side, name, text.cast(target))
-            except pa.ArrowInvalid:
-                continue
-        readable = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$").fill_null(True)
-        broken = np.flatnonzero(~np.asarray(readable))
-        example = text[int(broken[0])].as_py() if len(broken) else text.drop_null()[0].as_py()
+    """Return a column as int64 where all its values are such integers, else as float64; nulls stay."""
+    what = f"features.{side} column {name!r}"
+    found = as_numbers(column)
+    if found is None:
+        raise DataError(f"{what} is numeric, but has type {column.type}; it must hold numbers")
+    if found.unreadable.any():
+        broken = np.flatnonzero(found.unreadable)
+        if not is_text(column.type):
+            raise DataError(f"{what} holds {len(broken):,} infinite values; leave them empty")
         raise DataError(
-            f"features.{side} column {name!r} is numeric, but {max(1, len(broken)):,} of {len(text):,} "
-            "values are "
-            f"no numbers, such as {example!r}; correct them or leave them empty"
+            f"{what} is numeric, but {len(broken):,} of {len(column):,} values are no numbers, such as "
+            f"{column[int(broken[0])].as_py()!r}; {_number_advice(column, broken)}"
         )
-    if pa.types.is_boolean(kind):
-        return column.cast(pa.int8()).cast(pa.int64())
-    if pa.types.is_integer(kind):
-        return column.cast(pa.int64())
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return _finite(side, name, column.cast(pa.float64()))
-    raise DataError(f"features.{side} column {name!r} is numeric, but has type {kind}; it must hold numbers")
+    large = np.flatnonzero(np.abs(np.nan_to_num(found.values)) > MAX_NUMBER)
+    if len(large):
+        raise DataError(
+            f"{what} holds {len(large):,} values of a size above {MAX_NUMBER:g}, such as "
+            f"{examples(column, large[:1])[0]} in row {int(large[0]) + 1}; correct them or leave them empty"
+        )
+    if is_text(column.type):
+        column = pc.if_else(pa.array(found.missing), None, pc.utf8_trim_whitespace(column))
+    elif pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if is_text(column.type) or pa.types.is_integer(column.type):
+        with contextlib.suppress(pa.ArrowInvalid):  # fractions, or integers that int64 has not
+            return column.cast(pa.int64())
+    return pa.array(found.values, mask=found.missing)
 
 
-def _finite(side: str, name: str, column: pa.Array) -> pa.Array:
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column).fill_null(True), None, column)
-        infinite = int(pc.sum(pc.is_inf(column)).as_py() or 0)
-        if infinite:
-            raise DataError(
-                f"features.{side} column {name!r} holds {infinite:,} infinite values; leave them empty"
-            )
-    return column
+def _number_advice(column: pa.Array, broken: npt.NDArray[np.int64]) -> str:
+    if is_text(column.type):
+        texts = column.take(pa.array(broken))
+        if pc.all(pc.match_substring_regex(texts, r"^\s*[+-]?\d+,\d+\s*$")).as_py():
+            return "write a point where they have a comma"
+    return "correct them or leave them empty"
 
 
 def _as_vector(side: str, name: str, column: pa.Array, width: int) -> pa.Array:
@@ -217,14 +213,16 @@ def _as_vector(side: str, name: str, column: pa.Array, width: int) -> pa.Array:
     target = pa.list_(pa.float32(), width)
     if pa.types.is_null(kind):
         return column.cast(target)
-    if _is_text(kind):  # CSV: "[0.1, 0.2]", "0.1 0.2" and the like
-        column = cells.split_numbers(column.cast(pa.string()))
+    if is_text(kind):  # CSV: "[0.1, 0.2]", "0.1 0.2" and the like
+        column = cells.split_numbers(column)
         kind = column.type
-    if not _is_list(kind):
+    if not is_list(kind):
         raise DataError(
             f"features.{side} column {name!r} is a vector, but has type {kind}; it must hold lists of numbers"
         )
-    lengths = np.asarray(pc.list_value_length(column).fill_null(width))
+    flat, parents = cells.flattened(column)
+    missing = np.asarray(column.is_null())
+    lengths = np.where(missing, width, np.bincount(parents, minlength=len(column)))
     wrong = np.flatnonzero(lengths != width)
     if len(wrong):
         raise DataError(
@@ -233,21 +231,26 @@ def _as_vector(side: str, name: str, column: pa.Array, width: int) -> pa.Array:
             f"vectors have another width, such as {int(lengths[wrong[0]])} in row {int(wrong[0]) + 1}"
         )
     try:
-        flat = pc.list_flatten(column).cast(pa.float32(), safe=False)
+        flat = plain(flat).cast(pa.float32(), safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"features.{side} column {name!r} is a vector, but holds no numbers: {error}"
         ) from None
     if not bool(np.isfinite(np.asarray(flat.fill_null(np.nan))).all()):
         raise DataError(f"features.{side} column {name!r} holds vectors with missing or infinite elements")
-    missing = np.asarray(column.is_null())
+    large = np.asarray(flat)[np.abs(np.asarray(flat)) > MAX_VECTOR_ELEMENT]
+    if len(large):
+        raise DataError(
+            f"features.{side} column {name!r} holds vectors with {large[0]:g}; {MAX_VECTOR_ELEMENT:g} is the "
+            "largest, so correct or scale the column"
+        )
     values = np.zeros((len(column), width), dtype=np.float32)
     values[~missing] = np.asarray(flat).reshape(-1, width)
     full = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)
     return pc.if_else(pa.array(missing), pa.scalar(None, full.type), full) if missing.any() else full
 
 
-def _fit(side: str, spec: Any, table: pa.Table | None) -> FittedFeature:
+def _fit(side: str, spec: Any, table: pa.Table | None, precision: float) -> FittedFeature:
     if not hasattr(spec, "source_column"):
         return FittedFeature(spec=spec)
     if table is None:
@@ -257,15 +260,15 @@ def _fit(side: str, spec: Any, table: pa.Table | None) -> FittedFeature:
         texts = _checked(side, spec, lambda: as_categories(column))
         return FittedFeature(spec=spec, values=_frequent(texts, spec.max_values))
     if isinstance(spec, MultiHotFeature):
-        if _is_text(column.type):
+        if is_text(column.type):
             _check_separator(side, spec, column)
         lists = _checked(side, spec, lambda: as_lists(column, spec.separator))
         return FittedFeature(spec=spec, values=_frequent(pc.list_flatten(lists), spec.max_values))
     if isinstance(spec, NumericFeature):
-        mean, std = _moments(side, spec, np.asarray(column.drop_null()).astype(np.float64))
+        mean, std = _moments(side, spec, column.drop_null().to_numpy().astype(np.float64), precision)
         return FittedFeature(spec=spec, mean=mean, std=std)
-    if isinstance(spec, TextFeature) and not _is_text(column.type):
-        _checked(side, spec, lambda: as_categories(column))
+    if isinstance(spec, TextFeature):
+        _checked(side, spec, lambda: as_text(column))
     return FittedFeature(spec=spec)
 
 
@@ -293,15 +296,46 @@ def _frequent(texts: pa.StringArray, limit: int) -> list[str]:
     return [value for value, _ in ranked[:limit] if value.strip()]
 
 
-def _moments(side: str, spec: NumericFeature, values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    if spec.transform == "log1p":
-        if (values <= -1).any():
-            raise DataError(
-                f"features.{side} {spec.name!r} has transform log1p, which needs values above -1, but column "
-                f"{spec.source_column!r} holds {float(values.min())}; use transform: none"
-            )
-        values = np.log1p(values)
+def _precision(spec: Any, table: pa.Table | None) -> float:
+    """Return the relative error of the numbers of a column, by its type."""
+    if table is not None and isinstance(spec, NumericFeature):
+        kind = table.column(spec.source_column).type
+        if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+            return float(np.finfo(kind.to_pandas_dtype()).eps)
+    return float(np.finfo(np.float64).eps)
+
+
+def transformed(spec: NumericFeature, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return numbers after a feature's transform.
+
+    Raises:
+        ValueError: the transform does not take one of them.
+    """
+    if spec.transform == "none":
+        return values
+    if (values <= -1).any():
+        smallest = float(np.nanmin(values))
+        raise ValueError(f"transform log1p needs numbers above -1, and the smallest is {smallest:g}")
+    return np.log1p(values)
+
+
+def _moments(
+    side: str, spec: NumericFeature, values: npt.NDArray[np.float64], precision: float
+) -> tuple[float, float]:
+    """Return the mean and the standard deviation of numbers; a constant column deviates by 1."""
+    try:
+        values = transformed(spec, values)
+    except ValueError as error:
+        raise DataError(
+            f"features.{side} {spec.name!r}, column {spec.source_column!r}: {error}; correct it, or use "
+            "transform: none"
+        ) from None
     if not len(values):
         return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return low, 1.0
     std = float(values.std())
-    return float(values.mean()), std if std > 0 else 1.0
+    # What differs by the rounding of its numbers alone is constant too.
+    noise = 16 * precision * max(abs(low), abs(high))
+    return float(values.mean()), std if std > noise else 1.0

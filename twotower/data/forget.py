@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 
 from twotower.artefacts import MANIFEST, link_or_copy, write_json, write_manifest
 from twotower.data.dataset import KIND, Dataset
-from twotower.data.fitting import as_categories, as_lists
+from twotower.data.fitting import as_lists
 from twotower.data.interactions import Interactions
 from twotower.data.prepare import content_hash, counted
 from twotower.data.vocabulary import FORGOTTEN, Vocabulary, vocabulary_hash
 from twotower.errors import DataError
 from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, MultiHotFeature
+from twotower.values import as_categories
 
 IntArray = npt.NDArray[np.int64]
 

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.data import cells
-from twotower.data.chunks import BoolArray, IntArray
-from twotower.data.interning import IdColumn, Interner
+from twotower.data.chunks import BoolArray
+from twotower.data.interning import IdColumn, IdForm, Interner
 from twotower.errors import DataError
 from twotower.schema import KINDS
+from twotower.values import is_list, is_text
 
 LISTED_BY = "listed_by"
 """Column of each interaction's number in reading order, from reading until ``attach``; int64."""
@@ -34,7 +35,7 @@ IMPRESSION_WEIGHT = 0.0
 class ShownItems:
     """A column of impressions: the item ids that each row lists, by the rules of item ids."""
 
-    def __init__(self, array: pa.Array, separator: str) -> None:
+    def __init__(self, array: pa.Array, separator: str, form: IdForm) -> None:
         """Take lists of ids, or text with a separator between ids, whose blank pieces are dropped.
 
         Raises:
@@ -43,8 +44,8 @@ class ShownItems:
         if pa.types.is_null(array.type):
             array = array.cast(pa.string())
         array = cells.joined(array, "the impressions column")
-        textual = cells.is_text(array.type)
-        if not (textual or cells.is_list(array.type)):
+        textual = is_text(array.type)
+        if not (textual or is_list(array.type)):
             raise DataError(
                 f"the impressions column has type {array.type}; it must hold lists of item ids, or text with "
                 "data.source.columns.impressions_separator between them"
@@ -52,11 +53,10 @@ class ShownItems:
         if textual:
             refuse_other_separator(array, separator)
         lists = cells.split_lists(array, separator) if textual else array
-        lengths = np.asarray(pc.list_value_length(lists).fill_null(0)).astype(np.int64)
-        self.row: IntArray = np.repeat(np.arange(len(array)), lengths)
+        ids, self.row = cells.flattened(lists)
         """[L] int64, the row of the column that lists each item."""
-        ids, _ = cells.text_of(pc.list_flatten(lists))  # what is no UTF-8 is null, and so bad
-        self.ids = IdColumn(ids, "shown item")
+        ids, _ = cells.text_of(ids)  # what is no UTF-8 is null, and so bad
+        self.ids = IdColumn(ids, form)
         self._num_rows = len(array)
 
     def problems(self) -> Iterator[tuple[BoolArray, str, pa.Array]]:
@@ -108,7 +108,7 @@ class Impressions:
 
         ``items`` gets the items that are only ever shown as its last: no other row depends on them.
         """
-        ids = IdColumn(shown.ids(), "shown item")
+        ids = IdColumn(shown.ids(), IdForm("shown item"))
         item_row = items.intern(ids, np.ones(len(shown), dtype=np.bool_))
         offsets = np.concatenate([[0], np.cumsum(num_shown, dtype=np.int64)])
         return cls(offsets, item_row[rows])

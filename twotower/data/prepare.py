@@ -30,7 +30,7 @@ from twotower.data.attributes import attribute_columns
 from twotower.data.cells import joined
 from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.dataset import ITEM_ROW, KIND, Dataset
-from twotower.data.fitting import as_categories, fit_features
+from twotower.data.fitting import fit_features
 from twotower.data.hashing import array_hash, table_hash
 from twotower.data.impressions import attach
 from twotower.data.interactions import Interactions, count_rows
@@ -41,8 +41,9 @@ from twotower.data.splits import assign_splits, count_ties
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError, ConfigError, DataError, DownloadError
 from twotower.schema import KINDS, SPLITS, FeatureSchema
+from twotower.values import as_text
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Changes whenever the same raw data and configuration give another dataset."""
 
 _MANY_TIES = 0.01
@@ -276,7 +277,7 @@ def with_title(table: pa.Table) -> pa.Table:
     if "title" in table.column_names:
         # One that data.source.items.title names was checked; this happens to be called so.
         try:
-            title = as_categories(joined(table.column("title"), "column 'title'"))
+            title = as_text(joined(table.column("title"), "column 'title'"))
         except DataError as error:
             progress.say(f"column 'title' of the item table is no title: {error}")
         table = table.drop_columns(["title"])

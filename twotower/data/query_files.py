@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.data import cells
+from twotower.data.interning import as_id
 from twotower.data.sources import csv_files, finding, tables
 from twotower.data.sources.csv_records import LONGEST_CELL, Scanner
 from twotower.errors import DataError
@@ -39,6 +40,8 @@ SUFFIXES: dict[str, Kind] = {
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _TEXTS = ("query_id", "user_id", "at")
 """Keys whose text is the value itself."""
+_IDS = {"user_id", "history", "exclude_items", "allow_items"}
+"""Keys of ids; pandas makes integers with gaps floats."""
 _STAMP = ("path", "size", "changed")
 _BLOCK_BYTES = 8 << 20
 _BATCH_ROWS = 2_048
@@ -291,7 +294,7 @@ def _of_cells(dialect: csv_files.Dialect, record: bytes) -> dict[str, Any]:
 
 
 def _of_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with the JSON of its texts read."""
+    """Return a row with the JSON of its texts read, and its ids as those of a column."""
     for name, value in row.items():
         if isinstance(value, str) and name not in _TEXTS:
             try:
@@ -299,7 +302,21 @@ def _of_columns(row: dict[str, Any]) -> dict[str, Any]:
             except orjson.JSONDecodeError as error:
                 shown = value if len(value) <= 60 else value[:60] + "..."
                 raise DataError(f"{name}: {shown} is not JSON: {error}") from None
+    for name in _IDS & row.keys():
+        try:
+            row[name] = _ids_of(row[name])
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     return row
+
+
+def _ids_of(value: Any) -> Any:
+    """Return an id, or those of a list, which may be in objects, as ids of a column are read."""
+    if isinstance(value, list):
+        return [_ids_of(one) for one in value]
+    if isinstance(value, dict):
+        return {name: as_id(one) if name == "item_id" else one for name, one in value.items()}
+    return as_id(value)
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ more a row, and 4 for each item shown.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 
 from twotower import progress
 from twotower.config import DataConfig, FilesSource
-from twotower.data import times
-from twotower.data.chunks import BadRows, BoolArray, Chunk, RawSource, TimeUnit
-from twotower.data.fitting import as_categories
+from twotower.data import time_hints, times
+from twotower.data.chunks import BadRows, BoolArray, Chunk, IntArray, RawSource
 from twotower.data.impressions import LISTED_BY, Impressions, ShownItems
 from twotower.data.interactions import COLUMNS
-from twotower.data.interning import IdColumn, Interner
+from twotower.data.interning import IdColumn, IdForm, Interner, MixedIdsError
 from twotower.errors import ConfigError, DataError
 from twotower.schema import KINDS, MAX_WEIGHT, SPLITS
+from twotower.values import as_categories, as_numbers, as_text, examples, is_text, plain
 
 NO_SPLIT = -1
 """Split code of a row that has not been split yet."""
@@ -60,8 +60,7 @@ class _Rules:
     start: int | None
     end: int | None
     events: dict[str, tuple[int, float]] | None
-    column: str
-    unit: TimeUnit | None
+    times: _TimeColumn
     separator: str
 
 
@@ -83,6 +82,30 @@ def read_interactions(
         ConfigError: a rule asks for times or values that the source does not have.
     """
     rules = _rules(source, config)
+    forms = _Forms(IdForm("user"), IdForm("item"), IdForm("shown item"))
+    before, num_listed = bad.copy(), len(items)
+    while True:
+        try:
+            found = _read(source, config, rules, items, bad, forms)
+            break
+        except MixedIdsError:
+            # What was read as integers has to be bad rows after all; of three columns, three times at most.
+            bad.restore(before)
+            items.shorten(num_listed)
+    for form in forms:
+        form.tell()
+    return found
+
+
+class _Forms(NamedTuple):
+    user: IdForm
+    item: IdForm
+    shown: IdForm
+
+
+def _read(
+    source: RawSource, config: DataConfig, rules: _Rules, items: Interner, bad: BadRows, forms: _Forms
+) -> RawInteractions:
     users = Interner()
     shown = Interner()
     growing = {name: _Growing(kind) for name, kind in (COLUMNS | _SHOWN_COLUMNS).items()}
@@ -92,7 +115,7 @@ def read_interactions(
     with progress.bar(source.num_rows, "reading", "interactions") as bar:
         for chunk in source.chunks(bad):
             rows_read += bad.count - known  # what is no row of a chunk was read too
-            columns, num_outside = _read_chunk(chunk, rules, users, items, shown, bad)
+            columns, num_outside = _read_chunk(chunk, rules, forms, users, items, shown, bad)
             for name, column in columns.items():
                 growing[name].append(column)
             rows_read += len(chunk.rows)
@@ -154,12 +177,14 @@ def _rules(source: RawSource, config: DataConfig) -> _Rules:
         raise ConfigError("data.window needs times, and the source has none; remove data.window")
     if start is not None and end is not None and start >= end:
         raise ConfigError(f"data.window is empty: start {window.start} is not before end {window.end}")
-    column, unit, events, separator = "time", source.time_unit, None, ""
+    column, time_format, events, separator = "time", None, None, ""
     if isinstance(config.source, FilesSource):
         column = config.source.columns.time or column
+        time_format = config.source.columns.time_format
         events = _events(config.source)
         separator = config.source.columns.impressions_separator
-    return _Rules(config, value_range, start, end, events, column, unit, separator)
+    clock = times.Clock(column, source.time_unit, time_format, config.timezone)
+    return _Rules(config, value_range, start, end, events, _TimeColumn(clock), separator)
 
 
 def _events(source: FilesSource) -> dict[str, tuple[int, float]] | None:
@@ -199,29 +224,88 @@ class _Check:
     def refuse(self, mask: BoolArray, reason: str, values: pa.Array | None) -> None:
         new = np.flatnonzero(mask & ~self.mask)
         if len(new):
-            texts = None if values is None else values.take(pa.array(new[:1])).to_pylist()
+            texts = None if values is None else examples(values, new[:1])
             self.bad.add(self.chunk.file, self.chunk.rows[new], reason, texts)
             self.mask |= mask
 
 
+class _TimeColumn:
+    """The times of a source, and what they look like where they are not as declared."""
+
+    def __init__(self, clock: times.Clock) -> None:
+        self._clock = clock
+        self._warned = False
+
+    def read(self, array: pa.Array, check: _Check) -> IntArray:
+        """Return [n] int64 microseconds UTC; rows without a time are refused.
+
+        Raises:
+            ConfigError: the column has another unit or format than the declared one.
+        """
+        clock, array = self._clock, plain(array)
+        found = times.read_times(array, clock)
+        if found.unreadable.any() and is_text(array.type):
+            broken = array.filter(pa.array(found.unreadable))
+            # A few broken rows are bad; where most are, the declaration is.
+            if 2 * len(broken) > len(array) - int(found.missing.sum()):
+                self._refuse_text(broken.unique().slice(0, time_hints.SAMPLE).to_pylist())
+        if clock.unit is not None and not self._warned:
+            numbers = as_numbers(array.slice(0, 1 << 14))
+            advice = None if numbers is None else time_hints.unit(numbers.values, clock.unit)
+            if advice is not None:
+                what = f"time column {clock.column!r} is declared in {clock.unit}, and {advice}"
+                if found.outside.any():
+                    raise ConfigError(f"{what} (now {_some(array, found.outside)} is after the year 9999)")
+                progress.say(what)
+                self._warned = True
+        check.refuse(found.missing | found.unreadable, "without a readable time", array)
+        check.refuse(found.outside, "with a time outside of the years 1 to 9999", array)
+        return found.micros
+
+    def _refuse_text(self, texts: list[str]) -> None:
+        clock, advice = self._clock, None
+        if not (clock.unit is None and clock.format is None) and times.are_iso(texts):
+            advice = f"remove data.source.columns.time_{'unit' if clock.unit is not None else 'format'}"
+        else:
+            advice = time_hints.time_format(texts)
+        if advice is not None:
+            form = "is not ISO 8601"
+            if clock.format is not None:
+                form = f"does not have the format {clock.format!r}"
+            elif clock.unit is not None:
+                form = "is no number"
+            raise ConfigError(
+                f"time column {clock.column!r} holds text such as {texts[0]!r}, which {form}; {advice}"
+            )
+
+
+def _some(array: pa.Array, mask: BoolArray) -> Any:
+    return examples(array, np.flatnonzero(mask)[:1])[0]
+
+
 def _read_chunk(
-    chunk: Chunk, rules: _Rules, users: Interner, items: Interner, shown: Interner, bad: BadRows
+    chunk: Chunk,
+    rules: _Rules,
+    forms: _Forms,
+    users: Interner,
+    items: Interner,
+    shown: Interner,
+    bad: BadRows,
 ) -> tuple[dict[str, npt.NDArray[Any]], int]:
     n = len(chunk.rows)
     check = _Check(chunk, bad)
-    user, item = IdColumn(chunk.user, "user"), IdColumn(chunk.item, "item")
+    user, item = IdColumn(chunk.user, forms.user), IdColumn(chunk.item, forms.item)
     for ids in (user, item):
         for mask, reason in ids.problems():
             check.refuse(mask, reason, ids.array)
     listed = None
     if chunk.impressions is not None:
-        listed = ShownItems(chunk.impressions, rules.separator)
+        listed = ShownItems(chunk.impressions, rules.separator, forms.shown)
         for mask, reason, blamed in listed.problems():
             check.refuse(mask, reason, blamed)
     micros = np.zeros(n, dtype=np.int64)
     if chunk.time is not None:
-        micros, missing = times.to_micros(chunk.time, rules.unit, rules.data.timezone, rules.column)
-        check.refuse(missing, "without a readable time", chunk.time)
+        micros = rules.times.read(chunk.time, check)
     kind, weight = _kinds(chunk, rules, check)
     split = _given_split(chunk, check)
     good = ~check.mask
@@ -272,8 +356,11 @@ def _kinds(
                 "or remove it"
             )
     else:
-        value, missing = numbers(chunk.value, "value")
-        check.refuse(missing, "without a readable value", chunk.value)
+        numbers = as_numbers(chunk.value)
+        if numbers is None:
+            raise DataError(f"the value column has type {chunk.value.type}; it must hold numbers")
+        check.refuse(numbers.missing | numbers.unreadable, "without a readable value", chunk.value)
+        value = np.nan_to_num(numbers.values)
         if positives.min_value is not None:
             below = (value < positives.min_value) & (kind == KINDS["positive"])
             kind = np.where(below, np.int8(KINDS["negative"]), kind)
@@ -299,57 +386,9 @@ def _kinds(
 def _given_split(chunk: Chunk, check: _Check) -> npt.NDArray[np.int8]:
     if chunk.split is None:
         return np.full(len(chunk.rows), NO_SPLIT, dtype=np.int8)
-    text = as_text(chunk.split, "split")
+    text = as_text(chunk.split)
     codes = np.full(len(chunk.rows), NO_SPLIT, dtype=np.int8)
     for name, code in SPLITS.items():
         codes[np.asarray(pc.equal(text, name).fill_null(False))] = code
     check.refuse(codes == NO_SPLIT, "with a split that is not train, validation or test", chunk.split)
     return codes
-
-
-def as_text(array: pa.Array, column: str) -> pa.StringArray:
-    """Return text or whole numbers as strings, nulls kept.
-
-    Raises:
-        DataError: the column has another type.
-    """
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    kind = array.type
-    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (textual or pa.types.is_integer(kind) or pa.types.is_null(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"the {column} column has type {kind}; it must hold text")
-    return array.cast(pa.string())
-
-
-def numbers(array: pa.Array, column: str) -> tuple[npt.NDArray[np.float64], BoolArray]:
-    """Return [n] float64 numbers, and [n] bool true where there is none, or none that is finite (0 there).
-
-    Raises:
-        DataError: the column has a type that holds no numbers.
-    """
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    kind = array.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        text = pc.utf8_trim_whitespace(array.cast(pa.string()))
-        try:
-            array = text.cast(pa.float64())
-        except pa.ArrowInvalid:
-            readable = pc.match_substring_regex(text, r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$").fill_null(
-                False
-            )
-            # Arrow reads no leading plus sign.
-            array = pc.if_else(readable, pc.utf8_ltrim(text, "+"), None).cast(pa.float64())
-    elif (
-        pa.types.is_decimal(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_null(kind)
-    ):
-        array = array.cast(pa.float64(), safe=False)
-    else:
-        raise DataError(f"the {column} column has type {kind}; it must hold numbers")
-    value = np.asarray(array.fill_null(np.nan))
-    missing = ~np.isfinite(value)
-    return np.where(missing, 0.0, value), missing

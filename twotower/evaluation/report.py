@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
+from twotower.data.fitting import as_lists
 from twotower.evaluation import plots
-from twotower.model.features import split_values
 from twotower.schema import CategoricalFeature, MultiHotFeature
+from twotower.values import as_categories
 
 TITLES = {"model": "model", "popularity": "popularity", "true_model": "true model"}
 _NAMES = {
@@ -213,10 +214,9 @@ def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], s
 
 def _first_values(spec: MultiHotFeature | CategoricalFeature, column: pa.Array) -> list[str]:
     if isinstance(spec, CategoricalFeature):
-        return [plots.OTHER if value is None else str(value) for value in column.to_pylist()]
-    lists = split_values(spec, column).to_pylist()
-    kept = ([str(v).strip() for v in values or [] if v is not None and str(v).strip()] for values in lists)
-    return [values[0] if values else plots.OTHER for values in kept]
+        return [plots.OTHER if value is None else value for value in as_categories(column).to_pylist()]
+    lists = as_lists(column, spec.separator).to_pylist()
+    return [values[0] if values else plots.OTHER for values in lists]
 
 
 def place_items(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:

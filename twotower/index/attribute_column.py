@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from twotower.errors import NotAllowedError, shown
 from twotower.index.allowed import Allowed, BitArray
 from twotower.index.kept import Kept
+from twotower.values import category_of
 
 IntArray = npt.NDArray[np.int64]
 RowArray = npt.NDArray[np.int32]
@@ -282,7 +283,7 @@ class AttributeColumn:
         """Return a value of a predicate as those of the attribute are compared."""
         whole = isinstance(value, int) and not isinstance(value, bool)
         if self.kind in ("text", "list") and (whole or isinstance(value, str)):
-            return str(value)
+            return category_of(value)
         if self.kind == "boolean" and isinstance(value, bool):
             return value
         if self.kind == "time" and isinstance(value, str):

@@ -21,7 +21,17 @@ import numpy.typing as npt
 from twotower.errors import ArtefactError, ConfigError, system_error
 from twotower.index.gpu import Gpu
 from twotower.index.gpu_build import add_with_rows, build_graph, train
-from twotower.index.spec import Effort, empty_index, innermost, is_cagra, ivf_of, keeps_rows, map_labels
+from twotower.index.spec import (
+    CAGRA,
+    CAGRA_POOL,
+    Effort,
+    empty_index,
+    innermost,
+    is_cagra,
+    ivf_of,
+    keeps_rows,
+    map_labels,
+)
 
 # FAISS's type hints leave out some classes.
 _faiss: Any = faiss
@@ -125,6 +135,39 @@ def check_vectors(vectors: npt.NDArray[np.float32]) -> None:
         if (norms < _MIN_NORM).any():
             row = start + int(np.argmax(norms < _MIN_NORM))
             raise ConfigError(f"vector {row} is zero; train again or leave its item out")
+
+
+_PROBED = 4_096
+"""Vectors that a factory string is tried on before there are any."""
+
+
+def check_buildable(factory: str, dim: int, num_items: int, num_shards: int) -> None:
+    """Find out before anything is encoded whether an index can be built, by building a small one.
+
+    Args:
+        factory: FAISS factory string, or ``CAGRA``, for which only its size is looked at: it needs a GPU.
+        dim: D.
+        num_items: of all shards, which are trained together.
+        num_shards: of them.
+
+    Raises:
+        ConfigError: as ``build_shard``.
+    """
+    if factory == CAGRA:
+        if num_items <= CAGRA_POOL * num_shards:
+            raise ConfigError(
+                f"index.kind cagra needs more than {CAGRA_POOL} vectors in a shard, and {num_shards} shards "
+                f"share {num_items:,}; use fewer shards (index.num_shards), or index.kind: flat"
+            )
+        return
+    index = empty_index(factory, dim)
+    if factory == "Flat":
+        return
+    _check_enough(index, factory, num_items)
+    ivf = ivf_of(index)
+    if ivf is None or ivf.nlist <= _PROBED:
+        vectors = np.random.default_rng(0).standard_normal((min(num_items, _PROBED), dim), dtype=np.float32)
+        build_shard(vectors, factory, threads=1)
 
 
 def check_item_rows(item_rows: npt.NDArray[np.int64]) -> None:

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from twotower.data.fitting import as_lists
+from twotower.data.cells import flattened
+from twotower.data.fitting import MAX_VECTOR_ELEMENT, as_lists, check_profiles, transformed
 from twotower.errors import DataError
 from twotower.model.hashing import hashed_rows
 from twotower.schema import (
-    MAX_PROFILE_WIDTH,
     UNKNOWN_ROW,
     CategoricalFeature,
     FeatureSchema,
@@ -39,6 +39,7 @@ from twotower.schema import (
     TextFeature,
     VectorFeature,
 )
+from twotower.values import as_categories, as_numbers, as_text, examples, plain
 
 Columns = dict[str, npt.NDArray[Any]]
 _WORD = re.compile(r"\w+")
@@ -116,11 +117,10 @@ def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Column
             continue
         present = spec.source_column in table.column_names
         column = table[spec.source_column] if present else pa.nulls(len(table))
-        if isinstance(column, pa.ChunkedArray):
-            column = column.combine_chunks()
+        column = plain(column)
         try:
             columns[spec.name] = _encode(feature, column)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
+        except (DataError, pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
             raise DataError(
                 f"column {spec.source_column!r} ({column.type}) can not be read as the {spec.type} feature "
                 f"{spec.name!r}: {error}"
@@ -131,24 +131,18 @@ def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Column
 def _encode(feature: FittedFeature, column: pa.Array) -> npt.NDArray[Any]:
     spec = feature.spec
     if isinstance(spec, CategoricalFeature):
-        return _value_ids(_as_text(column), feature.values or [])[:, None]
+        return _value_ids(as_categories(column), feature.values or [])[:, None]
     if isinstance(spec, MultiHotFeature):
         return _multi_hot(spec, feature.values or [], column)
     if isinstance(spec, TextFeature):
         return _padded(
-            (text_buckets(t, spec) for t in _as_text(column).to_pylist()), len(column), spec.max_length
+            (text_buckets(t, spec) for t in as_text(column).to_pylist()), len(column), spec.max_length
         )
     if isinstance(spec, NumericFeature):
         return _numeric(feature, column)
     if isinstance(spec, VectorFeature):
         return _vector(spec, column)
     raise AssertionError(f"feature type {spec.type} has no static column")
-
-
-def _as_text(column: pa.Array) -> pa.Array:
-    if pa.types.is_null(column.type) or pa.types.is_string(column.type):
-        return column.cast(pa.string())
-    return pc.cast(column, pa.string())
 
 
 def _value_ids(column: pa.Array, values: list[str]) -> npt.NDArray[np.int32]:
@@ -159,20 +153,9 @@ def _value_ids(column: pa.Array, values: list[str]) -> npt.NDArray[np.int32]:
     return ids
 
 
-def split_values(spec: MultiHotFeature, column: pa.Array) -> pa.ListArray:
-    """Return a multi_hot column as lists of text; blank pieces are left out."""
-    if pa.types.is_null(column.type):
-        return pa.nulls(len(column), pa.list_(pa.string()))
-    return as_lists(column, spec.separator)
-
-
 def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> npt.NDArray[np.int32]:
-    lists = split_values(spec, column)
-    flat = pc.utf8_trim_whitespace(lists.flatten())
+    flat, parents = flattened(as_lists(column, spec.separator))
     ids = _value_ids(flat, values)
-    parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-    real = (pc.not_equal(pc.fill_null(flat, ""), "")).to_numpy(zero_copy_only=False)
-    ids, parents = ids[real], parents[real]
     if len(ids):
         # Each value counts once a row, in ascending order: a set has no order of its own.
         _, first = np.unique(parents * (len(values) + 2) + ids, return_index=True)
@@ -198,12 +181,12 @@ def _numeric(feature: FittedFeature, column: pa.Array) -> npt.NDArray[np.float32
 
 def numeric_values(spec: Any, column: pa.Array) -> npt.NDArray[np.float64]:
     """Return a numeric column after its transform as [n] float64, NaN where it is missing."""
-    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
-    if spec.transform == "log1p":
-        if (values < 0).any():
-            raise ValueError(f"log1p needs values >= 0; the smallest is {np.nanmin(values)}")
-        values = np.log1p(values)
-    return values
+    found = as_numbers(column)
+    if found is None:
+        raise ValueError("it holds no numbers")
+    if found.unreadable.any():
+        raise ValueError(f"{examples(column, np.flatnonzero(found.unreadable)[:1])[0]!r} is no finite number")
+    return transformed(spec, found.values)
 
 
 def _vector(spec: VectorFeature, column: pa.Array) -> npt.NDArray[np.float32]:
@@ -211,15 +194,18 @@ def _vector(spec: VectorFeature, column: pa.Array) -> npt.NDArray[np.float32]:
     if pa.types.is_null(column.type):
         return out
     valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
-    lists = column.filter(pa.array(valid)).cast(pa.list_(pa.float32()))
-    widths = np.unique(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+    flat, parents = flattened(column)
+    widths = np.unique(np.bincount(parents, minlength=len(column))[valid])
     if len(widths) and (widths != spec.dim).any():
         raise ValueError(f"vectors have width {widths.tolist()}, declared is dim {spec.dim}")
-    out[valid] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, spec.dim)
+    elements = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    out[valid] = elements.reshape(-1, spec.dim)
     if not np.isfinite(out).all():
         raise ValueError("vectors hold NaN or infinity; repair the column")
-    if len(large := out[np.abs(out) > _MAX_SCALED]):
-        raise ValueError(f"vectors hold {large[0]:g}; {_MAX_SCALED:g} is the largest; repair the column")
+    if len(large := out[np.abs(out) > MAX_VECTOR_ELEMENT]):
+        raise ValueError(
+            f"vectors hold {large[0]:g}; {MAX_VECTOR_ELEMENT:g} is the largest; repair the column"
+        )
     return out
 
 
@@ -285,8 +271,9 @@ def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, np
     """Return what profiles average, by profile feature name: float32 [num_items, V], 0 outside the catalogue.
 
     Raises:
-        DataError: the profile of a vocabulary wider than ``MAX_PROFILE_WIDTH``.
+        DataError: a profile is too wide.
     """
+    check_profiles(schema.query, schema.item)
     items = {f.spec.name: f for f in schema.item}
     values: dict[str, npt.NDArray[np.float32]] = {}
     for feature in schema.query:
@@ -295,12 +282,7 @@ def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, np
             continue
         target = items[spec.of]
         column = item_columns[spec.of]
-        width = profile_width(target)
-        if width > MAX_PROFILE_WIDTH:
-            raise DataError(
-                f"profile feature {spec.name!r} is {width} wide; at most {MAX_PROFILE_WIDTH} is allowed. "
-                f"Lower max_values of {spec.of!r} or take it out"
-            )
+        width = target.profile_width
         out = np.zeros((schema.num_items, width), np.float32)
         if column.dtype == np.float32:
             out[: len(column)] = column[:, :width]
@@ -309,16 +291,6 @@ def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, np
             out[row, column[row, place]] = 1.0
         values[spec.name] = out
     return values
-
-
-def profile_width(target: FittedFeature) -> int:
-    """Return V, the width of the profile of an item feature."""
-    spec = target.spec
-    if isinstance(spec, NumericFeature):
-        return 1
-    if isinstance(spec, VectorFeature):
-        return spec.dim
-    return len(target.values or []) + 1
 
 
 class QueryFeatures:

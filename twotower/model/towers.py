@@ -17,7 +17,7 @@ from torch import nn
 
 from twotower.config import ModelConfig, TowerConfig
 from twotower.model.dropout import RowDropout
-from twotower.model.features import Bag, FeatureBatch, profile_width
+from twotower.model.features import Bag, FeatureBatch
 from twotower.model.norm import GlobalBatchNorm
 from twotower.schema import (
     CategoricalFeature,
@@ -258,7 +258,7 @@ def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelCo
         if isinstance(spec, NumericFeature):
             width += 2
         elif isinstance(spec, ProfileFeature):
-            width += profile_width(items[spec.of])
+            width += items[spec.of].profile_width
         else:
             width += spec.dim
         if spec == added:

@@ -25,6 +25,7 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
+from twotower.values import as_text, is_text
 
 IntArray = npt.NDArray[np.int64]
 _BATCH = 8_192
@@ -192,8 +193,8 @@ class CatalogueState:
                 )
             column = table.column(field.name)
             try:
-                columns.append(column.cast(field.type))
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                columns.append(as_text(column) if is_text(field.type) else column.cast(field.type))
+            except (DataError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise DataError(
                     f"column {field.name!r} has type {column.type}, the catalogue holds {field.type} "
                     f"({error}); give it as it was when the dataset was prepared"

@@ -14,7 +14,6 @@ from twotower.data.dataset import ITEM_ROW
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, item_batch, to_device
 from twotower.retrieval.generation import Generation
-from twotower.schema import FeatureSchema, HistoryFeature, IdFeature, ProfileFeature
 
 _QUERY_BATCH = 1_024
 
@@ -30,16 +29,6 @@ def encode_table(checkpoint: Checkpoint, table: pa.Table, device: str = "cpu") -
     batch = item_batch(schema, np.where(rows < schema.num_items, rows, -1), columns)
     vectors = checkpoint.model.encode_items(to_device(batch, torch.device(device)))
     return np.asarray(vectors.float().cpu().numpy())
-
-
-def source_columns(schema: FeatureSchema) -> list[str]:
-    """Return the columns of the item table that item features are read from, each once."""
-    specs = [f.spec for f in schema.item]
-    return list(
-        dict.fromkeys(
-            s.source_column for s in specs if not isinstance(s, (IdFeature, HistoryFeature, ProfileFeature))
-        )
-    )
 
 
 def real_queries(

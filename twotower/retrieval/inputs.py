@@ -33,6 +33,7 @@ from twotower.schema import (
     ProfileFeature,
     VectorFeature,
 )
+from twotower.values import category_of
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -302,20 +303,22 @@ def _checked(feature: FittedFeature, value: Any) -> Any:
         ):
             return [float(v) for v in value]
     elif isinstance(spec, MultiHotFeature) and isinstance(value, list):
-        if all(isinstance(v, str) or (isinstance(v, int) and not isinstance(v, bool)) for v in value):
-            return [str(v) for v in value]
+        names = [category_of(v) if isinstance(v, (str, int, float)) else None for v in value]
+        # A fraction is a value where the column has such, and a slip elsewhere.
+        known = (n for n, v in zip(names, value, strict=True) if isinstance(v, float) and not v.is_integer())
+        if None not in names and all(name in (feature.values or []) for name in known):
+            return names
     elif isinstance(value, str):
         return value
     elif isinstance(spec, (CategoricalFeature, MultiHotFeature)) and isinstance(value, (int, float)):
-        # Booleans and fractions are cast to text as Arrow casts the same column of a table.
-        return value if isinstance(value, (bool, float)) else str(value)
+        return category_of(value)
     raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown(value)}", _allowed(feature))
 
 
 def _allowed(feature: FittedFeature) -> str:
     spec = feature.spec
     if isinstance(spec, NumericFeature):
-        return "a number" + (" of 0 or more" if spec.transform == "log1p" else "") + ", or null"
+        return "a number" + (" above -1" if spec.transform == "log1p" else "") + ", or null"
     if isinstance(spec, VectorFeature):
         return f"a list of {spec.dim} numbers, or null"
     if isinstance(spec, MultiHotFeature):

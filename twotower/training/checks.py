@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import TrainingError
-from twotower.model.towers import TwoTower
+
+if TYPE_CHECKING:
+    # Sizes are checked where nothing is trained yet.
+    import torch
+
+    from twotower.model.towers import TwoTower
 
 
 def require_same_model(model: TwoTower, weights: dict[str, torch.Tensor], what: str) -> None:

@@ -14,12 +14,12 @@ from twotower.config import FilesSource, TableConfig
 from twotower.data import cells
 from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, IntArray, SideTable, TimeUnit
 from twotower.data.dataset import ITEM_ROW
-from twotower.data.fitting import as_categories
-from twotower.data.interning import IdColumn
+from twotower.data.interning import IdColumn, IdForm, MixedIdsError
 from twotower.data.sources import tables
 from twotower.data.sources.finding import stamp
 from twotower.data.sources.tables import TableFile
 from twotower.errors import ConfigError, DataError
+from twotower.values import as_text, examples
 
 
 class Files:
@@ -138,11 +138,15 @@ def read_side(side: str, config: TableConfig, files: list[TableFile], bad: BadRo
         DataError: a file can not be read, the title is no text, or the files have different columns.
     """
     own = _own_names(side, config)
-    parts, replaced = [], set()
-    for file in files:
-        table, rows = tables.read_table(file, bad, [n for n in (config.id, config.title) if n is not None])
-        parts.append(_clean(side, config, file, table, rows, bad))
-        replaced |= {name for name, source in own.items() if name != source and name in table.column_names}
+    form, before = IdForm(side), bad.copy()
+    try:
+        parts = _parts(form, config, files, bad)
+    except MixedIdsError:
+        bad.restore(before)
+        parts = _parts(form, config, files, bad)
+    form.tell()
+    there = {name for file in files for name in file.columns}
+    replaced = {name for name, source in own.items() if name != source and name in there}
     for name in sorted(replaced):
         progress.say(
             f"{files[0].name}: its own column {name!r} is not kept, for that name stands for the "
@@ -166,26 +170,31 @@ def _own_names(side: str, config: TableConfig) -> dict[str, str]:
     return {f"{side}_id": config.id} | numbered | titled
 
 
+def _parts(form: IdForm, config: TableConfig, files: list[TableFile], bad: BadRows) -> list[pa.Table]:
+    wanted = [name for name in (config.id, config.title) if name is not None]
+    return [_clean(form, config, file, *tables.read_table(file, bad, wanted), bad) for file in files]
+
+
 def _clean(
-    side: str, config: TableConfig, file: TableFile, table: pa.Table, rows: IntArray, bad: BadRows
+    form: IdForm, config: TableConfig, file: TableFile, table: pa.Table, rows: IntArray, bad: BadRows
 ) -> pa.Table:
     """Return the rows of a table that have an id, with the id and the title under the names we use."""
     array = {n: tables.non_empty(cells.joined(table.column(n), f"column {n!r}")) for n in table.column_names}
-    ids = IdColumn(array[config.id], side)
+    ids = IdColumn(array[config.id], form)
     broken = np.zeros(table.num_rows, dtype=np.bool_)
     for mask, reason in ids.problems():
         new = np.flatnonzero(mask & ~broken)
         if len(new):
-            bad.add(file.name, rows[new], reason, ids.array.take(pa.array(new[:1])).to_pylist())
+            bad.add(file.name, rows[new], reason, examples(ids.array, new[:1]))
             broken |= mask
-    own = _own_names(side, config)
-    columns = {f"{side}_id": ids.values.take(pa.array(ids.codes, mask=broken | (ids.codes < 0)))}
+    own = _own_names(form.side, config)
+    columns = {f"{form.side}_id": ids.values.take(pa.array(ids.codes, mask=broken | (ids.codes < 0)))}
     if config.title is not None:
         try:
-            columns["title"] = as_categories(array[config.title])
+            columns["title"] = as_text(array[config.title])
         except DataError as error:
             raise DataError(
-                f"data.source.{side}s.title: column {config.title!r} of {file.name} is no title: {error}"
+                f"data.source.{form.side}s.title: column {config.title!r} of {file.name} is no title: {error}"
             ) from None
     others = {n: column for n, column in array.items() if n not in own and n != config.id}
     return pa.table(columns | others).filter(pa.array(~broken))

@@ -138,7 +138,11 @@ class TableFile:
 
     def _parquet(self, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, IntArray]]:
         start = 1
-        with finding.readable(self.path, "Parquet file"), pq.ParquetFile(self.path) as file:
+        with (
+            finding.readable(self.path, "Parquet file"),
+            # By itself Arrow reads times of 96 bits as nanoseconds, and those of other centuries wrap round.
+            pq.ParquetFile(self.path, coerce_int96_timestamp_unit="us") as file,
+        ):
             for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
                 yield batch.select(columns), np.arange(start, start + batch.num_rows, dtype=np.int64)
                 start += batch.num_rows
