@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +13,12 @@ import numpy as np
 import pytest
 import ray
 
+from tests.apart import Apart
 from tests.generations import catalogue_vectors, untrained_checkpoint
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
-
-ROOT = Path(__file__).parents[2]
 
 # The job kills itself before it renames something to the name in the last argument, if there is one.
 JOB = """
@@ -51,26 +47,20 @@ DEADLINE_S = 240
 @pytest.fixture
 def job(
     ray_local: None, small_values: Callable[..., dict[str, Any]], small_dataset: Dataset, tmp_path: Path
-) -> tuple[Store, Callable[..., subprocess.Popen[str]]]:
+) -> tuple[Store, Callable[..., Apart]]:
     values = small_values(tmp_path)
     config = parse_config(values)
     checkpoint = untrained_checkpoint(config, small_dataset, tmp_path / "checkpoint")
     (tmp_path / "config.yaml").write_text(json.dumps(values))
 
-    def start(fatal: str = "") -> subprocess.Popen[str]:
+    def start(fatal: str = "") -> Apart:
         arguments = [tmp_path / "config.yaml", small_dataset.path, checkpoint.path, fatal]
-        return subprocess.Popen(
-            [sys.executable, "-c", JOB, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Apart(JOB, *arguments, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
     return Store(config.store), start
 
 
-def kill_when(process: subprocess.Popen[str], appeared: Callable[[], bool]) -> None:
+def kill_when(process: Apart, appeared: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not appeared():
         assert process.poll() is None, process.communicate()[1]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import ray
 
 from jobs import update_items as job
+from tests.apart import Apart
 from tests.generations import edit_index
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.updates import Item, copied, items_of, table_of, write_config
@@ -29,7 +28,6 @@ from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
-ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240
 
 # The job kills itself before it renames something to the name in the last argument.
@@ -184,11 +182,9 @@ def test_a_killed_compaction_is_finished_by_the_next_one(
 ) -> None:
     before = updated(store)
     file = write_config(config, tmp_path / "config.yaml")
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     work = store.root / ".work"
     for fatal in ("index.faiss", "manifest.json", "CURRENT"):
-        command = [sys.executable, "-c", JOB, str(file), fatal]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        process = Apart(JOB, file, fatal, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
         if fatal == "index.faiss":
             # Ray's workers write shards: the driver is killed when the first file is there.
             while not any(work.glob(f"*/shards/*/{fatal}")):

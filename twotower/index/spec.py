@@ -82,8 +82,8 @@ def empty_index(factory: str, dim: int) -> Any:
 def _without_renumbering(index: Any) -> None:
     """Let product quantizers keep the numbers that their centroids get by training.
 
-    FAISS renumbers them for its search by Hamming distances, which is not used here: answers are the same, and
-    training takes more than a second less for each byte of a code.
+    FAISS renumbers them for its search by Hamming distances, which is not used here: answers are the same
+    without, and training takes more than a second less for each byte of a code.
     """
     inner = innermost(index)
     if isinstance(inner, faiss.IndexHNSW):
