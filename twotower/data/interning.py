@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from twotower.data.cells import refuse_long
 from twotower.data.chunks import BoolArray
 from twotower.errors import DataError
+from twotower.ids import CONTROL, HAS_CONTROL, MAX_ID_LENGTH, TOO_LONG
 
 _WHOLE_FLOAT = r"^[+-]?\d+\.0*$"
 
@@ -48,6 +49,8 @@ class IdColumn:
         """Yield [n] bool masks of bad rows, each with its reason."""
         empty = np.append(np.asarray(pc.equal(pc.utf8_trim_whitespace(self.values), "")), True)
         yield empty[self.codes], f"without {self._a} id"
+        for broken, reason in _not_ids(self.values):
+            yield np.append(broken, False)[self.codes], f"with {self._a} id of {reason}"
         if self._floats:
             broken = np.ones(len(self.values), dtype=np.bool_)
         else:
@@ -56,6 +59,12 @@ class IdColumn:
             np.append(broken, False)[self.codes],
             f"with {self._a} id that is a float, not text or an integer",
         )
+
+
+def _not_ids(values: pa.StringArray) -> Iterator[tuple[BoolArray, str]]:
+    """Yield masks of texts that are no ids by the rule of ``twotower.ids``, each with its reason."""
+    yield np.asarray(pc.match_substring_regex(values, CONTROL)), HAS_CONTROL
+    yield np.asarray(pc.greater(pc.utf8_length(values), MAX_ID_LENGTH)), TOO_LONG
 
 
 class Interner:

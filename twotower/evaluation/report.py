@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
 from twotower.evaluation import plots
+from twotower.listing import STORED
 from twotower.model.features import split_values
 from twotower.schema import CategoricalFeature, MultiHotFeature
 
@@ -64,6 +66,18 @@ class Results:
     """Items asked for by those requests."""
     map: ItemMap | None
     """None where the catalogue is too small for one."""
+
+
+KIND = "report"
+
+
+class ReportManifest(BaseModel):
+    """The manifest of a report."""
+
+    model_config = STORED
+
+    metrics: dict[str, float | None]
+    by_ranker: dict[str, dict[str, float | None]]
 
 
 def latency_facts(milliseconds: NDArray[np.float64], k: int) -> dict[str, float]:
