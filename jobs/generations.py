@@ -18,6 +18,7 @@ from typing import Any
 from jobs import command, stages
 from twotower.config import Config
 from twotower.errors import ConfigError
+from twotower.progress import say
 
 _HOUR_S = 3600.0
 
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    store = stages.store_of(config)
+    store.require()
+    if arguments.action in ("list", "rollback", "prune"):
+        for sentence in store.passed_over():
+            say(f"passed over: {sentence}")
     return _ACTIONS[arguments.action](config, arguments)
 
 
@@ -48,8 +54,7 @@ def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
     store = stages.store_of(config)
     pointers = store.pointers()
     lines, rows = [], []
-    for name in store.generations():
-        manifest = store.manifest(name)
+    for name, manifest in store.manifests().items():
         delta = manifest.get("delta")
         row = {
             "id": name,
@@ -64,7 +69,7 @@ def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
         mark = f"  <- {', '.join(row['pointers'])}" if row["pointers"] else ""
         counted = f"{row['num_items']:>9,} items  index recall {row['index_recall']:.4f}  {kind}"
         lines.append(f"{name}  {row['created']}  {counted}{mark}")
-    details = {"pointers": pointers, "generations": rows}
+    details = {"pointers": pointers, "generations": rows, "passed_over": store.passed_over()}
     return command.Result(
         path=store.where, details=details, lines=lines or [f"{store.where} has no generations"]
     )
@@ -78,8 +83,8 @@ def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
     manifest = store.manifest(path.name)
     index, delta, files = manifest["index"], manifest.get("delta"), manifest["files"]
     shared = {
-        other: _shared_bytes(files, store.manifest(other)["files"])
-        for other in store.generations()
+        other: _shared_bytes(files, its["files"])
+        for other, its in store.manifests().items()
         if other != path.name
     }
     shared = {other: num_bytes for other, num_bytes in shared.items() if num_bytes}

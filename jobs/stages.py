@@ -76,12 +76,13 @@ def require(config: Config, dataset: Dataset, *steps: Step) -> None:
 def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
     """Return the checkpoints that the configuration makes, training those that are missing; needs Ray."""
     from twotower.cluster.train import train
+    from twotower.model.checkpoint import KIND, TrainedManifest
 
     stage("train on the train split")
     evaluated = train(config, dataset, fit="train")
     if config.train.fit == "train":
         return Checkpoints(evaluated, evaluated)
-    epochs = int(read_manifest(evaluated, "checkpoint")["best_epoch"])
+    epochs = int(read_manifest(evaluated, KIND, TrainedManifest)["best_epoch"])
     stage(f"refit on every interaction for {epochs} epochs")
     return Checkpoints(evaluated, train(config, dataset, fit="all", epochs=epochs))
 
@@ -150,7 +151,10 @@ def publish(
 def retain(config: Config) -> None:
     """Remove the generations that ``storage.keep_generations`` does not keep; nothing where it is null."""
     if config.storage.keep_generations is not None:
-        pruned = store_of(config).prune(config.storage.keep_generations)
+        store = store_of(config)
+        for sentence in store.passed_over():
+            say(f"passed over: {sentence}")
+        pruned = store.prune(config.storage.keep_generations)
         if pruned.generations or pruned.leftovers:
             say(
                 f"removed {len(pruned.generations)} old generations and {len(pruned.leftovers)} leftovers: "
@@ -188,5 +192,7 @@ def on_ray(config: Config) -> Iterator[None]:
 
 def index_metrics(generation: Path) -> dict[str, float]:
     """Return the measured index recall of a generation, by the metric's name."""
-    index = read_manifest(generation, "generation")["index"]
+    from twotower.retrieval.manifest import generation_manifest
+
+    index = generation_manifest(generation)["index"]
     return {f"index_recall@{index['recall_k']}": index["index_recall"]}

@@ -15,11 +15,13 @@ from twotower.config import Config
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    from twotower.model.checkpoint import KIND, TrainedManifest
+
     dataset = stages.dataset_for(config, arguments.dataset)
     stages.require(config, dataset, "train", "index", "recommend")
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
-    manifest = read_manifest(checkpoints.evaluated, "checkpoint")
+    manifest = read_manifest(checkpoints.evaluated, KIND, TrainedManifest)
     k, best = config.train.validation.k, manifest["metrics"]
     metrics = {
         f"validation_recall@{k}": best["validation_recall"],

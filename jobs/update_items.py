@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, OvertakenError
 from twotower.progress import say, stage
 
 
@@ -79,7 +79,12 @@ def _compacted(config: Config, generation: str, arguments: argparse.Namespace) -
     with stages.on_ray(config):
         result = compact(config, store, generation).name
     if not arguments.no_publish:
-        store.publish(result, arguments.pointer, expected=generation, force=arguments.force)
+        try:
+            store.publish(result, arguments.pointer, expected=generation, force=arguments.force)
+        except OvertakenError as error:
+            # To publish it again would undo what the other has published.
+            remedy = "Run python -m jobs.update_items --compact again, if updates shall still be compacted"
+            raise OvertakenError(error.message, remedy) from None
         say(f"{arguments.pointer} names {result}, before {generation}")
     return result
 

@@ -22,9 +22,10 @@ from serve.admission import deadline_of
 from serve.errors import json_response
 from serve.schemas import BadRequest
 from serve.service import Service
+from twotower.ids import MAX_ID_LENGTH
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.lookup import UnknownUserError, find_items, find_users, user_history
-from twotower.retrieval.request import MAX_ID_LENGTH, InvalidQueryError, shown, unknown_key
+from twotower.retrieval.request import InvalidQueryError, shown, unknown_key
 
 _FOLDER = Path(__file__).parent / "page"
 _FILES = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ GONE = "zz-erase-me-4711"
 """Id of the user; nobody else is called anything like it."""
 COLOUR = "chartreuse-of-4711"
 """Value of a feature that he alone has."""
+ITEM = "zz-only-bought-by-4711"
+"""Id of an item outside the catalogue that he alone has had."""
 _WAS = "13"
 
 
@@ -39,6 +44,10 @@ def make_files(root: Path) -> Config:
         ids = table.column("user").cast(pa.string())
         his = pc.equal(ids, _WAS)
         table = table.set_column(0, "user", pc.if_else(his, GONE, ids))
+        if name == "interactions":
+            table = table.set_column(1, "item", table.column("item").cast(pa.string()))
+            own = {"user": [GONE], "item": [ITEM], "time": [1_700_000_000], "event": ["like"]}
+            table = pa.concat_tables([table, pa.table(own)])
         if name == "users":
             table = table.set_column(2, "group", pc.if_else(his, COLOUR, table.column("group")))
         pacsv.write_csv(table, path)
@@ -96,7 +105,8 @@ def files_with(root: Path, *needles: str) -> set[str]:
     for path in (p for p in sorted(root.rglob("*")) if p.is_file()):
         texts = [path.read_bytes()]
         if path.suffix == ".parquet":
-            texts.append(str(pq.read_table(path).to_pydict()).encode())
+            with contextlib.suppress(pa.ArrowInvalid):
+                texts.append(str(pq.read_table(path).to_pydict()).encode())
         if any(n.encode() in text for n in needles for text in texts):
             found.add(path.relative_to(root).as_posix())
     return found
@@ -124,3 +134,31 @@ def others(dataset: Dataset) -> list[str]:
 def trained_row(table: np.ndarray, row: int) -> np.ndarray:
     """The embedding of a user row."""
     return table[row + 1]
+
+
+def copy_of(config: Config, root: Path) -> Config:
+    """A copy of everything, with its hard links."""
+    first: dict[int, str] = {}
+
+    def link(source: str, target: str) -> str:
+        inode = os.stat(source).st_ino
+        if inode in first:
+            os.link(first[inode], target)
+        else:
+            first[inode] = shutil.copy2(source, target)
+        return target
+
+    shutil.copytree(config.home, root / "runs" / config.name, copy_function=link)
+    values = config.to_json()
+    values["storage"]["root"] = str(root / "runs")
+    return parse_config(values)
+
+
+def dataset_of(config: Config) -> Dataset:
+    """The one dataset there is."""
+    return Dataset.open(next(config.datasets.glob("files-*")))
+
+
+def successors(store: Store) -> dict[str, str]:
+    """The generation that stands in the place of each."""
+    return {old: name for name in store.generations() for old in store.manifest(name).get("replaces", [])}

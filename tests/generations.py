@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from twotower.artefacts import MANIFEST
+from twotower.artefacts import MANIFEST, write_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.index.choice import choose
@@ -17,6 +17,7 @@ from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
 from twotower.retrieval.encoding import encode_table
+from twotower.retrieval.files import KIND, list_files
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.promise import measure
 from twotower.retrieval.shards import write_shard
@@ -72,6 +73,47 @@ def plain_generation(config: Config, dataset: Dataset, checkpoint: Checkpoint, n
     facts = measure(config, Generation(directory, {}), checkpoint, parts, directory / "shards", threads=1)
     finish(directory, name, f"2026-01-01T00:00:00 {name}", dataset, checkpoint, facts)
     return directory
+
+
+def light_generation(store: Store, name: str) -> Path:
+    """A generation without items that can be published, verified and pruned."""
+    directory = store.path(name)
+    (directory / "model").mkdir(parents=True)
+    write_manifest(directory / "model", "checkpoint", {"fingerprint": "c"})
+    light_manifest(directory, name, name, list_files(directory))
+    return directory
+
+
+def light_manifest(
+    directory: Path, name: str, created: str, files: dict[str, dict[str, Any]] | None = None
+) -> None:
+    """Write the manifest of a generation without items and shards: what stores look at."""
+    ends = {"p50": 0.1, "p99": 0.2}
+    index = {
+        "factory": "Flat",
+        "effort": {},
+        "index_recall": 1.0,
+        "target_index_recall": 0.9,
+        "recall_k": 10,
+        "num_queries": 5,
+        "search_ms": ends,
+    }
+    content = {
+        "id": name,
+        "created": created,
+        "checkpoint_fingerprint": "c",
+        "dataset_fingerprint": "d",
+        "vocabulary_hash": "v",
+        "embedding_dim": 4,
+        "metric": "inner_product",
+        "num_items": 0,
+        "as_of": None,
+        "shards": [],
+        "delta": None,
+        "files": files or {},
+        "index": index,
+    }
+    write_manifest(directory, KIND, content)
 
 
 def edit_manifest(directory: Path, **changes: Any) -> None:

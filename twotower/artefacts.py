@@ -13,13 +13,16 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from twotower.errors import ArtefactError
+from twotower.jsonfiles import check_shape, parse_json
+from twotower.listing import MANIFEST as MANIFEST
+from twotower.progress import say
 
-MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 REPLACED = ".replaced"
 """Ending of the hidden name of an artefact while another takes its place."""
@@ -53,15 +56,23 @@ def write_manifest(directory: Path, kind: str, content: dict[str, Any]) -> None:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Return whether ``directory`` is a finished artefact."""
-    return (directory / MANIFEST).is_file()
+    """Return whether ``directory`` is a finished artefact, as far as it can be read."""
+    try:
+        return (directory / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
-def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
+def read_manifest(directory: Path, kind: str, shape: Any = None) -> dict[str, Any]:
     """Return the manifest of a finished artefact.
 
+    Args:
+        directory: of the artefact.
+        kind: what it must be of.
+        shape: the pydantic model of its keys; not checked where none is given.
+
     Raises:
-        ArtefactError: there is no manifest, it is not JSON, or it is of another kind or newer schema.
+        ArtefactError: there is no manifest, it can not be read, or it is none of that kind, shape and schema.
     """
     try:
         data = (directory / MANIFEST).read_bytes()
@@ -69,35 +80,82 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
         raise ArtefactError(
             f"{directory} is not a finished {kind}: it has no {MANIFEST}. Run the job that makes it again."
         ) from None
-    return parse_manifest(data, str(directory), kind)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{directory}/{MANIFEST} can not be read ({error}). Let this user read it, or delete {directory}."
+        ) from None
+    return parse_manifest(data, str(directory), kind, shape)
 
 
-def parse_manifest(data: bytes, place: str, kind: str) -> dict[str, Any]:
+def parse_manifest(data: bytes, place: str, kind: str, shape: Any = None) -> dict[str, Any]:
     """Return the manifest in the bytes of its file.
 
     Args:
         data: the bytes.
         place: path or URL of the artefact, for the errors.
         kind: what it must be of.
+        shape: the pydantic model of its keys; not checked where none is given.
 
     Raises:
-        ArtefactError: it is not JSON, or it is of another kind or newer schema.
+        ArtefactError: it is not JSON, or it is none of that kind, shape and schema.
     """
-    try:
-        manifest = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(
-            f"{place}/{MANIFEST} is damaged ({error}). Delete {place} and make it again."
-        ) from None
+    again = f"Delete {place} and make it again."
+    manifest = parse_json(data, f"{place}/{MANIFEST}", again)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ArtefactError(f"{place} holds a {found}, not a {kind}. Give the path of a {kind}.")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ArtefactError(f"{place} holds a {str(found)[:60]}, not a {kind}. Give the path of a {kind}.")
+    version = manifest.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ArtefactError(
-            f"{place} has schema version {manifest.get('schema_version')}; this release reads "
+            f"{place} has schema version {str(version)[:60]}; this release reads "
             f"{SCHEMA_VERSION}. Make it again, or use the release that wrote it."
         )
+    if shape is not None:
+        check_shape(manifest, shape, f"{place}/{MANIFEST}", again)
     return manifest
+
+
+def finished(directory: Path, kind: str, shape: Any = None) -> dict[str, Any] | None:
+    """Return the manifest of an artefact that is there already; None where it has to be made.
+
+    One that is damaged is made again, which is said.
+    """
+    if not has_manifest(directory):
+        return None
+    try:
+        return read_manifest(directory, kind, shape)
+    except ArtefactError as error:
+        say(f"{error} It is made again now")
+        return None
+
+
+def remove(path: Path) -> None:
+    """Remove whatever is at a path, folders with all that is in them; links are not followed.
+
+    Raises:
+        OSError: a part of it can not be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(directory: Path, ending: str) -> None:
+    """Remove an artefact so that no reader sees a part of it: it is hidden by one rename, and then deleted.
+
+    Killed in between, or where something can not be deleted, it leaves a hidden folder of a name that nothing
+    else takes, so that it is in nobody's way.
+
+    Args:
+        directory: of the artefact; that it is gone is no error.
+        ending: of the hidden name.
+    """
+    hidden = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}{ending}")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(directory, hidden)
+        with contextlib.suppress(OSError):
+            remove(hidden)
 
 
 @contextlib.contextmanager
@@ -115,18 +173,27 @@ def building(directory: Path, keep_partial: bool = False) -> Iterator[Path]:
     partial = directory.with_name(f".{directory.name}.partial")
     with locked(directory.with_name(f".{directory.name}.lock")):
         _settle(directory)
-        if partial.exists() and not keep_partial:
-            shutil.rmtree(partial)
+        if not keep_partial or not partial.is_dir():
+            remove(partial)
         partial.mkdir(exist_ok=True)
+        # A killed builder may have come as far as the manifest, and this one may not.
+        (partial / MANIFEST).unlink(missing_ok=True)
+        drop_temporaries(partial)
         yield partial
         if not has_manifest(partial):
             raise ArtefactError(f"the build of {directory} ended without a manifest")
         sync_tree(partial)
-        if directory.exists():
+        if os.path.lexists(directory):
             os.replace(directory, directory.with_name(f".{directory.name}{REPLACED}"))
         os.replace(partial, directory)
         _sync_directory(directory.parent)
         _settle(directory)
+
+
+def drop_temporaries(folder: Path) -> None:
+    """Remove the files half written that a killed writer left in a folder, whose lock the caller holds."""
+    for path in folder.rglob(".*.tmp"):
+        remove(path)
 
 
 def settle(folder: Path) -> None:
@@ -144,9 +211,9 @@ def settle(folder: Path) -> None:
 
 def _settle(directory: Path) -> None:
     dying = directory.with_name(f".{directory.name}{REPLACED}")
-    if dying.exists():
-        if directory.exists():
-            shutil.rmtree(dying)
+    if os.path.lexists(dying):
+        if os.path.lexists(directory):
+            remove(dying)
         else:
             os.replace(dying, directory)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+from twotower.redaction import redacted
+
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """What the system says of a file that is not there, however often it is asked."""
 _MAX_SHOWN = 60
@@ -20,9 +22,16 @@ _REFUSAL = re.compile(
 
 
 class TwotowerError(Exception):
-    """Base of every error that a person can act on; jobs print its message without a stack trace."""
+    """Base of every error that a person can act on; jobs print its message without a stack trace.
+
+    Passwords and tokens in its message are hidden, wherever it is printed, logged or answered.
+    """
 
     exit_code = 2
+
+    def __init__(self, *args: object) -> None:
+        """Take the message."""
+        super().__init__(*(redacted(a) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(TwotowerError):
@@ -81,6 +90,15 @@ class RefusedError(TwotowerError):
     """A gate refused to publish."""
 
     exit_code = 3
+
+
+class OvertakenError(RefusedError):
+    """Another publisher was faster."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        """Keep both apart: whoever made the generation on the way knows better what to do."""
+        super().__init__(f"{message}. {remedy}")
+        self.message = message
 
 
 class StoppedError(TwotowerError):

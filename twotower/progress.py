@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from twotower.redaction import redacted
+
 _LOG_INTERVAL_S = 5.0
 _TERMINAL_INTERVAL_S = 0.1
 _TERMINAL = "{l_bar}{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}{postfix}, {remaining} left"
@@ -34,9 +36,9 @@ def say(message: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write to stderr, where somebody may read it; that nobody does ends no job."""
+    """Write to stderr, without passwords and tokens; that nobody reads it ends no job."""
     try:
-        sys.stderr.write(text)
+        sys.stderr.write(redacted(text))
         sys.stderr.flush()
     except OSError:
         vanish(sys.stderr)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from twotower.jsonfiles import check_shape, parse_json
+
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 Kind = Literal["positive", "negative", "seen_only"]
@@ -176,9 +178,9 @@ class FittedFeature(BaseModel):
     """The declaration."""
     values: list[str] | None = None
     """Vocabulary of a categorical or multi_hot feature; value i has embedding row i + 1."""
-    mean: float = 0.0
+    mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """Mean of a numeric feature after its transform, missing values left out."""
-    std: float = 1.0
+    std: Annotated[float, Field(allow_inf_nan=False, gt=0)] = 1.0
     """Standard deviation of a numeric feature after its transform; 1 where it would be 0."""
 
     @property
@@ -187,6 +189,9 @@ class FittedFeature(BaseModel):
         if isinstance(self.spec, NumericFeature):
             return 1
         return self.spec.dim if isinstance(self.spec, VectorFeature) else len(self.values or []) + 1
+
+
+_Number = Annotated[int, Field(ge=0, lt=1 << 40)]
 
 
 class FeatureSchema(BaseModel):
@@ -198,11 +203,11 @@ class FeatureSchema(BaseModel):
     """Features of the query tower, in the order of its input."""
     item: list[FittedFeature]
     """Features of the item tower, in the order of its input."""
-    num_users: int
+    num_users: _Number
     """Users in the vocabulary; a user's embedding row is its user_row + 1."""
-    num_items: int
+    num_items: _Number
     """Items in the vocabulary, catalogue first, then others of interactions; embedding row = item_row + 1."""
-    num_catalogue_items: int
+    num_catalogue_items: _Number
     """Items that are indexed and recommended: item rows 0 to num_catalogue_items - 1."""
 
     @property
@@ -227,3 +232,18 @@ class FeatureSchema(BaseModel):
     def from_json(cls, value: dict[str, Any]) -> FeatureSchema:
         """Return the schema that ``to_json`` wrote."""
         return cls.model_validate(value)
+
+    @classmethod
+    def parse(cls, data: bytes, place: str, remedy: str) -> FeatureSchema:
+        """Return the schema in the bytes of a file.
+
+        Args:
+            data: the bytes.
+            place: they are from, for the error.
+            remedy: what to do where they are damaged, a sentence.
+
+        Raises:
+            ArtefactError: they hold none.
+        """
+        schema: FeatureSchema = check_shape(parse_json(data, place, remedy), cls, place, remedy)
+        return schema

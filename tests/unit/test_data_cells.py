@@ -151,15 +151,9 @@ def test_impressions_are_read_as_lists_are(tmp_path: Path) -> None:
     assert len(set(found)) == 1
 
 
-def test_encoding_reads_what_fitting_read() -> None:
-    from twotower.model.features import split_values
-    from twotower.schema import MultiHotFeature
-
-    spec = MultiHotFeature(type="multi_hot", name="tags", separator="|")
-    column = pa.array([*FORMS.values(), None])
-    assert split_values(spec, column).to_pylist() == as_lists(column, "|").to_pylist()
+def test_lists_of_numbers_of_a_fixed_size_are_lists_of_texts() -> None:
     fixed = pa.array([[1, 2], None], pa.list_(pa.int32(), 2))
-    assert split_values(spec, fixed).to_pylist() == [["1", "2"], None]
+    assert as_lists(fixed, "|").to_pylist() == [["1", "2"], None]
 
 
 # ---- another separator than the declared one

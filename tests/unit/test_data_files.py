@@ -184,11 +184,11 @@ def test_a_numeric_time_without_a_unit_is_a_config_error(tmp_path: Path, csv: Pa
 
 
 def test_quoted_values_may_hold_separators_and_line_ends(tmp_path: Path) -> None:
-    lines = [f'u{u},"i,\n{n}",{n},"a ""note"""' for u in range(3) for n in range(5)]
+    lines = [f'u{u},"i,{n}",{n},"a ""note""\nof two lines"' for u in range(3) for n in range(5)]
     (tmp_path / "log.csv").write_text("\n".join(["who,what,when,note", *lines]) + "\n")
     dataset = prepare(files_config(tmp_path, tmp_path / "log.csv"))
     assert dataset.counts["interactions"] == 15
-    assert dataset.item_ids.id(0) == "i,\n0"
+    assert dataset.item_ids.id(0) == "i,0"
 
 
 # ---- values, events, window

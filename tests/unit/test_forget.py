@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,23 @@ import pytest
 import safetensors.numpy
 
 from jobs import forget as job
-from tests.forgetting import COLOUR, GONE, HISTORY, answers, files_with, make_shop, others
+from tests.forgetting import (
+    COLOUR,
+    GONE,
+    HISTORY,
+    ITEM,
+    answers,
+    copy_of,
+    dataset_of,
+    files_with,
+    make_shop,
+    others,
+    successors,
+)
 from tests.generations import plain_generation
 from tests.updates import content, write_config
 from twotower.artefacts import locked, read_manifest
-from twotower.config import Config, parse_config
-from twotower.data.dataset import Dataset
+from twotower.config import Config
 from twotower.data.prepare import prepare
 from twotower.errors import DataError, RefusedError
 from twotower.model.checkpoint import Checkpoint
@@ -45,41 +55,15 @@ def shop(made: tuple[Config, dict[str, str]], tmp_path: Path) -> Config:
     return copy_of(made[0], tmp_path)
 
 
-def copy_of(config: Config, root: Path) -> Config:
-    first: dict[int, str] = {}
-
-    def link(source: str, target: str) -> str:
-        inode = os.stat(source).st_ino
-        if inode in first:
-            os.link(first[inode], target)
-        else:
-            first[inode] = shutil.copy2(source, target)
-        return target
-
-    shutil.copytree(config.home, root / "runs" / config.name, copy_function=link)
-    values = config.to_json()
-    values["storage"]["root"] = str(root / "runs")
-    return parse_config(values)
-
-
 @pytest.fixture
 def store(shop: Config) -> Store:
     return Store(shop.store)
 
 
-def dataset_of(config: Config) -> Dataset:
-    return Dataset.open(next(config.datasets.glob("files-*")))
-
-
-def successors(store: Store) -> dict[str, str]:
-    """The generation that stands in the place of each."""
-    return {old: name for name in store.generations() for old in store.manifest(name).get("replaces", [])}
-
-
 def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> None:
     names = made[1]
     before = dataset_of(shop)
-    row = before.user_ids.row(GONE)
+    row, item = before.user_ids.row(GONE), before.item_ids.row(ITEM)
     held = {Path(p).parts[0] for p in files_with(shop.home, GONE)}
     assert held == {"datasets", "recommendations", "store"}
     assert {Path(p).parts[0] for p in files_with(shop.home, COLOUR)} == {"checkpoints", "datasets", "store"}
@@ -88,7 +72,12 @@ def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> N
     assert theirs.any()
     assert len(seen)
     expected = {
-        ("dataset", before.path.name): {"users": 1, "interactions": int(theirs.sum()), "feature_values": 1},
+        ("dataset", before.path.name): {
+            "users": 1,
+            "interactions": int(theirs.sum()),
+            "feature_values": 1,
+            "item_ids": 1,
+        },
         ("checkpoint", "first"): {"users": 1},
         ("checkpoint", "second"): {"users": 1},
         ("recommendations", "build-0123abcd"): {"users": 1, "rows": 4},
@@ -103,7 +92,7 @@ def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> N
         name: len(seen) for name in names.values()
     }
 
-    assert files_with(shop.home, GONE, COLOUR) == set()
+    assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
     after = dataset_of(shop)
     assert len(after.interactions) == len(before.interactions) - theirs.sum()
     assert not (after.interactions.user_row == row).any()
@@ -130,6 +119,7 @@ def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> N
         new = safetensors.numpy.load_file(shop.checkpoints / name / "model.safetensors")
         colour = next(f for f in before.schema.query if f.spec.name == "colour").values.index(COLOUR)
         own = {"tables.id_of_user": row + 1, "tables.query_colour": colour + 1}
+        own["tables.id_of_item"] = item + 1
         for tensor, values in old.items():
             if tensor in own:
                 assert not np.array_equal(values[own[tensor]], values[0])
@@ -300,7 +290,7 @@ def test_what_was_made_before_is_not_published_again(made: Any, shop: Config, st
     # The next run finds it, whatever is left of the dataset.
     forget_users(shop, store, [GONE])
     assert store.current() == successors(store)["build"]
-    assert files_with(shop.home, GONE, COLOUR) == set()
+    assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
 
 
 def test_a_publisher_in_between_is_seen_or_refused(
@@ -353,7 +343,7 @@ def test_a_checkpoint_without_its_dataset(shop: Config, store: Store) -> None:
     done = forget_users(shop, store, [GONE])
     assert {c.kind for c in done.changes} >= {"checkpoint", "generation"}
     assert done.left == []
-    assert files_with(shop.home, GONE, COLOUR) == set()
+    assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
     build = Generation.open(store.path(successors(store)["build"]))
     assert build.manifest["checkpoint_fingerprint"] == Checkpoint.open(shop.checkpoints / "first").fingerprint
     shutil.rmtree(shop.store)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.apart import run_apart
-from tests.forgetting import COLOUR, GONE, files_with, make_shop
+from tests.forgetting import COLOUR, GONE, ITEM, files_with, make_shop
 from tests.updates import write_config
 from twotower.config import Config, load_config
 from twotower.retrieval.forget import REQUEST, forget_users
@@ -111,7 +111,7 @@ def test_a_killed_run_is_finished_by_the_next_one(
         assert (config.home / REQUEST).exists()
         forget_users(config, store, [])
     consistent(config)
-    assert files_with(config.home, GONE, COLOUR) == set()
+    assert files_with(config.home, GONE, COLOUR, ITEM) == set()
     assert state(config) == expected
 
 
@@ -124,4 +124,4 @@ def test_a_killed_run_is_finished_before_another_user_is_forgotten(
     assert start(file, round(0.5 * alone[1]), tmp_path / "told").returncode == -signal.SIGKILL
     done = forget_users(config, Store(config.store), ["14"])
     assert (done.users, done.missing, done.left) == (2, 0, [])
-    assert files_with(config.home, GONE, COLOUR) == set()
+    assert files_with(config.home, GONE, COLOUR, ITEM) == set()

@@ -12,7 +12,7 @@ import pytest
 from jobs import forget as job
 from tests.apart import run_apart
 from tests.buckets import keys
-from tests.forgetting import COLOUR, GONE, answers, files_with, fill, lists_of, make_files, others
+from tests.forgetting import COLOUR, GONE, ITEM, answers, files_with, fill, lists_of, make_files, others
 from tests.updates import write_config
 from twotower.artefacts import write_json
 from twotower.config import Config, parse_config
@@ -71,7 +71,7 @@ def objects_with(store: RemoteStore, *needles: str) -> set[str]:
 
 def assert_gone(store: RemoteStore, shop: Config, names: dict[str, str]) -> None:
     assert objects_with(store, GONE, COLOUR) == set()
-    assert files_with(shop.home, GONE, COLOUR) == set()
+    assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
     manifests = {name: store.manifest(name) for name in store.generations()}
     to = {manifest["replaces"][0]: name for name, manifest in manifests.items()}
     assert set(to) == set(names.values())

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from twotower.artefacts import building, fingerprint, has_manifest, locked
+from twotower.artefacts import building, fingerprint, finished, locked
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.failures import plain_errors
 from twotower.cluster.priority import giving_way
@@ -36,8 +36,9 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.manifest import KIND, GenerationManifest
 from twotower.retrieval.promise import describe, measure
-from twotower.retrieval.shards import train_shards, write_shard
+from twotower.retrieval.shards import shard_folders, train_shards, write_shard
 from twotower.retrieval.store import Store
 from twotower.retrieval.writing import finish, write_tables
 
@@ -84,7 +85,7 @@ def build_generation(config: Config, dataset: Dataset, checkpoint_dir: Path) -> 
     directory = Store(config.store).path(name)
     with locked(config.store / ".work" / f"{name}.lock"):
         # A finished generation may be in use: it is never replaced.
-        if has_manifest(directory):
+        if finished(directory, KIND, GenerationManifest):
             say(f"generation {name} is there already")
             return directory
         with building(directory) as partial, work_folder(config.store, name) as work, session(config):
@@ -123,6 +124,7 @@ def build_index(
     parts = encode_catalogue(checkpoint.path, catalogue, work / "parts", config, count)
     build_shards(config, catalogue, checkpoint, parts, work / "shards", factory, on_gpu)
     threads = max(1, int(config.cluster.cpus_per_encoder))
+    shard_folders(work / "shards", count)
     # The generation has no manifest yet, and its users are there.
     facts = measure(config, Generation(directory, {}), checkpoint, parts, work / "shards", threads)
     for line in describe(facts):

@@ -7,7 +7,6 @@ its own item tower, so that answers change by what an index rounds and by nothin
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.artefacts import building, fingerprint, has_manifest, link_or_copy, locked, write_manifest
+from twotower.artefacts import building, fingerprint, finished, link_or_copy, locked, write_manifest
 from twotower.cluster.build import build_index, work_folder
 from twotower.cluster.session import session
-from twotower.config import Config, parse_config
+from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
 from twotower.progress import say
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.files import KIND, TOMBSTONES, list_files
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.manifest import GenerationManifest
 from twotower.retrieval.store import Store
 from twotower.retrieval.writing import built_shards
 
@@ -55,18 +55,18 @@ def compact(config: Config, store: Store, generation_id: str) -> Path:
         return base.path
     checkpoint = base.checkpoint()
     base.require_checkpoint(checkpoint)
-    built = parse_config(json.loads((base.path / "config.json").read_bytes()))
+    built = base.config
     settings = config.model_copy(update={"index": built.index, "seed": built.seed})
     name = fingerprint({"compacted": base.id, "version": _VERSION})
     directory = store.path(name)
     with locked(store.root / ".work" / f"{name}.lock"):
-        if has_manifest(directory):
+        if finished(directory, KIND, GenerationManifest):
             say(f"generation {name} is there already")
             return directory
         with building(directory) as partial, work_folder(store.root, name) as work, session(config):
             shared = [n for n in base.manifest["files"] if n != TOMBSTONES and not n.startswith("shards/")]
             for file in shared:
-                link_or_copy(base.path / file, partial / file)
+                link_or_copy(base.file(file), partial / file)
             catalogue = write_catalogue(base, work / "items")
             index = build_index(settings, catalogue, checkpoint, partial, work)
             write_manifest(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from twotower.artefacts import building, fingerprint, has_manifest, read_manifest, write_json, write_manifest
+from twotower.artefacts import building, fingerprint, finished, write_json, write_manifest
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
@@ -31,7 +31,9 @@ from twotower.evaluation.baselines import PopularityRanker, TrueRanker, popular_
 from twotower.evaluation.comparison import ModelRanker, Outcome, Ranker, compare
 from twotower.evaluation.holdout import evaluation_queries, open_arrays, query_inputs, write_arrays
 from twotower.evaluation.report import (
+    KIND,
     ItemMap,
+    ReportManifest,
     Results,
     flat_metrics,
     item_groups,
@@ -43,6 +45,7 @@ from twotower.index.parts import Part, check_parts
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
 from twotower.retrieval.catalogue import Catalogue
+from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 
@@ -73,7 +76,7 @@ def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_
         DataError: no user has a relevant test item.
     """
     checkpoint = Checkpoint.open(checkpoint_dir)
-    generation = None if generation_dir is None else read_manifest(generation_dir, "generation")
+    generation = None if generation_dir is None else generation_manifest(generation_dir)
     _check(dataset, checkpoint, generation)
     inputs = {
         "name": config.name,
@@ -84,9 +87,9 @@ def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_
     }
     section = config.evaluation.model_dump(mode="json")
     directory = config.reports / fingerprint({**inputs, "evaluation": section, "version": _VERSION})
-    if has_manifest(directory):
+    if known := finished(directory, KIND, ReportManifest):
         say(f"report {directory.name} is there already")
-        _show(read_manifest(directory, "report")["by_ranker"])
+        _show(known["by_ranker"])
         return directory
     with building(directory) as partial, session(config):
         scratch = partial / "scratch"
@@ -95,9 +98,9 @@ def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         write_report(partial, results)
-        write_json(partial / "config.json", config.to_json())
+        write_json(partial / "config.json", config.to_stored())
         facts = {**inputs, "metrics": flat_metrics(results), "by_ranker": results.metrics}
-        write_manifest(partial, "report", {"id": directory.name, **facts, "counts": results.counts})
+        write_manifest(partial, KIND, {"id": directory.name, **facts, "counts": results.counts})
     _show(results.metrics)
     return directory
 

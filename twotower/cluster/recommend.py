@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower.artefacts import building, fingerprint, has_manifest, read_manifest, write_json, write_manifest
+from twotower.artefacts import building, fingerprint, finished, remove, write_json, write_manifest
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import FEWEST, part_size, ranges, work_through
 from twotower.cluster.recommend_parts import (
@@ -30,12 +30,14 @@ from twotower.data.query_files import QueryFile, find_query_files, scan
 from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.index.allowed import Allowed
 from twotower.progress import bar, say
+from twotower.retrieval.forget_lists import KIND as KIND
+from twotower.retrieval.forget_lists import RecommendationsManifest
 from twotower.retrieval.front import allowed_items
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.query_rows import check_columns
 from twotower.training.preflight import check_fields
 
-KIND = "recommendations"
 _VERSION = 2
 """Changes whenever the same inputs give other parts."""
 
@@ -71,7 +73,7 @@ def recommend(
         DataError: a file can not be read, or a query can not be answered; nothing is written then.
     """
     generation_dir = Path(generation_dir).absolute()
-    manifest = read_manifest(generation_dir, "generation")
+    manifest = generation_manifest(generation_dir)
     section = config.recommend.model_dump(mode="json")
     files = None if queries is None else _scanned(queries, config)
     allowed = None if allow_items is None else read_item_ids(config.data, allow_items, "--allow-items")
@@ -85,7 +87,7 @@ def recommend(
         "version": _VERSION,
     }
     directory = config.recommendations / f"{manifest['id']}-{fingerprint(inputs)[:8]}"
-    if has_manifest(directory):
+    if finished(directory, KIND, RecommendationsManifest):
         say(f"recommendations {directory.name} are there already")
         return directory
     generation = Generation.open(generation_dir, verify=True)
@@ -114,7 +116,7 @@ def recommend(
             folder.mkdir(exist_ok=True)
             # Files of another way to share out the work, and of writes that did not end.
             for stray in [path for path in folder.iterdir() if path.name not in parts]:
-                stray.unlink()
+                remove(stray)
             missing = [part for name, part in parts.items() if not (folder / name).is_file()]
             with bar(total, "recommend", unit=unit) as progress:
                 progress.update(total - sum(num_asked(part) for part in missing))
@@ -125,7 +127,7 @@ def recommend(
                 check_part(folder / name, num_asked(part), config.recommend.k) for name, part in parts.items()
             ]
             num_rows, num_empty = sum(rows for rows, _ in found), sum(empty for _, empty in found)
-            write_json(partial / "config.json", config.to_json())
+            write_json(partial / "config.json", config.to_stored())
             counts = {
                 f"num_{unit}": total,
                 "num_rows": num_rows,

@@ -21,7 +21,7 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from twotower.artefacts import building, fingerprint, has_manifest
+from twotower.artefacts import building, fingerprint, finished
 from twotower.cluster.ingest import choose_ingest
 from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.watch import Watch
@@ -30,7 +30,7 @@ from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import StoppedError, TrainingError, TwotowerError
 from twotower.faults import explain
-from twotower.model.checkpoint import WEIGHTS, Checkpoint, write_checkpoint
+from twotower.model.checkpoint import KIND, WEIGHTS, Checkpoint, TrainedManifest, write_checkpoint
 from twotower.progress import say
 from twotower.training.examples import Fit
 from twotower.training.journal import check_metrics
@@ -88,8 +88,11 @@ def train(
     epochs = epochs or config.train.epochs
     name = checkpoint_id(config, dataset, fit, epochs)
     directory = config.checkpoints / name
-    if has_manifest(directory):
+    run = _run_path(config) / name
+    if finished(directory, KIND, TrainedManifest):
         say(f"checkpoint {name} is there already")
+        # A run that was killed when it had published leaves it.
+        shutil.rmtree(run, ignore_errors=True)
         return directory
     check_metrics(config.train.metrics)
     if config.train.init_from is not None:
@@ -97,7 +100,7 @@ def train(
     with session(config), _sigterm_makes(stop_file(_run_path(config) / name)) as asked:
         reported = _fit(config, dataset, fit, epochs, name, callbacks)
         _publish(config, dataset, fit, reported, directory)
-        shutil.rmtree(_run_path(config) / name, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
     if asked.is_set():
         raise StoppedError("stopped by SIGTERM at the end of a training; run it again to go on")
     return directory

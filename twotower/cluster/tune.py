@@ -8,7 +8,6 @@ checkpoint, and a failed one is tried again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
+from pydantic import BaseModel
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY, TuneReportCallback
@@ -25,7 +25,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from twotower.artefacts import (
     building,
     fingerprint,
-    has_manifest,
+    finished,
     read_manifest,
     write_json,
     write_manifest,
@@ -36,11 +36,38 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, StoppedError, TrainingError, TwotowerError
-from twotower.evaluation.sweep import Trial, TrialResult, ranked, set_line, trials_of, write_sweep
+from twotower.evaluation.sweep import Trial, TrialResult, carry_over, ranked, set_line, trials_of, write_sweep
+from twotower.listing import STORED, Count
+from twotower.model.checkpoint import TrainedManifest
 from twotower.progress import say
 from twotower.training.preflight import problems
 
 KIND = "sweep"
+
+
+class SweepBest(BaseModel):
+    """The best trial."""
+
+    model_config = STORED
+
+    trial: str
+    parameters: dict[str, Any]
+    checkpoint: str | None
+    recall: float | None
+    ndcg: float | None
+    set_line: str
+
+
+class SweepManifest(BaseModel):
+    """The manifest of a sweep."""
+
+    model_config = STORED
+
+    k: Count
+    trials: dict[str, Count]
+    best: SweepBest
+
+
 _EPOCH_KEYS = ("epoch", "loss", "temperature", "seconds", "validation_recall", "validation_ndcg")
 _ENDED = ("finished", "stopped")
 _TRIAL_BYTES = 256 << 20
@@ -71,16 +98,17 @@ def tune(config: Config, dataset: Dataset) -> Path:
     shown = config.tune.model_dump(mode="json", exclude={"max_concurrent"})
     name = fingerprint({"dataset": dataset.fingerprint, "trials": checkpoints, "tune": shown})
     directory = config.home / "sweeps" / name
-    if has_manifest(directory) and not read_manifest(directory, KIND)["trials"].get("failed"):
+    known = finished(directory, KIND, SweepManifest)
+    if known and not known["trials"].get("failed"):
         say(f"sweep {name} is there already")
         return directory
     with building(directory, keep_partial=True) as partial:
-        if directory.is_dir() and not (partial / "trials").exists():
-            shutil.copytree(directory / "trials", partial / "trials")
+        carry_over(directory, partial)
         records = _Records(partial / "trials", trials, config)
         for trial in trials:
-            if has_manifest(config.checkpoints / checkpoints[trial.name]):
-                records.finish(trial.name, config.checkpoints / checkpoints[trial.name])
+            checkpoint = config.checkpoints / checkpoints[trial.name]
+            if finished(checkpoint, "checkpoint", TrainedManifest):
+                records.finish(trial.name, checkpoint)
         if missing := records.missing():
             with session(config):
                 _run(config, missing, datasets, records, partial / "tune")
@@ -135,10 +163,8 @@ class _Records:
         folder.mkdir(exist_ok=True)
         for trial in trials:
             path = folder / f"{trial.name}.json"
-            if path.is_file():
-                self._results[trial.name] = TrialResult(**json.loads(path.read_text()))
-            else:
-                self._results[trial.name] = TrialResult(trial.name, trial.parameters)
+            known = TrialResult.read(path)
+            self._results[trial.name] = known or TrialResult(trial.name, trial.parameters)
 
     @property
     def results(self) -> list[TrialResult]:
@@ -375,7 +401,7 @@ def _write(partial: Path, config: Config, dataset: Dataset, results: Sequence[Tr
         first = next((f"{r.name}: {r.error}" for r in results if r.error), "no epoch was validated")
         raise TrainingError(f"none of {len(results)} trials was measured; the first error is that of {first}")
     write_sweep(partial, results, config.tune, metric, k)
-    write_json(partial / "config.json", config.to_json())
+    write_json(partial / "config.json", config.to_stored())
     statuses = [result.status for result in results]
     write_manifest(
         partial,

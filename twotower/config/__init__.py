@@ -13,7 +13,7 @@ from twotower.config.data import (
     SplitConfig,
     TableConfig,
 )
-from twotower.config.loading import load_config, parse_config, put_value, text_of
+from twotower.config.loading import load_config, parse_config, put_value, stored_config, text_of
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
 from twotower.config.service import ApplicationConfig, AttributeConfig, LimitsConfig
@@ -37,5 +37,6 @@ __all__ = [
     "load_config",
     "parse_config",
     "put_value",
+    "stored_config",
     "text_of",
 ]

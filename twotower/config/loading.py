@@ -16,7 +16,8 @@ from twotower.config.keys import Kinds, below
 from twotower.config.problems import problems, shown
 from twotower.config.root import Config
 from twotower.config.values import pairs_of, read_document, read_value, value_of
-from twotower.errors import ConfigError
+from twotower.errors import ArtefactError, ConfigError
+from twotower.jsonfiles import parse_json
 
 _CONFIG: Kinds = (Config,)
 
@@ -70,6 +71,24 @@ def parse_config(values: dict[str, Any]) -> Config:
         if len(lines) == 1:
             raise ConfigError(f"the configuration is not valid: {lines[0]}") from None
         raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def stored_config(data: bytes, place: str, remedy: str) -> Config:
+    """Return the configuration in the bytes of a file beside an artefact.
+
+    Args:
+        data: the bytes.
+        place: they are from, for the error.
+        remedy: what to do where they are damaged, a sentence.
+
+    Raises:
+        ArtefactError: they hold none.
+    """
+    value = parse_json(data, place, remedy)
+    try:
+        return parse_config(value)
+    except ConfigError as error:
+        raise ArtefactError(f"{place} is damaged: {' '.join(str(error).split())}. {remedy}") from None
 
 
 def text_of(value: Any) -> str:

@@ -21,6 +21,7 @@ from twotower.config.service import (
 )
 from twotower.config.training import TrainConfig
 from twotower.config.tune import TuneConfig
+from twotower.redaction import redacted_values
 from twotower.schema import residual_feature
 
 
@@ -138,3 +139,8 @@ class Config(Section):
     def to_json(self) -> dict[str, Any]:
         """Return the resolved configuration as plain JSON values."""
         return self.model_dump(mode="json")
+
+    def to_stored(self) -> dict[str, Any]:
+        """Return the same to be kept beside an artefact: without the passwords and tokens in it."""
+        values: dict[str, Any] = redacted_values(self.to_json())
+        return values

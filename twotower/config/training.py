@@ -92,7 +92,7 @@ class MlflowConfig(Section):
     """Where MLflow keeps the metrics; needs the extra ``mlflow``."""
 
     tracking_uri: str
-    """Tracking server or folder."""
+    """Tracking server or folder. A password in its URL is used, and kept in no file beside artefacts."""
     experiment: str = "twotower"
     """Name of the experiment."""
 

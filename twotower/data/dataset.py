@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
-from twotower.artefacts import read_manifest
+from twotower.artefacts import MANIFEST, read_manifest
 from twotower.config import Source
 from twotower.data.interactions import Interactions
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import ArtefactError, DataError
+from twotower.errors import ArtefactError, DamagedError, DataError
+from twotower.jsonfiles import check_shape
+from twotower.listing import STORED, Count, Sizes, inside, listed_file
 from twotower.schema import FeatureSchema
 
 KIND = "dataset"
 ITEM_ROW = "item_row"
+AGAIN = "Delete the directory and prepare again."
+
+
+class SplitCounts(BaseModel):
+    """Positive interactions of each split."""
+
+    model_config = STORED
+
+    train: Count
+    validation: Count
+    test: Count
+
+
+class DatasetCounts(BaseModel):
+    """What every dataset counts, of many more."""
+
+    model_config = STORED
+
+    users: Count
+    catalogue_items: Count
+    interactions: Count
+    splits: SplitCounts
+
+
+class DatasetManifest(BaseModel):
+    """The manifest of a dataset."""
+
+    model_config = STORED
+
+    fingerprint: str
+    vocabulary_hash: str
+    has_times: bool
+    as_of: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None
+    counts: DatasetCounts
+    source: dict[str, Any]
+    files: Sizes
+    config: dict[str, Any] = {}
 
 
 class Dataset:
@@ -39,18 +77,34 @@ class Dataset:
             ArtefactError: it is not finished, damaged, or something else.
         """
         path = Path(path)
-        manifest = read_manifest(path, KIND)
+        manifest = read_manifest(path, KIND, DatasetManifest)
+        check_shape(manifest["source"], Source, f"{path}/{MANIFEST}", AGAIN)
         for name, size in manifest["files"].items():
-            file = path / name
-            if not file.is_file():
-                raise ArtefactError(f"dataset {path} lacks {name}; delete the directory and prepare again")
+            try:
+                file = inside(path, name, AGAIN)
+            except DamagedError:
+                raise ArtefactError(
+                    f"dataset {path} lacks {name}; delete the directory and prepare again"
+                ) from None
             if file.stat().st_size != size:
                 raise ArtefactError(
                     f"{file} has {file.stat().st_size} bytes, its manifest says {size}; delete {path} and "
                     "prepare again"
                 )
-        schema = FeatureSchema.from_json(json.loads((path / "features.json").read_bytes()))
-        return cls(path, manifest, schema)
+        features = listed_file(path, "features.json", manifest["files"], AGAIN)
+        try:
+            data = features.read_bytes()
+        except OSError as error:
+            raise ArtefactError(f"{features} can not be read ({error.strerror}). {AGAIN}") from None
+        return cls(path, manifest, FeatureSchema.parse(data, str(features), AGAIN))
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists; no other is opened.
+
+        Raises:
+            ArtefactError: it lists no such file.
+        """
+        return listed_file(self.path, name, self.manifest["files"], AGAIN)
 
     @property
     def fingerprint(self) -> str:
@@ -108,26 +162,29 @@ class Dataset:
     @functools.cached_property
     def interactions(self) -> Interactions:
         """All interactions, in memory."""
-        return Interactions.read(self.path / "interactions.parquet", self.num_users)
+        return Interactions.read(self.file("interactions.parquet"), self.num_users)
 
     @functools.cached_property
     def user_ids(self) -> Vocabulary:
         """User ids in row order, memory-mapped."""
-        return Vocabulary.open(self.path / "user_ids.arrow")
+        return Vocabulary.open(self.file("user_ids.arrow"))
 
     @functools.cached_property
     def item_ids(self) -> Vocabulary:
         """Item ids in row order, outside items last, memory-mapped."""
-        return Vocabulary.open(self.path / "item_ids.arrow")
+        return Vocabulary.open(self.file("item_ids.arrow"))
 
     @property
     def item_paths(self) -> list[str]:
         """Parquet parts of the catalogue in row order; each has an int64 ``item_row`` column."""
-        return [str(p) for p in sorted((self.path / "items").glob("part-*.parquet"))]
+        names = sorted(n for n in self.manifest["files"] if n.startswith("items/part-"))
+        return [str(self.file(name)) for name in names]
 
     @property
     def item_schema(self) -> pa.Schema:
         """Columns of the catalogue, without ``item_row``."""
+        if not self.item_paths:
+            raise ArtefactError(f"the manifest of {self.path} lists no items. {AGAIN}")
         schema = pq.read_schema(self.item_paths[0]).remove_metadata()
         return schema.remove(schema.get_field_index(ITEM_ROW))
 
@@ -152,7 +209,7 @@ class Dataset:
         Raises:
             DataError: a column is not there.
         """
-        path = self.path / "users.parquet"
+        path = self.file("users.parquet")
         wanted = _known("user", columns, pq.read_schema(path).names)
         return pq.read_table(path, columns=wanted).select(wanted)
 

@@ -4,6 +4,9 @@ Rows are positions in embedding tables and arrays, so nothing is renumbered. A f
 (``FORGOTTEN``), no interactions and no features, as an unknown user has none. Values of features that nobody
 else has go from the vocabularies too; a value's place is that of an embedding, so blank text takes it.
 
+Items outside the catalogue that nobody else had go in the same way: their ids are known from these users
+alone.
+
 What is of all users together stays as it was fitted: the means and deviations of numeric features, the time
 until which the dataset reaches, and the order of users and values.
 """
@@ -25,7 +28,7 @@ from twotower.artefacts import MANIFEST, link_or_copy, write_json, write_manifes
 from twotower.data.dataset import KIND, Dataset
 from twotower.data.fitting import as_lists
 from twotower.data.interactions import Interactions
-from twotower.data.prepare import content_hash, counted
+from twotower.data.prepare import content_hash, counted, write_outside
 from twotower.data.vocabulary import FORGOTTEN, Vocabulary, vocabulary_hash
 from twotower.errors import DataError
 from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, MultiHotFeature
@@ -46,6 +49,8 @@ class Erasure:
     """Hash of the vocabularies before."""
     new_hash: str
     """Hash of the vocabularies without the ids."""
+    item_rows: IntArray
+    """[k] int64 ascending, rows of items outside the catalogue that nobody has afterwards."""
     values: Mapping[str, frozenset[str]]
     """By query feature, values that nobody else has."""
     old_dataset: str
@@ -74,6 +79,7 @@ class Forgetting:
     erasure: Erasure
     interactions: Interactions
     user_ids: Vocabulary
+    item_ids: Vocabulary
     users: pa.Table
     """One row for each user."""
 
@@ -81,6 +87,11 @@ class Forgetting:
     def num_interactions(self) -> int:
         """Interactions that go."""
         return len(self.dataset.interactions) - len(self.interactions)
+
+    @property
+    def num_item_ids(self) -> int:
+        """Ids of items that go."""
+        return len(self.item_ids.forgotten) - len(self.dataset.item_ids.forgotten)
 
     @classmethod
     def of(cls, dataset: Dataset, ids: Sequence[str]) -> Forgetting | None:
@@ -108,17 +119,27 @@ class Forgetting:
             for f in dataset.schema.query
             if isinstance(f.spec, (CategoricalFeature, MultiHotFeature))
         }
-        new_hash = vocabulary_hash(user_ids, dataset.item_ids)
+        outside = np.arange(dataset.num_catalogue_items, dataset.num_items)
+        item_rows = np.setdiff1d(outside, interactions.item_row)
+        item_ids = dataset.item_ids.without(item_rows)
+        new_hash = vocabulary_hash(user_ids, item_ids)
         users = _emptied(table, user_ids, gone)
         # The schema is needed for the fingerprint that is part of the erasure.
         erasure = Erasure(
-            len(rows), user_ids.forgotten, dataset.vocabulary_hash, new_hash, held, dataset.fingerprint, ""
+            num_users=len(rows),
+            rows=user_ids.forgotten,
+            old_hash=dataset.vocabulary_hash,
+            new_hash=new_hash,
+            item_rows=item_rows,
+            values=held,
+            old_dataset=dataset.fingerprint,
+            new_dataset="",
         )
         schema = erasure.schema(dataset.schema)
         items = dataset.item_table()
         fingerprint = content_hash(interactions, new_hash, items, users, schema, dataset.has_times)
         erasure = Erasure(**{**vars(erasure), "new_dataset": fingerprint})
-        return cls(dataset, erasure, interactions, user_ids, users)
+        return cls(dataset, erasure, interactions, user_ids, item_ids, users)
 
     def write(self, directory: Path) -> None:
         """Write the dataset without the users into an empty directory, the manifest last."""
@@ -126,11 +147,13 @@ class Forgetting:
         schema = self.erasure.schema(old.schema)
         self.interactions.write(directory / "interactions.parquet")
         self.user_ids.write(directory / "user_ids.arrow")
+        self.item_ids.write(directory / "item_ids.arrow")
+        write_outside(directory, self.item_ids, old.num_catalogue_items)
         pq.write_table(self.users, directory / "users.parquet", row_group_size=1 << 16)
         write_json(directory / "features.json", schema.to_json())
         for name in old.manifest["files"]:
             if not (directory / name).exists():
-                link_or_copy(old.path / name, directory / name)
+                link_or_copy(old.file(name), directory / name)
         content: dict[str, Any] = {
             **{k: v for k, v in old.manifest.items() if k not in ("kind", "schema_version")},
             "fingerprint": self.erasure.new_dataset,

@@ -22,6 +22,7 @@ from twotower import progress
 from twotower.data.cells import refuse_long
 from twotower.data.chunks import BoolArray
 from twotower.errors import DataError
+from twotower.ids import CONTROL, HAS_CONTROL, MAX_ID_LENGTH, TOO_LONG
 from twotower.values import as_text, is_text, plain
 
 _INTEGER = r"^[+-]?\d+$"
@@ -126,6 +127,7 @@ def _problems(
     def matches(pattern: str) -> BoolArray:
         return np.asarray(pc.match_substring_regex(texts, pattern).fill_null(False))
 
+    found += [(mask, False, f"with {a} id of {reason}") for mask, reason in _not_ids(texts)]
     if is_text(kind) or pa.types.is_null(kind):
         spelled, whole = matches(_WHOLE_FLOAT), matches(_INTEGER)
         scientific = matches(_SCIENTIFIC)
@@ -185,6 +187,12 @@ def as_id(value: Any) -> Any:
             raise DataError(f"{value!r} is no id: export the column as text")
         return re.sub(_INTEGER_PART, r"\1", value)
     return value
+
+
+def _not_ids(values: pa.StringArray) -> Iterator[tuple[BoolArray, str]]:
+    """Yield masks of texts that are no ids by the rule of ``twotower.ids``, each with its reason."""
+    yield np.asarray(pc.match_substring_regex(values, CONTROL).fill_null(False)), HAS_CONTROL
+    yield np.asarray(pc.greater(pc.utf8_length(values), MAX_ID_LENGTH).fill_null(False)), TOO_LONG
 
 
 class Interner:

@@ -40,6 +40,7 @@ from twotower.data.sources import open_source
 from twotower.data.splits import assign_splits, count_ties
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError, ConfigError, DataError, DownloadError
+from twotower.redaction import redacted_values
 from twotower.schema import KINDS, SPLITS, FeatureSchema
 from twotower.values import as_text
 
@@ -116,7 +117,7 @@ def _prepared_before(config: Config) -> Dataset | None:
     for path in config.datasets.glob(f"{config.data.source.kind}-*/manifest.json"):
         with contextlib.suppress(ArtefactError):
             dataset = Dataset.open(path.parent)
-            if dataset.manifest["config"] == wanted:
+            if dataset.manifest.get("config") == redacted_values(wanted):
                 found.append((path.stat().st_mtime_ns, dataset))
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -335,9 +336,7 @@ def _write(
     user_ids.write(directory / "user_ids.arrow")
     item_ids.write(directory / "item_ids.arrow")
     pq.write_table(users, directory / "users.parquet", row_group_size=1 << 16)
-    outside = np.arange(num_catalogue, len(item_ids))
-    outside_ids = item_ids.array.slice(num_catalogue)
-    pq.write_table(pa.table({"item_id": outside_ids, ITEM_ROW: outside}), directory / "outside_items.parquet")
+    write_outside(directory, item_ids, num_catalogue)
     _write_items(directory / "items", items)
     write_json(directory / "features.json", schema.to_json())
     hashed = vocabulary_hash(user_ids, item_ids)
@@ -349,12 +348,19 @@ def _write(
         "has_times": source.has_times,
         "as_of": int(interactions.time.max()) if source.has_times else None,
         "counts": counts,
-        "source": config.data.source.model_dump(mode="json"),
+        "source": redacted_values(config.data.source.model_dump(mode="json")),
         "raw": source.facts(),
-        "config": _sections(config) | {"seed": config.seed},
+        "config": redacted_values(_sections(config)) | {"seed": config.seed},
         "files": {str(p.relative_to(directory)): p.stat().st_size for p in files},
     }
     write_manifest(directory, KIND, manifest)
+
+
+def write_outside(directory: Path, item_ids: Vocabulary, num_catalogue: int) -> None:
+    """Write the ids of the items outside the catalogue, which are the last of all."""
+    outside = np.arange(num_catalogue, len(item_ids))
+    outside_ids = item_ids.array.slice(num_catalogue)
+    pq.write_table(pa.table({"item_id": outside_ids, ITEM_ROW: outside}), directory / "outside_items.parquet")
 
 
 def content_hash(

@@ -2,7 +2,8 @@
 
 A row is the position of an id in its vocabulary. Rows are never negative in a vocabulary; -1 is only ever
 the answer "not there", and only where the caller asked for it. The empty text is no id: it is what stands in
-the rows of users who were forgotten, in as many as there are, and is never found.
+the rows of users who were forgotten, and of items that only they had, in as many as there are; it is never
+found.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
 from twotower.data.fitting import as_lists
 from twotower.evaluation import plots
+from twotower.listing import STORED
 from twotower.schema import CategoricalFeature, MultiHotFeature
 from twotower.values import as_categories
 
@@ -65,6 +67,18 @@ class Results:
     """Items asked for by those requests."""
     map: ItemMap | None
     """None where the catalogue is too small for one."""
+
+
+KIND = "report"
+
+
+class ReportManifest(BaseModel):
+    """The manifest of a report."""
+
+    model_config = STORED
+
+    metrics: dict[str, float | None]
+    by_ranker: dict[str, dict[str, float | None]]
 
 
 def latency_facts(milliseconds: NDArray[np.float64], k: int) -> dict[str, float]:

@@ -23,14 +23,17 @@ import numpy as np
 from twotower.artefacts import fingerprint, write_bytes, write_json
 from twotower.config import Config, parse_config, put_value, text_of
 from twotower.config.tune import ParameterConfig, TuneConfig
-from twotower.errors import ConfigError
+from twotower.errors import ArtefactError, ConfigError
 from twotower.evaluation.sweep_plot import Panel, effect_plot
+from twotower.jsonfiles import check_shape, read_json
+from twotower.progress import say
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
 _SECTIONS = ("seed", "data", "split", "features", "model", "train")
 _SHOWN_ERRORS = 5
 _CELL_WIDTH = 90
+_AGAIN = "The trial is run again."
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ class TrialResult:
     """Folder of Ray Train's own checkpoints of a trial that is not finished."""
     error: str | None = None
 
+    @classmethod
+    def read(cls, path: Path) -> TrialResult | None:
+        """Return what was written of a trial; None where nothing that can be read was."""
+        if not path.is_file():
+            return None
+        try:
+            known: TrialResult = check_shape(read_json(path, _AGAIN), cls, str(path), _AGAIN)
+            return known
+        except ArtefactError as error:
+            say(str(error))
+            return None
+
     def best(self, metric: str) -> dict[str, Any] | None:
         """Return the epoch with the highest ``validation_`` metric; None where there is none."""
         key = f"validation_{metric}"
@@ -80,6 +95,17 @@ class TrialResult:
     def to_json(self) -> dict[str, Any]:
         """Return what ``TrialResult(**value)`` takes."""
         return asdict(self)
+
+
+def carry_over(directory: Path, partial: Path) -> None:
+    """Take what is known of the trials of a finished sweep into one that goes on where some failed.
+
+    One by one, each whole or not at all: a run may be killed in between, and goes on with the others.
+    """
+    (partial / "trials").mkdir(exist_ok=True)
+    for record in sorted((directory / "trials").glob("[!.]*.json")):
+        if not (partial / "trials" / record.name).exists():
+            write_bytes(partial / "trials" / record.name, record.read_bytes())
 
 
 def trials_of(config: Config) -> list[Trial]:

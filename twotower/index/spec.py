@@ -85,7 +85,7 @@ def _without_renumbering(index: Any) -> None:
     FAISS renumbers them for its search by Hamming distances, which is not used here: answers are the same
     without, and training takes more than a second less for each byte of a code.
     """
-    inner = innermost(index)
+    inner: Any = innermost(index)
     if isinstance(inner, faiss.IndexHNSW):
         inner = faiss.downcast_index(inner.storage)
     if isinstance(inner, (faiss.IndexPQ, faiss.IndexIVFPQ)):

@@ -20,6 +20,7 @@ from twotower.data.fitting import stored_columns
 from twotower.data.hashing import array_hash, table_hash
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError
+from twotower.ids import id_problem
 from twotower.index.build import check_vectors
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
@@ -225,6 +226,8 @@ def equal_rows(first: pa.Table, second: pa.Table) -> npt.NDArray[np.bool_]:
 def _check_ids(changed: list[str], deleted: list[str]) -> None:
     if missing := sum(i is None for i in changed):
         raise DataError(f"{missing:,} of {len(changed):,} items given have no item_id; give each one")
+    if bad := [i for i in changed if id_problem(i)]:
+        raise DataError(f"{len(bad):,} ids of items can not be used: {bad[0][:80]!r} {id_problem(bad[0])}")
     for what, ids in (("given", changed), ("deleted", deleted)):
         if len(set(ids)) < len(ids):
             counts = pa.array(ids).value_counts()

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
 
-from twotower.artefacts import MANIFEST, read_manifest, write_json
+from twotower.artefacts import MANIFEST, remove, write_json
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_table
 from twotower.errors import ArtefactError, DamagedError
 from twotower.hashing import sha256_file
+from twotower.jsonfiles import check_shape, read_json
+from twotower.listing import listed_file
+from twotower.retrieval.manifest import BASE as BASE
+from twotower.retrieval.manifest import DELTA as DELTA
+from twotower.retrieval.manifest import KIND as KIND
+from twotower.retrieval.manifest import ShardFacts, generation_manifest
 
-KIND = "generation"
 FACTS = "shard.json"
 """The last file of a shard that is written."""
+INDEX, ITEM_ROWS = "index.faiss", "item_rows.npy"
+"""The vectors of a shard, and the item row of each."""
 ITEMS, ATTRIBUTES = "items.arrow", "attributes.arrow"
 """Tables of a shard: what people read about its items, and what queries filter by."""
-BASE, DELTA = "base", "delta"
-"""Roles of shards: built from the whole catalogue, or holding what updates changed since."""
+SHARD_FILES = (INDEX, ITEM_ROWS, ITEMS, ATTRIBUTES, FACTS)
+"""All that a shard may have."""
 CONFIG, ITEM_IDS = "config.json", "item_ids.arrow"
 """What the generation was built with, and the ids of its items by item row."""
 TOMBSTONES = "tombstones.npy"
@@ -55,25 +61,28 @@ def write_shard_facts(directory: Path, rows: int, checkpoint_fingerprint: str, f
 
 
 def read_shard_facts(directory: Path) -> dict[str, Any]:
-    """Return what ``write_shard_facts`` wrote."""
+    """Return what ``write_shard_facts`` wrote.
+
+    Raises:
+        ArtefactError: it is not there, or damaged.
+    """
     path = directory / FACTS
-    try:
-        facts = json.loads(path.read_bytes())
-        return {
-            "rows": int(facts["rows"]),
-            "factory": str(facts["factory"]),
-            "checkpoint_fingerprint": str(facts["checkpoint_fingerprint"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} can not be read ({error}). {AGAIN}") from None
+    facts: dict[str, Any] = read_json(path, AGAIN)
+    check_shape(facts, ShardFacts, str(path), AGAIN)
+    return {name: facts[name] for name in ("rows", "factory", "checkpoint_fingerprint")}
 
 
 def list_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return bytes and SHA-256 of each file below a directory, its manifest left out, by relative path."""
+    """Return bytes and SHA-256 of each file below a directory, its manifest left out, by relative path.
+
+    Hidden files are none of ours: temporaries, and what browsers of folders leave. They are removed.
+    """
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != MANIFEST:
+        if path.name.startswith("."):
+            remove(path)
+        elif path.is_file() and not name.startswith(".") and "/." not in name and name != MANIFEST:
             files[name] = file_facts(path)
     return files
 
@@ -100,12 +109,15 @@ def verify_files(
 
     Raises:
         DamagedError: naming the first file that is missing or differs.
-        ArtefactError: a file can not be read.
+        ArtefactError: a file can not be read, or its name or a link leads out of the directory.
     """
-    known = {} if verified is None else read_manifest(verified, KIND)["files"]
+    known: dict[str, Any] = {}
+    if verified is not None:
+        # Where that can not be read any more, everything is read here.
+        with contextlib.suppress(ArtefactError):
+            known = generation_manifest(verified)["files"]
     for name, facts in files.items():
-        check_file_name(name, str(directory))
-        path = directory / name
+        path = listed_file(directory, name, files, AGAIN)
         with _readable(path):
             size = os.stat(path).st_size
         if size != facts["bytes"]:
@@ -130,21 +142,6 @@ def _readable(path: Path) -> Iterator[None]:
     except OSError as error:
         kind = DamagedError if isinstance(error, FileNotFoundError) else ArtefactError
         raise kind(f"{path} can not be read ({error.strerror}). {AGAIN}") from None
-
-
-def check_file_name(name: str, place: str) -> None:
-    """Refuse a name of a manifest that leads out of its generation.
-
-    Args:
-        name: relative path.
-        place: path or URL of the generation, for the error.
-
-    Raises:
-        ArtefactError: it does.
-    """
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-        raise ArtefactError(f"the manifest of {place} lists {name!r}, which is outside of it. {AGAIN}")
 
 
 def _same_file(first: Path, second: Path) -> bool:

@@ -12,24 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel
 
-from twotower.artefacts import building, has_manifest, lock_if_free, locked, read_manifest, settle, write_json
+from twotower.artefacts import building, lock_if_free, locked, remove, settle, write_json
 from twotower.config import Config
 from twotower.data.dataset import KIND as DATASET
 from twotower.data.dataset import Dataset
 from twotower.data.forget import Erasure, Forgetting
-from twotower.errors import DataError, RefusedError
+from twotower.errors import ArtefactError, DataError, RefusedError, UnavailableError
+from twotower.jsonfiles import check_shape, read_json
+from twotower.listing import STORED
+from twotower.model.checkpoint import checkpoint_manifest
 from twotower.model.forget import KIND as CHECKPOINT
 from twotower.model.forget import forget_in_checkpoint, knows_users
 from twotower.progress import say
-from twotower.retrieval.forget_generation import Successors, erasure_of
+from twotower.retrieval.forget_generation import Successors, blank_items, erasure_of
 from twotower.retrieval.forget_lists import Lists
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import WORK
@@ -147,12 +151,28 @@ def forget_users(
     return Forgotten(len({*ids, *pending}), len(missing), changes + plan.changes, left)
 
 
+class _Request(BaseModel):
+    """What a run was asked for, as it is stored."""
+
+    model_config = STORED
+
+    users: list[str]
+
+
 def _pending(request: Path) -> list[str]:
-    """Return the users whom a run that was killed was to forget."""
+    """Return the users whom a run that was killed was to forget.
+
+    Raises:
+        ArtefactError: the file that says so is damaged.
+    """
     for cut_short in request.parent.glob(f".{request.name}.*.tmp"):
-        cut_short.unlink()
-    users: list[str] = json.loads(request.read_bytes())["users"] if request.exists() else []
-    return users
+        remove(cut_short)
+    if not request.exists():
+        return []
+    remedy = "Remove it, and forget the users again whom that run was to forget."
+    value = read_json(request, remedy)
+    check_shape(value, _Request, str(request), remedy)
+    return list(value["users"])
 
 
 def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
@@ -199,20 +219,35 @@ def _folders(config: Config) -> list[Path]:
     return [config.datasets, config.checkpoints, config.reports, config.recommendations]
 
 
-def _finished(folder: Path, kind: str) -> Iterator[Path]:
+T = TypeVar("T")
+
+
+def _opened(folder: Path, read: Callable[[Path], T], plan: _Plan) -> Iterator[tuple[Path, T]]:
+    """Yield the artefacts of a folder; what can not be read is left, and keeps nobody from the others."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.name.startswith(".") and has_manifest(path):
-            read_manifest(path, kind)
-            yield path
+        if not path.name.startswith("."):
+            with _passing_over(plan):
+                yield path, read(path)
+
+
+@contextlib.contextmanager
+def _passing_over(plan: _Plan) -> Iterator[None]:
+    """Note what can not be read inside the block as left, and go on behind it."""
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except (ArtefactError, OSError, pa.ArrowException) as error:
+        plan.left.append(f"what can not be read, and may hold the users: {error}")
 
 
 def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
     """Return where users are; nothing is changed."""
     plan = _Plan()
-    for path in _finished(config.datasets, DATASET):
-        dataset = Dataset.open(path)
+    plan.left += [f"what is no part of the store, and may hold the users: {s}" for s in store.passed_over()]
+    for path, (dataset, forgetting) in _opened(config.datasets, lambda path: _dataset(path, ids), plan):
         plan.vocabularies.add(dataset.vocabulary_hash)
-        if (forgetting := Forgetting.of(dataset, ids)) is not None:
+        if forgetting is not None:
             plan.datasets[path] = forgetting.erasure
             plan.vocabularies.add(forgetting.erasure.new_hash)
             plan.found |= {i for i in ids if i in dataset.user_ids}
@@ -220,29 +255,30 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
                 "users": forgetting.erasure.num_users,
                 "interactions": forgetting.num_interactions,
                 "feature_values": sum(map(len, forgetting.erasure.values.values())),
+                "item_ids": forgetting.num_item_ids,
             }
             plan.changes.append(Change(DATASET, path.name, counts))
     for name in store.generations():
-        generation = Generation.open(store.fetch(name), verify=False)
-        plan.vocabularies.add(str(generation.manifest["vocabulary_hash"]))
-        if (erasure := _of_generation(generation, ids, plan.datasets.values())) is not None:
-            plan.generations[name] = erasure
-            plan.vocabularies.add(erasure.new_hash)
-            plan.found |= {i for i in ids if i in generation.user_ids}
-            plan.changes.append(Change("generation", name, _counts(generation, ids, erasure)))
-    for path in _finished(config.checkpoints, CHECKPOINT):
-        manifest = read_manifest(path, CHECKPOINT)
+        with _passing_over(plan):
+            generation = Generation.open(store.fetch(name), verify=False)
+            if (erasure := _of_generation(generation, ids, plan.datasets.values())) is not None:
+                change = Change("generation", name, _counts(generation, ids, erasure))
+                plan.generations[name] = erasure
+                plan.vocabularies.add(erasure.new_hash)
+                plan.found |= {i for i in ids if i in generation.user_ids}
+                plan.changes.append(change)
+            plan.vocabularies.add(str(generation.manifest["vocabulary_hash"]))
+    for path, (manifest, has_users) in _opened(config.checkpoints, _checkpoint, plan):
         erasure = _matching(manifest["dataset_fingerprint"], manifest["vocabulary_hash"], plan.erasures)
         if erasure is not None:
             plan.checkpoints[path] = erasure
             plan.changes.append(Change(CHECKPOINT, path.name, {"users": erasure.num_users}))
-        elif manifest["vocabulary_hash"] not in plan.vocabularies and knows_users(path):
+        elif manifest["vocabulary_hash"] not in plan.vocabularies and has_users:
             plan.left.append(
                 f"checkpoint {path} is of a vocabulary that no dataset and no generation here has, so that "
                 "nobody can tell whose embeddings it holds; delete it if it was trained with the users"
             )
-    for path in _finished(config.recommendations, "recommendations"):
-        lists = Lists.of(path, ids)
+    for path, lists in _opened(config.recommendations, lambda path: Lists.of(path, ids), plan):
         if lists.found:
             plan.lists.append(lists)
             plan.found |= lists.found
@@ -251,11 +287,23 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
     return plan
 
 
+def _dataset(path: Path, ids: Sequence[str]) -> tuple[Dataset, Forgetting | None]:
+    dataset = Dataset.open(path)
+    return dataset, Forgetting.of(dataset, ids)
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the manifest of a checkpoint, and whether it has rows that are of one user each."""
+    return checkpoint_manifest(path), knows_users(path)
+
+
 def _counts(generation: Generation, ids: Sequence[str], erasure: Erasure) -> dict[str, int]:
     rows = generation.user_ids.rows(ids, missing="negative")
     rows = np.unique(rows[rows >= 0])
     seen, history = np.diff(generation.seen_offsets)[rows], np.diff(generation.histories.offsets)[rows]
-    return {"users": len(rows), "history_items": int(history.sum()), "seen_items": int(seen.sum())}
+    counts = {"users": len(rows), "history_items": int(history.sum()), "seen_items": int(seen.sum())}
+    blank = np.setdiff1d(blank_items(generation, erasure), generation.item_ids.forgotten)
+    return {**counts, "item_ids": len(blank)}
 
 
 def _of_generation(generation: Generation, ids: Sequence[str], datasets: Iterable[Erasure]) -> Erasure | None:
@@ -278,8 +326,11 @@ def _forget_generations(store: Store, ids: Sequence[str], plan: _Plan) -> None:
     for _ in range(_ROUNDS):
         made = {}
         for name in store.generations():
-            generation = Generation.open(store.fetch(name), verify=False)
-            erasure = _of_generation(generation, ids, plan.datasets.values())
+            erasure = None
+            # What can not be read was noted when users were looked for.
+            with _passing_over(_Plan()):
+                generation = Generation.open(store.fetch(name), verify=False)
+                erasure = _of_generation(generation, ids, plan.datasets.values())
             if erasure is not None:
                 say(f"generation {name}: {erasure.num_users:,} users")
                 # One that appeared meanwhile may be of another vocabulary.
@@ -306,11 +357,11 @@ def _remove_leftovers(config: Config) -> list[str]:
         for partial in sorted(folder.glob(".*.partial")):
             with lock_if_free(partial.with_name(f"{partial.name.removesuffix('.partial')}.lock")) as free:
                 if free:
-                    shutil.rmtree(partial)
+                    remove(partial)
                     gone.append(str(partial.relative_to(config.home)))
     # Their names follow from a dataset that is gone: nobody would go on with them.
     runs = config.checkpoints / ".runs"
     for run in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
-        shutil.rmtree(run)
+        remove(run)
         gone.append(str(run.relative_to(config.home)))
     return gone

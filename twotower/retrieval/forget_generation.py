@@ -31,6 +31,7 @@ from twotower.model.forget import forget_in_checkpoint
 from twotower.retrieval.files import (
     FACTS,
     HISTORY_CUT,
+    ITEM_IDS,
     KIND,
     column_file,
     file_facts,
@@ -54,7 +55,8 @@ def erasure_of(generation: Generation, ids: Sequence[str]) -> Erasure | None:
         return None
     user_ids = generation.user_ids.without(rows)
     # Updates add items behind those of the dataset.
-    item_ids = Vocabulary(generation.item_ids.array.slice(0, generation.schema.num_items))
+    item_rows = _unseen(generation, user_ids.forgotten)
+    item_ids = Vocabulary(generation.item_ids.array.slice(0, generation.schema.num_items)).without(item_rows)
     gone = np.zeros(len(user_ids), np.bool_)
     gone[user_ids.forgotten] = True
     values = {}
@@ -66,7 +68,20 @@ def erasure_of(generation: Generation, ids: Sequence[str]) -> Erasure | None:
     manifest = generation.manifest
     dataset = str(manifest["dataset_fingerprint"])
     hashes = str(manifest["vocabulary_hash"]), vocabulary_hash(user_ids, item_ids)
-    return Erasure(len(rows), user_ids.forgotten, *hashes, values, dataset, dataset)
+    return Erasure(len(rows), user_ids.forgotten, *hashes, item_rows, values, dataset, dataset)
+
+
+def _unseen(generation: Generation, users: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the rows of items outside the catalogue that nobody has seen but some users: ascending."""
+    _, stays = without_users(generation.seen_offsets, users)
+    seen = np.unique(generation.seen_item_rows[stays])
+    outside = np.arange(generation.schema.num_catalogue_items, generation.schema.num_items)
+    return np.setdiff1d(outside, seen)
+
+
+def blank_items(generation: Generation, erasure: Erasure) -> npt.NDArray[np.int64]:
+    """Return the item rows whose ids go from a generation; what updates put into its catalogue stays."""
+    return np.setdiff1d(erasure.item_rows, generation.answerable_rows())
 
 
 def successor_id(generation_id: str, erasure: Erasure) -> str:
@@ -93,18 +108,21 @@ class Successors:
                 directory = self._store.path(name)
                 with building(directory) as partial:
                     self._write(old, erasure, partial, name)
-        for file, made_from in _sources(old, erasure).items():
+        for file, made_from in _sources(old, erasure, blank_items(old, erasure)).items():
             self._written.setdefault(made_from, directory / file)
         return name
 
     def _write(self, old: Generation, erasure: Erasure, directory: Path, name: str) -> None:
-        sources = _sources(old, erasure)
+        blank = blank_items(old, erasure)
+        sources = _sources(old, erasure, blank)
         known = {file: self._written.get(made_from) for file, made_from in sources.items()}
-        if all(known.get(file) for file in sources if file.startswith(_PERSONAL)):
-            for file, path in known.items():
-                if path is not None:
-                    link_or_copy(path, directory / file)
-        else:
+        whole = all(known.get(file) for file in sources if file.startswith(_PERSONAL))
+        for file, path in known.items():
+            if path is not None and (whole or file == ITEM_IDS):
+                link_or_copy(path, directory / file)
+        if len(blank) and not (directory / ITEM_IDS).exists():
+            old.item_ids.without(blank).write(directory / ITEM_IDS)
+        if not whole:
             write_users(old, erasure.rows, directory)
             (directory / "model").mkdir()
             forget_in_checkpoint(old.path / "model", directory / "model", erasure)
@@ -124,7 +142,7 @@ class Successors:
                     f"{old.path} holds {file}, which this release can not empty; remove {old.id}"
                 )
             else:
-                link_or_copy(old.path / file, directory / file)
+                link_or_copy(old.file(file), directory / file)
         delta = old.manifest["delta"]
         content = {
             **{k: v for k, v in old.manifest.items() if k not in ("kind", "schema_version")},
@@ -167,12 +185,14 @@ def write_users(old: Generation, rows: npt.NDArray[np.int64], directory: Path) -
         save_array(users / column_file(name), emptied)
 
 
-def _sources(old: Generation, erasure: Erasure) -> dict[str, tuple[Any, ...]]:
+def _sources(old: Generation, erasure: Erasure, blank: npt.NDArray[np.int64]) -> dict[str, tuple[Any, ...]]:
     """Return what each file that is written anew is made from; the same for the same content."""
     files = old.manifest["files"]
     hashes = {name: facts["sha256"] for name, facts in files.items() if name.startswith(_PERSONAL)}
     users = (erasure.new_hash, erasure.new_dataset, *sorted(hashes.items()))
-    found = {name: (name, users) for name in hashes}
+    found: dict[str, tuple[Any, ...]] = {name: (name, users) for name in hashes}
+    if len(blank):
+        found[ITEM_IDS] = (files[ITEM_IDS]["sha256"], *blank.tolist())
     for name, facts in files.items():
         if name.startswith("shards/") and name.endswith(f"/{FACTS}"):
             found[name] = (facts["sha256"], users)

@@ -15,7 +15,6 @@ Symbols: U users, N catalogue items of the build, n items of a shard.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.artefacts import MANIFEST, read_manifest
-from twotower.config import AttributeConfig
+from twotower.config import AttributeConfig, Config, stored_config
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import ArtefactError, ArtefactMismatchError
+from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
 from twotower.hashing import sha256_file
 from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.filter_plan import FilterPlan
 from twotower.index.search import Searcher, Shard
 from twotower.index.spec import Effort
+from twotower.listing import listed_file
 from twotower.retrieval.files import (
     AGAIN,
     ATTRIBUTES,
@@ -42,17 +42,18 @@ from twotower.retrieval.files import (
     COLUMN,
     CONFIG,
     DELTA,
+    FACTS,
     HISTORY,
     HISTORY_CUT,
     ITEM_IDS,
     ITEMS,
-    KIND,
     PROFILE,
     TOMBSTONES,
     read_shard_facts,
     verify_files,
 )
 from twotower.retrieval.items import ItemTables, mapped_table
+from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.pause import pause
 from twotower.schema import FeatureSchema
 
@@ -94,7 +95,7 @@ class Generation:
             ArtefactError: it is not finished, or a file is missing or not as it was written.
         """
         path = Path(path)
-        generation = cls(path, read_manifest(path, KIND))
+        generation = cls(path, generation_manifest(path))
         generation._check_fingerprints()
         if verify:
             verify_files(path, generation.manifest["files"], verified, sha256)
@@ -127,23 +128,35 @@ class Generation:
         # Here: a process that only searches takes no second and no memory for torch.
         from twotower.model.checkpoint import WEIGHTS, Checkpoint
 
+        self.file(f"model/{WEIGHTS}")
         known = self.manifest["files"][f"model/{WEIGHTS}"]["sha256"] if self._is_verified else None
         return Checkpoint.open(self.path / "model", device, known)
 
     @functools.cached_property
     def schema(self) -> FeatureSchema:
         """Features of the towers."""
-        return FeatureSchema.from_json(json.loads((self.path / "model" / "features.json").read_bytes()))
+        file = self.file("model/features.json")
+        return FeatureSchema.parse(_content(file), str(file), AGAIN)
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of its files; no other is ever opened.
+
+        Raises:
+            ArtefactError: its manifest lists no such file, or it is not there, or a link to somewhere else.
+        """
+        files = self.manifest.get("files")
+        # One that is being built has no list yet.
+        return self.path / name if files is None else listed_file(self.path, name, files, AGAIN)
 
     @functools.cached_property
     def user_ids(self) -> Vocabulary:
         """User ids in row order."""
-        return Vocabulary.open(self.path / "user_ids.arrow")
+        return Vocabulary.open(self.file("user_ids.arrow"))
 
     @functools.cached_property
     def item_ids(self) -> Vocabulary:
         """Item ids in row order: of the catalogue, those only in interactions, those that updates added."""
-        return Vocabulary.open(self.path / ITEM_IDS)
+        return Vocabulary.open(self.file(ITEM_IDS))
 
     @functools.cached_property
     def histories(self) -> Histories:
@@ -188,14 +201,19 @@ class Generation:
     @functools.cached_property
     def declared_attributes(self) -> dict[str, AttributeConfig]:
         """Attributes that queries can filter by, as the configuration of the build declared them."""
-        declared = json.loads((self.path / CONFIG).read_bytes())["index"].get("attributes", {})
-        return {name: AttributeConfig.model_validate(values) for name, values in declared.items()}
+        return dict(self.config.index.attributes)
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The configuration it was built with."""
+        file = self.file(CONFIG)
+        return stored_config(_content(file), str(file), AGAIN)
 
     @functools.cached_property
     def items(self) -> ItemTables:
         """Item ids, titles and feature source columns of the items that can be answered."""
         return ItemTables(
-            [(self._shard_path(s) / ITEMS, self._item_rows(s), self._dead(s)) for s in self._shards]
+            [(self._shard_file(s, ITEMS), self._item_rows(s), self._dead(s)) for s in self._shards]
         )
 
     @functools.cached_property
@@ -208,7 +226,7 @@ class Generation:
         tables = []
         if self.declared_attributes:
             for shard in self._named_shards(names):
-                path, item_rows = self._shard_path(shard) / ATTRIBUTES, self._item_rows(shard)
+                path, item_rows = self._shard_file(shard, ATTRIBUTES), self._item_rows(shard)
                 tables.append((mapped_table(path, len(item_rows)), item_rows, self._dead(shard)))
         return Attributes(tables, len(self.item_ids))
 
@@ -219,13 +237,8 @@ class Generation:
             threads: FAISS threads of a search.
             names: of the shards; all when not given.
         """
-        dim = self.manifest["embedding_dim"]
         shards = [
-            Shard(
-                read_index(self._shard_path(s) / "index.faiss", s["factory"], dim, s["rows"]),
-                self._item_rows(s),
-                self._dead(s),
-            )
+            Shard(self._index(s), self._item_rows(s), self._dead(s))
             for s in self._named_shards(self.shard_names if names is None else names)
         ]
         pause()
@@ -244,7 +257,7 @@ class Generation:
     @functools.cached_property
     def dead_rows(self) -> npt.NDArray[np.int64]:
         """Item rows of base shards that updates deleted or replaced: ascending [m] int64."""
-        return np.array(self._array(TOMBSTONES)) if (self.path / TOMBSTONES).is_file() else _NO_ROWS
+        return np.array(self._array(TOMBSTONES)) if TOMBSTONES in self._names else _NO_ROWS
 
     @property
     def delta_rows(self) -> npt.NDArray[np.int64]:
@@ -252,14 +265,20 @@ class Generation:
         return next((self._item_rows(s) for s in self._shards if s["role"] == DELTA), _NO_ROWS)
 
     def delta_vectors(self) -> npt.NDArray[np.float32]:
-        """Return the vectors of ``delta_rows`` as they were encoded, [m, D] float32."""
-        dim = int(self.manifest["embedding_dim"])
+        """Return the vectors of ``delta_rows`` as they were encoded, [n, D] float32."""
         for shard in self._shards:
             if shard["role"] == DELTA:
-                path = self._shard_path(shard) / "index.faiss"
-                index = read_index(path, shard["factory"], dim, shard["rows"])
+                index = self._index(shard)
                 return np.array(index.reconstruct_n(0, index.ntotal), dtype=np.float32)
-        return np.zeros((0, dim), np.float32)
+        return np.zeros((0, self.manifest["embedding_dim"]), np.float32)
+
+    def _index(self, shard: dict[str, Any]) -> Any:
+        """Return the index of a shard, as FAISS has it."""
+        path, dim = self._shard_file(shard, "index.faiss"), int(self.manifest["embedding_dim"])
+        try:
+            return read_index(path, shard["factory"], dim, shard["rows"])
+        except ConfigError as error:
+            raise ArtefactError(f"the manifest of {self.path} is damaged: {error}. {AGAIN}") from None
 
     def require_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse towers that did not encode the shards, by the weights themselves.
@@ -312,23 +331,33 @@ class Generation:
     def _shards(self) -> list[dict[str, Any]]:
         return list(self.manifest["shards"])
 
-    def _shard_path(self, shard: dict[str, Any]) -> Path:
-        return self.path / "shards" / str(shard["name"])
+    def _shard_file(self, shard: dict[str, Any], name: str) -> Path:
+        return self.file(f"shards/{shard['name']}/{name}")
 
     def _item_rows(self, shard: dict[str, Any]) -> npt.NDArray[np.int64]:
         # In memory: every search gathers from it.
         return np.array(self._array(f"shards/{shard['name']}/item_rows.npy"))
 
     def _named(self, folder: str, prefix: str) -> dict[str, npt.NDArray[Any]]:
-        names = [p.name for p in sorted((self.path / folder).glob(f"{prefix}*.npy"))]
+        begin = f"{folder}/{prefix}"
+        found = sorted(n for n in self._names if n.startswith(begin) and n.endswith(".npy"))
+        names = [n.removeprefix(f"{folder}/") for n in found]
         return {
             unquote(n.removeprefix(prefix).removesuffix(".npy")): self._array(f"{folder}/{n}") for n in names
         }
 
+    @property
+    def _names(self) -> Collection[str]:
+        """Of its files."""
+        if (files := self.manifest.get("files")) is not None:
+            return list(files)
+        return [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+
     def _array(self, name: str) -> npt.NDArray[Any]:
+        path = self.file(name)
         try:
-            mapped = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise ArtefactError(f"{self.path / name} can not be read ({error}); {AGAIN}") from None
         # A plain view of the same pages: every slice of a memmap object costs several times as much.
         array: npt.NDArray[Any] = np.asarray(mapped)
@@ -336,12 +365,12 @@ class Generation:
 
     def _check_fingerprints(self) -> None:
         expected = self.manifest["checkpoint_fingerprint"]
-        model = read_manifest(self.path / "model", "checkpoint")["fingerprint"]
+        model = read_manifest(self.file(f"model/{MANIFEST}").parent, "checkpoint").get("fingerprint")
         found = [("model/manifest.json", model)]
         for shard in self._shards:
             name = f"shards/{shard['name']}"
             found.append((f"{MANIFEST} for {name}", shard["checkpoint_fingerprint"]))
-            own = read_shard_facts(self._shard_path(shard))
+            own = read_shard_facts(self._shard_file(shard, FACTS).parent)
             found.append((f"{name}/shard.json", own["checkpoint_fingerprint"]))
         for what, fingerprint in found:
             if fingerprint != expected:
@@ -349,3 +378,10 @@ class Generation:
                     f"generation {self.path} is of checkpoint {expected}, but {self.path}/{what} says "
                     f"{fingerprint}: a query tower and an index of different trainings do not fit. {AGAIN}"
                 )
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{file} can not be read ({error.strerror}); {AGAIN}") from None

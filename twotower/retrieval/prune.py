@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twotower.artefacts import REPLACED, lock_if_free
+from twotower.artefacts import discard, lock_if_free, remove, settle
 from twotower.errors import ConfigError
+from twotower.retrieval.survey import GOING, LOCK, PARTIAL
 
 GRACE_S = 24 * 3600.0
 """Default age of leftovers: a lock that a build on another machine holds may not be seen on this one."""
 ANY_AGE_S = float("-inf")
 """Age of leftovers that can not wait; clocks may differ."""
 WORK = ".work"
-_PARTIAL, _LOCK = ".partial", ".lock"
-_DYING = (".pruned", ".refused", REPLACED)
 
 
 @dataclass(frozen=True)
@@ -65,28 +63,29 @@ def prune_folder(root: Path, ids: Sequence[str], grace_s: float, dry_run: bool) 
         grace_s: seconds for which nothing below a leftover has changed.
         dry_run: only say what would be removed.
     """
+    if not dry_run:
+        # What was to be replaced when its process was killed has its name back.
+        settle(root / "generations")
     with contextlib.ExitStack() as locks:
         # One lock may guard several folders.
         free = functools.cache(lambda lock: locks.enter_context(lock_if_free(lock)))
         folder = root / "generations"
-        mine = [i for i in ids if free(root / WORK / f"{i}{_LOCK}")]
+        mine = [i for i in ids if free(root / WORK / f"{i}{LOCK}")]
         leftovers = [
             path
             for path, lock in _leftovers(root)
-            if time.time() - _changed(path) >= grace_s and (lock is None or free(lock))
+            if path.name.endswith(GOING)
+            or (time.time() - _changed(path) >= grace_s and (lock is None or free(lock)))
         ]
         gone = [folder / name for name in mine] + leftovers
         result = Pruned(mine, [str(p.relative_to(root)) for p in leftovers], freed_bytes(gone))
         if not dry_run:
             for name in mine:
-                hidden = folder / f".{name}{_DYING[0]}"
-                os.replace(folder / name, hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                discard(folder / name, GOING[0])
             for path in leftovers:
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                # What can not be deleted now is left for the next prune.
+                with contextlib.suppress(OSError):
+                    remove(path)
     return result
 
 
@@ -109,23 +108,23 @@ def _leftovers(root: Path) -> Iterator[tuple[Path, Path | None]]:
     names = _names(folder)
     for name in names:
         path = folder / name
-        if name.endswith(_DYING):
+        if name.endswith(GOING):
             yield path, None
-        elif name.endswith(_PARTIAL):
-            yield path, folder / f"{name.removesuffix(_PARTIAL)}{_LOCK}"
-        elif name.endswith(_LOCK):
-            owner = name.removesuffix(_LOCK)
-            if not {owner.removeprefix("."), f"{owner}{_PARTIAL}"} & set(names):
+        elif name.endswith(PARTIAL):
+            yield path, folder / f"{name.removesuffix(PARTIAL)}{LOCK}"
+        elif name.endswith(LOCK):
+            owner = name.removesuffix(LOCK)
+            if not {owner.removeprefix("."), f"{owner}{PARTIAL}"} & set(names):
                 yield path, path
     works = _names(work)
-    owners = [n.removesuffix(_LOCK) for n in works if n.endswith(_LOCK)]
+    owners = [n.removesuffix(LOCK) for n in works if n.endswith(LOCK)]
     for name in works:
-        if not name.endswith(_LOCK):
+        if not name.endswith(LOCK):
             # A work folder is called after the generation that is built in it.
             owner = max((o for o in owners if name.startswith(o)), key=len, default=name)
-            yield work / name, work / f"{owner}{_LOCK}"
+            yield work / name, work / f"{owner}{LOCK}"
     for owner in owners:
-        path = work / f"{owner}{_LOCK}"
+        path = work / f"{owner}{LOCK}"
         if owner not in names and not any(n.startswith(owner) and n != path.name for n in works):
             yield path, path
     for name in _names(root):

@@ -15,9 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from twotower.errors import ArtefactError
+from twotower.jsonfiles import check_shape, parse_json
+from twotower.listing import STORED, Name
 
 LOG = "publications.jsonl"
+
+
+class _Entry(BaseModel):
+    """A publication as it is stored."""
+
+    model_config = STORED
+
+    time: str
+    pointer: Name
+    id: Name
+    previous: Name | None
+    action: Literal["publish", "rollback", "forget"]
+    forced: bool
+    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Publication:
         return {**dataclasses.asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> Publication:
+    def from_json(cls, value: Any, where: str) -> Publication:
         """Return the publication of ``to_json``.
 
         Args:
@@ -54,11 +72,9 @@ class Publication:
         Raises:
             ArtefactError: it is none.
         """
-        try:
-            known = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            return cls(**{**known, "reasons": tuple(known["reasons"])})
-        except (KeyError, TypeError) as error:
-            raise ArtefactError(f"{where} holds no publication ({error}); remove it") from None
+        entry = check_shape(value, _Entry, where, "It holds no publication; remove it.")
+        known = {field.name: getattr(entry, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{**known, "reasons": tuple(entry.reasons)})
 
 
 def now() -> str:
@@ -137,14 +153,13 @@ def read_log(path: Path) -> list[Publication]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ArtefactError(f"{path} can not be read ({error.strerror}); let this user read it") from None
     entries = []
     # What follows the last line end was cut short by a kill.
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         where = f"line {number} of {path}"
-        try:
-            entries.append(Publication.from_json(json.loads(line), where))
-        except ValueError as error:
-            raise ArtefactError(f"{where} is damaged ({error}); remove that line") from None
+        entries.append(Publication.from_json(parse_json(line, where, "Remove that line."), where))
     return entries
 
 

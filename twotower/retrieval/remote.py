@@ -31,6 +31,7 @@ from twotower.retrieval.remote_generations import RemoteGenerations
 from twotower.retrieval.remote_pointers import RemotePointers
 from twotower.retrieval.store import CURRENT, Store, too_late
 from twotower.retrieval.superseded import SUPERSEDED, added
+from twotower.retrieval.survey import by_age, survey
 
 
 class RemoteStore(Store):
@@ -96,7 +97,7 @@ class RemoteStore(Store):
             return False
         manifest = self._generations.parse(generation_id, found.data)
         with locked(self.root / ".fetch.lock"):
-            files = self._generations.files(manifest)
+            files = manifest["files"]
             whole = {str(f["sha256"]): path / name for name, f in files.items() if _is_whole(path / name, f)}
             if any(facts["sha256"] not in whole for facts in files.values()):
                 self._generations.download(manifest, found.data, path, whole)
@@ -130,15 +131,20 @@ class RemoteStore(Store):
             return super().manifest(generation_id)
         return self._generations.parse(generation_id, found.data)
 
-    def generations(self) -> list[str]:
-        """Return the ids of finished generations, here or there, the oldest first."""
-        here = {name: Store.manifest(self, name) for name in super().generations()}
-        return _by_age({**here, **self._generations.manifests()})
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Return the manifests of all generations that can be read, here or there, the oldest first."""
+        return by_age({**super().manifests(), **self._generations.manifests()[0]})
 
     def pointers(self) -> dict[str, str]:
         """Return the id that each pointer names, by the pointer's name."""
-        found = {name: self.current(name) for name in self._pointers.names()}
-        return {name: value for name, value in found.items() if value is not None}
+        return self._pointers.named()[0]
+
+    def passed_over(self) -> list[str]:
+        """Return what can not be read as part of the store, and so is passed over, each a sentence."""
+        return [*self._generations.manifests()[1], *self._pointers.named()[1], *survey(self.root).passed]
+
+    def require(self) -> None:
+        """Do nothing: a prefix in a bucket is there as soon as something is written below it."""
 
     def current(self, pointer: str = CURRENT) -> str | None:
         """Return the id that a pointer names; None when it was never set.
@@ -163,19 +169,29 @@ class RemoteStore(Store):
 
         Raises:
             ConfigError: ``keep`` is below 1.
-            ArtefactError: a manifest can not be read, so that it is not known what it refers to.
         """
-        before = self._generations.manifests()
-        gone = unwanted(_by_age(before), keep, set(self.pointers().values()))
-        return self._clear(gone, lambda kept: unwanted(Store.generations(self), keep, kept), grace_s, dry_run)
+        gone = unwanted(list(by_age(self._generations.manifests()[0])), keep, self._in_use())
+        return self._clear(gone, lambda kept: unwanted(self._local(), keep, kept), grace_s, dry_run)
 
     def remove(self, ids: Collection[str]) -> Pruned:
         """Remove generations that no pointer names, there and here, and all that nothing refers to."""
-        wanted = set(ids) - set(self.pointers().values())
+        wanted = set(ids) - self._in_use()
         gone = [name for name in self.generations() if name in wanted]
-        return self._clear(
-            gone, lambda _: [i for i in Store.generations(self) if i in gone], ANY_AGE_S, False
-        )
+        return self._clear(gone, lambda _: [i for i in self._local() if i in gone], ANY_AGE_S, False)
+
+    def _local(self) -> list[str]:
+        """Return the ids of generations in the folder."""
+        return list(super().manifests())
+
+    def _in_use(self) -> set[str]:
+        """Return the ids that pointers name, of a pointer that is damaged what it was set to last.
+
+        Raises:
+            ArtefactError: a pointer and the log are damaged both.
+        """
+        pointers, damaged = self._pointers.named()
+        last = {entry.pointer: entry.id for entry in self.publications()} if damaged else {}
+        return {*pointers.values(), *(name for pointer, name in last.items() if pointer not in pointers)}
 
     def _clear(
         self,
@@ -185,16 +201,19 @@ class RemoteStore(Store):
         dry_run: bool,
     ) -> Pruned:
         """Remove generations there, those here that ``stale`` finds (manifests there given), leftovers."""
-        before = self._generations.manifests()
+        before, _ = self._generations.manifests()
         if not dry_run:
-            gone = self._generations.remove(gone, lambda: set(self.pointers().values()))
+            gone = self._generations.remove(gone, self._in_use)
         blobs = self._generations.blobs(grace_s)
         # Read last, so that what was pushed meanwhile counts.
-        kept = {
-            name: m for name, m in self._generations.manifests().items() if not dry_run or name not in gone
-        }
+        there, damaged = self._generations.manifests()
+        kept = {name: m for name, m in there.items() if not dry_run or name not in gone}
         needed = self._generations.blob_keys(kept)
         unused = [o for o in blobs if o.key not in needed]
+        if damaged and unused:
+            # Another release may read what this one can not.
+            say(f"the files of no generation are removed from {self.where}: {damaged[0]}")
+            unused = []
         if not dry_run:
             self._objects.delete([o.key for o in unused])
         with locked(self._lock):
@@ -280,15 +299,10 @@ class RemoteStore(Store):
     def _cached(self) -> dict[str, Path]:
         """Return a local file by SHA-256."""
         files = {}
-        for name in super().generations():
-            with contextlib.suppress(ArtefactError):
-                for file, facts in super().manifest(name)["files"].items():
-                    files[str(facts["sha256"])] = self.path(name) / file
+        for name, manifest in super().manifests().items():
+            for file, facts in manifest["files"].items():
+                files[str(facts["sha256"])] = self.path(name) / file
         return files
-
-
-def _by_age(manifests: dict[str, dict[str, Any]]) -> list[str]:
-    return sorted(manifests, key=lambda name: (str(manifests[name]["created"]), name))
 
 
 def _is_whole(path: Path, facts: dict[str, Any]) -> bool:

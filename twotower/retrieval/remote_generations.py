@@ -6,19 +6,19 @@ A manifest is put when all its files are there, and what is downloaded is verifi
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twotower.artefacts import MANIFEST, building, link_or_copy, parse_manifest, write_bytes
-from twotower.errors import ArtefactError, RefusedError, UnavailableError
+from twotower.artefacts import MANIFEST, building, link_or_copy, write_bytes
+from twotower.errors import ArtefactError, OvertakenError, UnavailableError
+from twotower.listing import listed_file
 from twotower.progress import say
-from twotower.retrieval.files import KIND, check_file_name
+from twotower.retrieval.files import AGAIN
+from twotower.retrieval.manifest import parse_generation
 from twotower.retrieval.objects import Content, Found, Objects, at_once
-from twotower.retrieval.store import checked_name
+from twotower.retrieval.survey import IS_NAME, checked_name
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOBS, _GENERATIONS = "objects/", "generations/"
 
 
@@ -37,42 +37,37 @@ class RemoteGenerations:
         """Return whether there is a generation of that id."""
         return self._objects.exists(_manifest_key(generation_id))
 
-    def manifests(self) -> dict[str, dict[str, Any]]:
-        """Return the manifests of all generations in the bucket."""
-        keys = [o.key for o in self._objects.list(_GENERATIONS) if o.key.endswith(f"/{MANIFEST}")]
-        names = [key.removeprefix(_GENERATIONS).removesuffix(f"/{MANIFEST}") for key in keys]
-        contents = at_once(self._objects.get, keys)
-        return {
-            name: self.parse(name, content.data)
-            for name, content in zip(names, contents, strict=True)
-            if content is not None
-        }
+    def manifests(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Return the manifests in the bucket that can be read, and why others can not, a sentence each."""
+        found, passed = {}, []
+        keys = {}
+        for each in self._objects.list(_GENERATIONS):
+            name = each.key.removeprefix(_GENERATIONS).removesuffix(f"/{MANIFEST}")
+            if IS_NAME.fullmatch(name) and each.key == _manifest_key(name):
+                keys[name] = each.key
+            else:
+                passed.append(f"{self._objects.url}/{each.key} is no manifest of a generation")
+        contents = at_once(self._objects.get, keys.values())
+        for name, content in zip(keys, contents, strict=True):
+            if content is not None:
+                try:
+                    found[name] = self.parse(name, content.data)
+                except ArtefactError as error:
+                    passed.append(str(error))
+        return found, passed
 
     def parse(self, generation_id: str, data: bytes) -> dict[str, Any]:
         """Return the manifest in the bytes of its object.
 
         Raises:
-            ArtefactError: it is none, of a newer schema, or of another id.
+            ArtefactError: it is none, of a newer schema, of another id, or damaged; no name of a file in it
+                leads anywhere else.
         """
         place = self._place(generation_id)
-        manifest = parse_manifest(data, place, KIND)
+        manifest = parse_generation(data, place)
         if manifest["id"] != generation_id:
             raise ArtefactError(f"{place} holds generation {manifest['id']}; remove it and push it again")
         return manifest
-
-    def files(self, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the files of a manifest, whose names and hashes lead nowhere else.
-
-        Raises:
-            ArtefactError: one does.
-        """
-        place = self._place(manifest["id"])
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        for name, facts in files.items():
-            check_file_name(name, place)
-            if not _SHA256.fullmatch(str(facts["sha256"])):
-                raise ArtefactError(f"the manifest of {place} gives {name} no SHA-256; push it again")
-        return files
 
     def blobs(self, age_s: float) -> list[Found]:
         """Return the objects of files that were put that many seconds ago or earlier."""
@@ -80,7 +75,7 @@ class RemoteGenerations:
 
     def blob_keys(self, manifests: dict[str, dict[str, Any]]) -> set[str]:
         """Return the keys of the objects that manifests refer to."""
-        return {_blob_key(facts) for m in manifests.values() for facts in self.files(m).values()}
+        return {_blob_key(facts) for m in manifests.values() for facts in m["files"].values()}
 
     def push(self, generation_id: str, path: Path, replace: bool) -> None:
         """Upload a local generation: files that are missing there, then its manifest.
@@ -91,19 +86,20 @@ class RemoteGenerations:
             replace: also where the bucket holds another generation of that id.
 
         Raises:
-            RefusedError: the bucket holds another one of that id.
+            OvertakenError: the bucket holds another one of that id.
         """
         data = (path / MANIFEST).read_bytes()
-        files = self.files(self.parse(generation_id, data))
-        blobs = {facts["sha256"]: path / name for name, facts in files.items()}
+        files = self.parse(generation_id, data)["files"]
+        blobs = {facts["sha256"]: listed_file(path, name, files, AGAIN) for name, facts in files.items()}
         self._upload_missing(blobs)
         key = _manifest_key(generation_id)
         if replace:
             self._objects.put(key, data)
         elif not self._objects.swap(key, data, None):
-            raise RefusedError(
+            raise OvertakenError(
                 f"{self._objects.url} has another generation {generation_id}, made elsewhere of the same "
-                "inputs; publish again to publish that one"
+                "inputs",
+                "Publish again to publish that one",
             )
         # A prune may have removed, in between, what nothing referred to yet.
         self._upload_missing(blobs)
@@ -120,7 +116,7 @@ class RemoteGenerations:
         Raises:
             UnavailableError: the bucket does not answer, or an object is missing or damaged.
         """
-        files = self.files(manifest)
+        files = manifest["files"]
         with building(path) as partial:
             missing = []
             for name, facts in files.items():

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
-from twotower.errors import ArtefactError
+from pydantic import Field
+
+from twotower.errors import ArtefactError, UnavailableError
+from twotower.jsonfiles import check_shape, parse_json
 from twotower.retrieval.objects import Content, Objects, at_once
 from twotower.retrieval.publications import Publication
-from twotower.retrieval.store import checked_name, checked_pointer
+from twotower.retrieval.survey import checked_pointer
 
+_REMEDY = "It holds no publication; remove it."
+_NUMBER = Annotated[int, Field(strict=True, ge=1, lt=1 << 53)]
 _POINTERS, _LOG = "pointers/", "publications/"
 
 
@@ -34,8 +40,22 @@ class RemotePointers:
         """Take the bucket; nothing is read yet."""
         self._objects = objects
 
-    def names(self) -> list[str]:
-        """Return the names of all pointers, sorted."""
+    def named(self) -> tuple[dict[str, str], list[str]]:
+        """Return the id that each pointer names, by its name, and what can not be read as one, by why."""
+        found, passed = {}, []
+        for name in self._names():
+            try:
+                pointer = self.get(name)
+            except UnavailableError:
+                raise
+            except ArtefactError as error:
+                passed.append(str(error))
+                continue
+            if pointer is not None:
+                found[name] = pointer.entry.id
+        return found, passed
+
+    def _names(self) -> list[str]:
         return sorted(o.key.removeprefix(_POINTERS) for o in self._objects.list(_POINTERS))
 
     def get(self, pointer: str) -> RemotePointer | None:
@@ -77,7 +97,7 @@ class RemotePointers:
         entries = {
             key: self._parse(content, key).entry for key, content in contents.items() if content is not None
         }
-        for name in self.names():
+        for name in self.named()[0]:
             # The last one may not have been logged: its publisher was killed.
             if (found := self.get(name)) is not None:
                 entries.setdefault(_log_key(found), found.entry)
@@ -85,13 +105,9 @@ class RemotePointers:
 
     def _parse(self, content: Content, key: str) -> RemotePointer:
         where = f"{self._objects.url}/{key}"
-        try:
-            value = json.loads(content.data)
-            number = int(value["number"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{where} holds no publication ({error}); remove it") from None
+        value = parse_json(content.data, where, _REMEDY)
         entry = Publication.from_json(value, where)
-        checked_name(entry.id, f"the id in {where}")
+        number = check_shape(value.get("number"), _NUMBER, where, _REMEDY)
         return RemotePointer(entry, number, content)
 
 

@@ -13,16 +13,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from twotower.errors import NotAllowedError, as_json
+from twotower.ids import MAX_ID_LENGTH, id_problem
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.schema import MAX_WEIGHT
 
-MAX_ID_LENGTH = 1024
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SHOWN = 80
 _MAX_DETAILS = 20
 
-_ID = f"text of 1 to {MAX_ID_LENGTH} characters, or an integer"
+_ID = f"text of 1 to {MAX_ID_LENGTH} characters without control characters, or an integer"
 _TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
 ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
 ALLOWED = {
@@ -59,8 +59,8 @@ def _id(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError("is no id")
     text = str(value)
-    if not 1 <= len(text) <= MAX_ID_LENGTH:
-        raise ValueError(f"has {len(text)} characters")
+    if problem := id_problem(text):
+        raise ValueError(problem)
     return text
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twotower.artefacts import remove
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_columns
 from twotower.data.dataset import ITEM_ROW
@@ -26,7 +27,7 @@ from twotower.index.build import (
 from twotower.index.gpu import Gpu, gpus
 from twotower.index.parts import Part, load_shard, save_array
 from twotower.index.spec import empty_index, ivf_of
-from twotower.retrieval.files import FACTS, read_shard_facts, write_items, write_shard_facts
+from twotower.retrieval.files import FACTS, SHARD_FILES, read_shard_facts, write_items, write_shard_facts
 
 _READ_ROWS = 65_536
 _TRAIN_POINTS = 65_536
@@ -67,6 +68,9 @@ def write_shard(
     path.mkdir(parents=True, exist_ok=True)
     if (path / FACTS).is_file():
         return int(read_shard_facts(path)["rows"])
+    # A run that was killed may have left files half written, and those of temporary names.
+    for left in path.iterdir():
+        remove(left)
     item_rows, vectors = load_shard(parts, number)
     check_item_rows(item_rows)
     shared = read_trained(Path(trained)) if trained is not None and len(vectors) else None
@@ -77,6 +81,28 @@ def write_shard(
     write_items(path, items, attributes)
     write_shard_facts(path, len(item_rows), checkpoint_fingerprint, factory)
     return len(item_rows)
+
+
+def shard_folders(directory: Path, count: int) -> list[Path]:
+    """Return the folders of finished shards, in their order, and remove all else from the folder of shards.
+
+    Args:
+        directory: with a folder for each shard.
+        count: of shards.
+
+    Raises:
+        ArtefactError: a shard is not there.
+    """
+    folders = [directory / f"{number:05d}" for number in range(count)]
+    for path in directory.iterdir():
+        if path not in folders:
+            remove(path)
+    for folder in folders:
+        read_shard_facts(folder)
+        for path in folder.iterdir():
+            if path.name not in SHARD_FILES:
+                remove(path)
+    return folders
 
 
 def train_shards(

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from twotower.artefacts import has_manifest, locked, read_manifest, write_bytes
+from twotower.artefacts import has_manifest, locked, write_bytes
 from twotower.config import Config
-from twotower.errors import ArtefactError, ConfigError, RefusedError, UnavailableError
+from twotower.errors import ArtefactError, ConfigError, OvertakenError, RefusedError
 from twotower.hashing import hashing_aside
-from twotower.retrieval.files import KIND
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
 from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
 from twotower.retrieval.superseded import SUPERSEDED, added, holds
+from twotower.retrieval.survey import Survey, checked_name, checked_pointer, read_pointer, survey
 
 CURRENT = "CURRENT"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _OUTDATED = (
     "it was made with users who have been forgotten since; build it again from a dataset without them, or "
     "run python -m jobs.forget for them again"
 )
-_RESERVED = ("generations", LOG, SUPERSEDED)
 
 
 class _Unset(enum.Enum):
@@ -96,7 +94,7 @@ class Store:
             ArtefactError: there is none of that id.
         """
         path = self.path(generation_id)
-        read_manifest(path, KIND)
+        generation_manifest(path)
         return path
 
     def repair(self, generation_id: str) -> bool:
@@ -113,34 +111,49 @@ class Store:
         Raises:
             ArtefactError: there is none of that id, or it is of a newer schema.
         """
-        return read_manifest(self.path(generation_id), KIND)
+        return generation_manifest(self.path(generation_id))
 
     def generations(self) -> list[str]:
-        """Return the ids of finished generations, the oldest first."""
-        folder = self.root / "generations"
-        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        finished = [n for n in names if _NAME.fullmatch(n) and has_manifest(folder / n)]
-        return sorted(finished, key=lambda n: (str(read_manifest(folder / n, KIND)["created"]), n))
+        """Return the ids of finished generations that can be read, the oldest first."""
+        return list(self.manifests())
+
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Return the manifests of all generations that can be read, the oldest first."""
+        return survey(self.root).manifests
 
     def pointers(self) -> dict[str, str]:
         """Return the id that each pointer names, by the pointer's name."""
-        paths = self.root.iterdir() if self.root.is_dir() else []
-        names = sorted(p.name for p in paths if p.is_file() and _NAME.fullmatch(p.name))
-        found = {name: self.current(name) for name in names if name not in _RESERVED}
-        return {name: value for name, value in found.items() if value is not None}
+        return survey(self.root).pointers
+
+    def passed_over(self) -> list[str]:
+        """Return what can not be read as part of the store, and so is passed over, each a sentence."""
+        found = survey(self.root)
+        lost = [
+            f"{self.where}: the pointer {pointer} names generation {name}, which is not there"
+            for pointer, name in found.pointers.items()
+            if not self.has(name)
+        ]
+        return found.passed + lost
+
+    def require(self) -> None:
+        """Refuse a store that is not there: nothing was ever built in it.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if not self.root.is_dir():
+            raise ConfigError(
+                f"there is no store at {self.root}: nothing was built with this configuration. Run "
+                "python -m jobs.pipeline with it, or correct storage.root or name"
+            )
 
     def current(self, pointer: str = CURRENT) -> str | None:
         """Return the id that a pointer names; None when it was never set.
 
         Raises:
-            ArtefactError: the pointer's file holds no id.
+            ArtefactError: the pointer's file holds no id, or can not be read.
         """
-        path = self._pointer(pointer)
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return None
-        return checked_name(text.strip(), f"the content of {path}")
+        return read_pointer(self._pointer(pointer))
 
     def published(self, pointer: str = CURRENT) -> str:
         """Return the id that a pointer names.
@@ -174,17 +187,7 @@ class Store:
         """
         found = []
         with contextlib.suppress(Exception):
-            try:
-                successors = self._successors()
-            except UnavailableError:
-                # What is outdated can not be told.
-                raise
-            except ArtefactError:
-                # One manifest that can not be read; what it replaces is outdated.
-                successors = {}
-            for name in dict.fromkeys(
-                earlier(self.publications(), pointer, self.published(pointer), successors)
-            ):
+            for name in dict.fromkeys(self.earlier(pointer)):
                 with contextlib.suppress(ArtefactError):
                     if self.has(name) and not self._is_outdated(self.manifest(name)):
                         found.append(name)
@@ -219,7 +222,7 @@ class Store:
         before = self.current(pointer) if isinstance(expected, _Unset) else expected
         path = self.fetch(generation_id)
         # What it shares with the generation in use was checked when that was published: it is not read again.
-        known = self.path(before) if before is not None and has_manifest(self.path(before)) else None
+        known = self.path(before) if before is not None else None
         manifest = _verified(path, generation_id, known)
         outdated = [_OUTDATED] if self._is_outdated(manifest) else []
         against = (*reasons_against(manifest["index"]), *outdated, *reasons)
@@ -251,10 +254,12 @@ class Store:
             raise RefusedError(
                 f"{pointer} names {current}, the first that was published: there is nothing to roll back to"
             )
-        if not self.has(steps[0]):
-            left = ", ".join(dict.fromkeys(s for s in steps if self.has(s))) or "none"
+        there = self.manifests()
+        if steps[0] not in there:
+            left = ", ".join(dict.fromkeys(s for s in steps if s in there)) or "none"
+            why = "can not be read" if self.has(steps[0]) else "was removed by a prune"
             raise RefusedError(
-                f"{pointer} named {steps[0]} before {current}, and that was removed by a prune. Earlier ones "
+                f"{pointer} named {steps[0]} before {current}, and that {why}. Earlier ones "
                 f"that are still there: {left}; name one with python -m jobs.generations publish ID"
             )
         _verified(self.fetch(steps[0]), steps[0], None)
@@ -274,8 +279,9 @@ class Store:
             ConfigError: ``keep`` is below 1.
         """
         with locked(self._lock):
-            named = set(self.pointers().values())
-            return prune_folder(self.root, unwanted(self.generations(), keep, named), grace_s, dry_run)
+            found = survey(self.root)
+            gone = unwanted(list(found.manifests), keep, self._named(found))
+            return prune_folder(self.root, gone, grace_s, dry_run)
 
     def supersede(self, vocabulary_hashes: Iterable[str]) -> None:
         """Let nothing that was made with these vocabularies be published from now on, unless it is forced."""
@@ -305,14 +311,26 @@ class Store:
         A generation that a build or an update works on is left alone.
         """
         with locked(self._lock):
-            wanted = set(ids) - set(self.pointers().values())
-            gone = [name for name in self.generations() if name in wanted]
+            found = survey(self.root)
+            wanted = set(ids) - self._named(found)
+            gone = [name for name in found.manifests if name in wanted]
             return prune_folder(self.root, gone, ANY_AGE_S, dry_run=False)
+
+    def _named(self, found: Survey) -> set[str]:
+        """Return the ids that pointers name, of a pointer that is damaged what it was set to last.
+
+        Raises:
+            ArtefactError: a pointer and the log are damaged both.
+        """
+        named = set(found.pointers.values())
+        if found.damaged_pointers:
+            last = {entry.pointer: entry.id for entry in self.publications()}
+            named |= {name for pointer, name in last.items() if pointer in found.damaged_pointers}
+        return named
 
     def _successors(self) -> dict[str, str]:
         """Return by id the generation that stands in the place of one that is gone."""
-        names = self.generations()
-        return {old: name for name in names for old in self.manifest(name).get("replaces", ())}
+        return {old: name for name, m in self.manifests().items() for old in m.get("replaces", ())}
 
     def _superseded(self) -> bytes | None:
         path = self.root / SUPERSEDED
@@ -353,37 +371,13 @@ class Store:
         return self.root / checked_pointer(pointer)
 
 
-def too_late(entry: Publication, current: str | None) -> RefusedError:
+def too_late(entry: Publication, current: str | None) -> OvertakenError:
     """Return the error of a publisher who was not the first."""
-    return RefusedError(
+    return OvertakenError(
         f"generation {entry.id} is not published: another publisher was faster, {entry.pointer} names "
-        f"{current}, not {entry.previous}. Publish again to replace it"
+        f"{current}, not {entry.previous}",
+        "Publish again to replace it",
     )
-
-
-def checked_pointer(pointer: str) -> str:
-    """Return the name of a pointer.
-
-    Raises:
-        ArtefactError: it is none.
-    """
-    if pointer in _RESERVED:
-        raise ArtefactError(f"a pointer can not be called {pointer}, as what is beside it in the store")
-    return checked_name(pointer, "a pointer's name")
-
-
-def checked_name(name: str, what: str) -> str:
-    """Return a name that stays inside the store.
-
-    Raises:
-        ArtefactError: it does not.
-    """
-    if not _NAME.fullmatch(name):
-        raise ArtefactError(
-            f"{what} is {name!r}; it must be up to 128 letters, digits, dots, dashes and underscores, and "
-            "begin with a letter or digit"
-        )
-    return name
 
 
 def _verified(path: Path, generation_id: str, known: Path | None) -> dict[str, Any]:

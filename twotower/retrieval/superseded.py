@@ -11,11 +11,23 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from twotower.errors import ArtefactError
+from pydantic import BaseModel, Field
+
+from twotower.jsonfiles import check_shape, parse_json
+from twotower.listing import STORED
 
 SUPERSEDED = "superseded.json"
+
+
+class _Content(BaseModel):
+    """The content of the store's file."""
+
+    model_config = STORED
+
+    salt: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
+    vocabularies: list[str]
 
 
 def holds(data: bytes | None, vocabulary_hash: str, where: str) -> bool:
@@ -51,13 +63,9 @@ def _slow(vocabulary_hash: str, salt: str) -> str:
 
 
 def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(data)
-        bytes.fromhex(content["salt"])
-        list(content["vocabularies"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(
-            f"{where} is damaged ({error}); restore it from a copy, or remove it and run jobs.forget again "
-            "for the users who were forgotten"
-        ) from None
+    remedy = (
+        "Restore it from a copy, or remove it and run jobs.forget again for the users who were forgotten."
+    )
+    content: dict[str, Any] = parse_json(data, where, remedy)
+    check_shape(content, _Content, where, remedy)
     return content

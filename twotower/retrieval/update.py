@@ -8,10 +8,7 @@ the id of the generation and the rows of new items may.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from twotower.artefacts import building, fingerprint, has_manifest, link_or_copy, locked, write_manifest
-from twotower.errors import ArtefactError, TwotowerError, UnavailableError
+from twotower.artefacts import building, discard, fingerprint, finished, link_or_copy, locked, write_manifest
+from twotower.errors import ArtefactError, OvertakenError, TwotowerError, UnavailableError
 from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
 from twotower.progress import say
@@ -35,9 +32,11 @@ from twotower.retrieval.files import (
     write_shard_facts,
 )
 from twotower.retrieval.generation import Generation
+from twotower.retrieval.manifest import GenerationManifest
 from twotower.retrieval.store import CURRENT, Store
 
 _FACTORY = "Flat"
+_AGAIN = "Run the update again: it is then made of what is published now"
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def update_items(
     directory = store.path(name)
     with locked(store.root / ".work" / f"{name}.lock"):
         # The same catalogue may have been reached, and be in use, before.
-        made = not has_manifest(directory)
+        made = finished(directory, KIND, GenerationManifest) is None
         if made:
             with building(directory) as partial:
                 _write(after, partial, name, checkpoint.fingerprint)
@@ -123,7 +122,10 @@ def update_items(
                 store.publish(name, pointer, expected=base_id, force=force)
             except TwotowerError as error:
                 if made and not _may_be_named(store, name, error):
-                    _remove(directory)
+                    # So that no reader sees a part of it.
+                    discard(directory, ".refused")
+                if isinstance(error, OvertakenError):
+                    raise OvertakenError(error.message, _AGAIN) from None
                 raise
     counts = (edit.num_added, edit.num_changed, edit.num_deleted)
     say(f"generation {name}: {counts[0]:,} items added, {counts[1]:,} changed, {counts[2]:,} deleted")
@@ -140,7 +142,7 @@ def _write(state: CatalogueState, directory: Path, name: str, checkpoint_fingerp
         del files[ITEM_IDS]
         new.append(ITEM_IDS)
     for file in files:
-        link_or_copy(state.base.path / file, directory / file)
+        link_or_copy(state.base.file(file), directory / file)
     if state.dead.any():
         save_array(directory / TOMBSTONES, np.flatnonzero(state.dead))
         new.append(TOMBSTONES)
@@ -189,11 +191,3 @@ def _may_be_named(store: Store, name: str, error: TwotowerError) -> bool:
         return name in store.pointers().values()
     except TwotowerError:
         return True
-
-
-def _remove(directory: Path) -> None:
-    """Remove a generation of this process that nothing names, so that no reader sees a part of it."""
-    hidden = directory.with_name(f".{directory.name}.refused")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(directory, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from twotower.artefacts import write_json, write_manifest
+from twotower.artefacts import MANIFEST, write_json, write_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.data.sampling import popularity
 from twotower.index.parts import save_array
-from twotower.model.checkpoint import Checkpoint
+from twotower.model.checkpoint import CONFIG as CHECKPOINT_CONFIG
+from twotower.model.checkpoint import FEATURES, WEIGHTS, Checkpoint
 from twotower.model.features import encode_columns, profile_values
 from twotower.retrieval.files import (
     BASE,
     CONFIG,
+    FACTS,
     HISTORY,
     HISTORY_CUT,
     ITEM_IDS,
@@ -44,8 +46,11 @@ def write_tables(directory: Path, config: Config, dataset: Dataset, checkpoint: 
     """
     checkpoint.require_dataset(dataset)
     schema = checkpoint.schema
-    write_json(directory / CONFIG, config.to_json())
-    shutil.copytree(checkpoint.path, directory / "model")
+    write_json(directory / CONFIG, config.to_stored())
+    (directory / "model").mkdir()
+    for name in (WEIGHTS, FEATURES, CHECKPOINT_CONFIG):
+        shutil.copyfile(checkpoint.file(name), directory / "model" / name)
+    shutil.copyfile(checkpoint.path / MANIFEST, directory / "model" / MANIFEST)
     dataset.user_ids.write(directory / "user_ids.arrow")
     dataset.item_ids.write(directory / ITEM_IDS)
 
@@ -124,5 +129,6 @@ def finish(
 
 def built_shards(directory: Path) -> list[dict[str, Any]]:
     """Return ``shards`` of the manifest of a generation that was just built, whose shards are all base."""
-    facts = {path.name: read_shard_facts(path) for path in sorted((directory / "shards").iterdir())}
+    folders = sorted(p for p in (directory / "shards").iterdir() if (p / FACTS).is_file())
+    facts = {path.name: read_shard_facts(path) for path in folders}
     return [{"name": name, "role": BASE, **each} for name, each in facts.items()]

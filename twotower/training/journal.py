@@ -22,7 +22,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from twotower.artefacts import write_bytes
 from twotower.config.training import MetricsConfig, MlflowConfig
-from twotower.errors import ConfigError
+from twotower.errors import ArtefactError, ConfigError
+from twotower.jsonfiles import parse_json
 from twotower.progress import say
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class _Lines:
     """One JSON object a line, each flushed, so that ``tail -f`` follows a training."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        for cut_short in path.parent.glob(f".{path.name}.*.tmp"):
+            cut_short.unlink()
         if path.exists():
             kept = [line for line in path.read_bytes().splitlines() if _is_until(line, resume_step)]
             write_bytes(path, b"".join(line + b"\n" for line in kept))
@@ -162,10 +165,11 @@ class _Lines:
 def _is_until(line: bytes, step: int) -> bool:
     """Return whether a line is whole and of a step up to ``step``; a killed writer leaves half a line."""
     try:
-        content = json.loads(line)
-    except ValueError:
+        content = parse_json(line, "a line", "")
+    except ArtefactError:
         return False
-    return isinstance(content, dict) and content.get("step", math.inf) <= step
+    number = content.get("step") if isinstance(content, dict) else None
+    return isinstance(number, int) and number <= step
 
 
 class _TensorBoard:
@@ -276,4 +280,4 @@ def _mlflow_client(config: MlflowConfig) -> Iterator[MlflowClient]:
         raise ConfigError(
             f"train.metrics.mlflow.tracking_uri ({config.tracking_uri}) takes no metrics: {error}; "
             "start the server, correct the address, or set train.metrics.mlflow to null"
-        ) from error
+        ) from None

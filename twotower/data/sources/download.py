@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import http.client
-import json
 import os
 import urllib.error
 import urllib.parse
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from twotower import progress
-from twotower.artefacts import fingerprint, locked, write_json
-from twotower.errors import DownloadError
+from twotower.artefacts import drop_temporaries, fingerprint, locked, write_json
+from twotower.errors import ArtefactError, DownloadError
 from twotower.hashing import sha256_file
+from twotower.jsonfiles import read_json
+from twotower.redaction import redacted
 
 _BLOCK_BYTES = 1 << 18
 _TIMEOUT_S = 30
@@ -70,6 +71,7 @@ def fetch_zip(file: str, official: str, mirror: str | None, cache: Path) -> Fetc
     except OSError as error:
         raise DownloadError(f"the cache folder {place} can not be made ({error}); set data.cache") from None
     with locked(place / ".lock"):
+        drop_temporaries(place)
         cached = _from_cache(place / file, origin)
         return cached or _download(place / file, f"{origin.rstrip('/')}/{file}", origin)
 
@@ -111,9 +113,8 @@ def _from_cache(path: Path, origin: str) -> Fetched | None:
     if not path.is_file():
         return None
     try:
-        record: dict[str, Any] = json.loads(sidecar.read_bytes())
-        expected = str(record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        expected = str(read_json(sidecar, "")["sha256"])
+    except (ArtefactError, KeyError, TypeError, IndexError):
         progress.say(f"{path} has no readable record of its origin; fetching it again")
         return None
     if sha256_file(path) != expected:
@@ -148,8 +149,8 @@ def _download(path: Path, url: str, origin: str) -> Fetched:
     check_zip(part, url)
     digest = sha256_file(part)
     record = {
-        "url": url,
-        "origin": origin,
+        "url": redacted(url),
+        "origin": redacted(origin),
         "bytes": received,
         "sha256": digest,
         "fetched": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
