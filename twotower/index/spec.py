@@ -89,7 +89,7 @@ def _without_renumbering(index: Any) -> None:
     if isinstance(inner, faiss.IndexHNSW):
         inner = faiss.downcast_index(inner.storage)
     if isinstance(inner, (faiss.IndexPQ, faiss.IndexIVFPQ)):
-        inner.do_polysemous_training = False
+        inner.do_polysemous_training = False  # type: ignore[union-attr]
 
 
 def ivf_of(index: Any) -> Any | None:
