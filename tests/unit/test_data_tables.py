@@ -262,7 +262,9 @@ def test_more_text_than_a_column_can_hold_is_refused_while_it_is_read(
     monkeypatch.setattr(cells, "MAX_BYTES", 30)
     ids, every = Interner(), np.ones(4, np.bool_)
     ids.intern(IdColumn(pa.array(["aaaaaaaaaa", "b", "aaaaaaaaaa", "b"]), IdForm("item")), every)
-    ids.intern(IdColumn(pa.array(["aaaaaaaaaa", "b", "c", "c"]), IdForm("item")), every)  # known ones take no room
+    ids.intern(
+        IdColumn(pa.array(["aaaaaaaaaa", "b", "c", "c"]), IdForm("item")), every
+    )  # known ones take no room
     assert len(ids) == 3
     with pytest.raises(DataError, match=r"a column of 7 different ids holds 52 bytes of text and maybe more"):
         ids.intern(IdColumn(pa.array([c * 10 for c in "defg"]), IdForm("item")), every)
