@@ -93,7 +93,7 @@ def as_text(array: pa.Array | pa.ChunkedArray) -> pa.StringArray:
         return array.cast(pa.date32(), safe=False).cast(pa.string())
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
         return array.cast(pa.string())
-    raise DataError(f"text, numbers, booleans or dates are needed, not {kind}")
+    raise DataError(f"a categorical feature holds text, numbers, booleans or dates, not {kind}")
 
 
 def as_categories(array: pa.Array | pa.ChunkedArray) -> pa.StringArray:

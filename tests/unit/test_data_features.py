@@ -152,7 +152,7 @@ WRONG: list[tuple[dict[str, Any], list[Any], str]] = [
     ({"type": "vector", "dim": 3}, cycle(1.0), r"is a vector, but has type double"),
     ({"type": "vector", "dim": 1}, cycle(["a"]), r"is a vector, but holds no numbers"),
     ({"type": "vector", "dim": 2}, cycle([1.0, np.nan]), r"missing or infinite elements"),
-    ({"type": "categorical"}, cycle([1]), r"'f', column 'f': text, numbers, booleans or dates are needed"),
+    ({"type": "categorical"}, cycle([1]), r"'f', column 'f': a categorical feature holds text, numbers"),
     ({"type": "multi_hot"}, cycle(4), r"'f', column 'f': a multi_hot feature holds separated text or lists"),
 ]
 

@@ -108,7 +108,7 @@ class Impressions:
 
         ``items`` gets the items that are only ever shown as its last: no other row depends on them.
         """
-        ids = IdColumn(shown.ids(), IdForm("shown item"))
+        ids = IdColumn(shown.ids(), "shown item")
         item_row = items.intern(ids, np.ones(len(shown), dtype=np.bool_))
         offsets = np.concatenate([[0], np.cumsum(num_shown, dtype=np.int64)])
         return cls(offsets, item_row[rows])

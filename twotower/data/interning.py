@@ -72,14 +72,15 @@ class IdForm:
 class IdColumn:
     """A column of ids: every distinct id once, and where it is."""
 
-    def __init__(self, array: pa.Array, form: IdForm) -> None:
-        """Take ids as text, integers, or floats of whole numbers.
+    def __init__(self, array: pa.Array, form: IdForm | str) -> None:
+        """Take ids as text, integers, or floats of whole numbers; a column of one chunk needs its side only.
 
         Raises:
             DataError: the column has another type.
             MixedIdsError: as ``IdForm.note``; the form is strict then.
         """
         self.array = array
+        form = IdForm(form) if isinstance(form, str) else form
         array = plain(array)
         kind = array.type
         if pa.types.is_decimal(kind) and kind.scale == 0:

@@ -213,7 +213,8 @@ def _floats(array: pa.Array, unit: TimeUnit) -> Times:
     tick = _NANOS[unit]
     whole = np.floor(np.where(absent, 0.0, value))
     absent |= np.isin(whole, np.array(_no_times(tick), np.float64))
-    micros = np.where(absent, 0.0, value) * MICROS[unit]
+    with np.errstate(over="ignore"):  # which is outside
+        micros = np.where(absent, 0.0, value) * MICROS[unit]
     outside = ~((micros >= _BEGIN) & (micros < _END))
     return _times(np.round(np.where(outside, 0, micros)).astype(np.int64), absent, outside=outside)
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
-from twotower.data.fitting import as_lists
 from twotower.evaluation import plots
 from twotower.listing import STORED
+from twotower.model.features import split_values
 from twotower.schema import CategoricalFeature, MultiHotFeature
 from twotower.values import as_categories
 
@@ -229,7 +229,7 @@ def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], s
 def _first_values(spec: MultiHotFeature | CategoricalFeature, column: pa.Array) -> list[str]:
     if isinstance(spec, CategoricalFeature):
         return [plots.OTHER if value is None else value for value in as_categories(column).to_pylist()]
-    lists = as_lists(column, spec.separator).to_pylist()
+    lists = split_values(spec, column).to_pylist()
     return [values[0] if values else plots.OTHER for values in lists]
 
 

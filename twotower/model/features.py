@@ -153,8 +153,13 @@ def _value_ids(column: pa.Array, values: list[str]) -> npt.NDArray[np.int32]:
     return ids
 
 
+def split_values(spec: MultiHotFeature, column: pa.Array) -> pa.ListArray:
+    """Return a multi_hot column as lists of names of values; blank pieces are left out."""
+    return as_lists(column, spec.separator)
+
+
 def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> npt.NDArray[np.int32]:
-    flat, parents = flattened(as_lists(column, spec.separator))
+    flat, parents = flattened(split_values(spec, column))
     ids = _value_ids(flat, values)
     if len(ids):
         # Each value counts once a row, in ascending order: a set has no order of its own.
