@@ -11,9 +11,10 @@ import pytest
 from tests.datasets import files_config, grid, write_csv
 from tests.generations import untrained_checkpoint
 from twotower.config import Config, parse_config
+from twotower.data.content import content_hash
 from twotower.data.dataset import Dataset
 from twotower.data.forget import Forgetting
-from twotower.data.prepare import content_hash, prepare
+from twotower.data.prepare import prepare
 from twotower.data.vocabulary import Vocabulary
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import encode_columns

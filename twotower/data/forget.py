@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.artefacts import MANIFEST, link_or_copy, write_json, write_manifest
+from twotower.data.content import content_hash, counted, write_outside
 from twotower.data.dataset import KIND, Dataset
 from twotower.data.fitting import as_lists
 from twotower.data.interactions import Interactions
-from twotower.data.prepare import content_hash, counted, write_outside
 from twotower.data.vocabulary import FORGOTTEN, Vocabulary, vocabulary_hash
 from twotower.errors import DataError
 from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, MultiHotFeature

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,34 +26,21 @@ from twotower.data import filters
 from twotower.data.attributes import attribute_columns
 from twotower.data.cells import joined
 from twotower.data.chunks import BadRows, RawSource, SideTable
-from twotower.data.dataset import ITEM_ROW, KIND, Dataset
+from twotower.data.content import PREPARE_VERSION, content_hash, counted, write_items, write_outside
+from twotower.data.dataset import KIND, Dataset
 from twotower.data.fitting import fit_features
-from twotower.data.hashing import array_hash, table_hash
 from twotower.data.impressions import attach
 from twotower.data.interactions import Interactions, count_rows
 from twotower.data.interning import Interner
 from twotower.data.reading import RawInteractions, read_interactions
 from twotower.data.sources import open_source
 from twotower.data.splits import assign_splits, count_ties
+from twotower.data.summary import summary
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError, ConfigError, DataError, DownloadError
 from twotower.redaction import redacted_values
-from twotower.schema import KINDS, SPLITS, FeatureSchema
+from twotower.schema import FeatureSchema
 from twotower.values import as_text
-
-PREPARE_VERSION = 3
-"""Changes whenever the same raw data and configuration give another dataset."""
-
-_MANY_TIES = 0.01
-"""A smaller share of positives with equal times is not worth a line."""
-_TIES = {
-    "together": "no split by time parts them, and none of them knows another (split.ties: order takes the "
-    "order of the rows for that of time)",
-    "order": "split.ties: order takes the order of the rows for that of time",
-}
-
-_PARTS = 8
-_PART_ROWS = (1_024, 65_536)
 
 
 def prepare(config: Config) -> Dataset:
@@ -84,7 +68,7 @@ def prepare(config: Config) -> Dataset:
         if has_manifest(directory):
             try:
                 dataset = Dataset.open(directory)
-                progress.say(f"dataset {directory.name} is there already: {_summary(dataset)[0]}")
+                progress.say(f"dataset {directory.name} is there already: {summary(dataset)[0]}")
                 return dataset
             except ArtefactError as error:
                 progress.say(f"{error}; preparing it again")
@@ -94,7 +78,7 @@ def prepare(config: Config) -> Dataset:
         with building(directory) as partial:
             _build(config, source, partial)
         dataset = Dataset.open(directory)
-    for line in _summary(dataset):
+    for line in summary(dataset):
         progress.say(line)
     progress.say(
         f"dataset {directory} (fingerprint {dataset.fingerprint}, {time.monotonic() - started:.1f} s)"
@@ -299,25 +283,6 @@ def _align_users(user_ids: Vocabulary, table: pa.Table | None) -> pa.Table:
     return ids
 
 
-def counted(interactions: Interactions, schema: FeatureSchema) -> dict[str, Any]:
-    """Return the counts of a manifest that follow from the interactions."""
-    positive = interactions.kind == KINDS["positive"]
-    outside = interactions.item_row >= schema.num_catalogue_items
-    return {
-        "users": schema.num_users,
-        "items": schema.num_items,
-        "catalogue_items": schema.num_catalogue_items,
-        "outside_items": schema.num_items - schema.num_catalogue_items,
-        "interactions": len(interactions),
-        "interactions_outside_catalogue": int(outside.sum()),
-        "users_without_interactions": int((np.diff(interactions.user_offsets) == 0).sum()),
-        "kinds": {name: int((interactions.kind == code).sum()) for name, code in KINDS.items()},
-        "splits": {
-            name: int((positive & (interactions.split == code)).sum()) for name, code in SPLITS.items()
-        },
-    }
-
-
 def _write(
     config: Config,
     source: RawSource,
@@ -337,7 +302,7 @@ def _write(
     item_ids.write(directory / "item_ids.arrow")
     pq.write_table(users, directory / "users.parquet", row_group_size=1 << 16)
     write_outside(directory, item_ids, num_catalogue)
-    _write_items(directory / "items", items)
+    write_items(directory / "items", items)
     write_json(directory / "features.json", schema.to_json())
     hashed = vocabulary_hash(user_ids, item_ids)
     files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -354,84 +319,3 @@ def _write(
         "files": {str(p.relative_to(directory)): p.stat().st_size for p in files},
     }
     write_manifest(directory, KIND, manifest)
-
-
-def write_outside(directory: Path, item_ids: Vocabulary, num_catalogue: int) -> None:
-    """Write the ids of the items outside the catalogue, which are the last of all."""
-    outside = np.arange(num_catalogue, len(item_ids))
-    outside_ids = item_ids.array.slice(num_catalogue)
-    pq.write_table(pa.table({"item_id": outside_ids, ITEM_ROW: outside}), directory / "outside_items.parquet")
-
-
-def content_hash(
-    interactions: Interactions,
-    vocabulary_hash: str,
-    items: pa.Table,
-    users: pa.Table,
-    schema: FeatureSchema,
-    has_times: bool,
-) -> str:
-    """Return the fingerprint of a dataset of this content."""
-    columns: dict[str, npt.NDArray[Any]] = interactions.columns()
-    return fingerprint(
-        {
-            "version": PREPARE_VERSION,
-            "interactions": array_hash(*columns.values()),
-            "vocabulary": vocabulary_hash,
-            "items": table_hash(items),
-            "users": table_hash(users),
-            "features": schema.to_json(),
-            "has_times": has_times,
-        }
-    )
-
-
-def _write_items(folder: Path, items: pa.Table) -> None:
-    """Write the catalogue as several parts, so that several readers can share it."""
-    folder.mkdir()
-    num_items = items.num_rows
-    size = min(max(math.ceil(num_items / _PARTS), _PART_ROWS[0]), _PART_ROWS[1])
-    numbered = items.append_column(ITEM_ROW, pa.array(np.arange(num_items, dtype=np.int64)))
-    for part, start in enumerate(range(0, num_items, size)):
-        pq.write_table(
-            numbered.slice(start, size), folder / f"part-{part:05d}.parquet", row_group_size=16_384
-        )
-
-
-def _summary(dataset: Dataset) -> list[str]:
-    counts = dataset.counts
-    splits, kinds = counts["splits"], counts["kinds"]
-    lines = [
-        f"{counts['users']:,} users, {counts['catalogue_items']:,} items, {counts['interactions']:,} "
-        "interactions "
-        f"(train {splits['train']:,}, validation {splits['validation']:,}, test {splits['test']:,})"
-    ]
-    impressions = counts.get("impressions", 0)  # not counted in a source without them
-    others = {
-        "negative": kinds["negative"] - impressions,
-        "impressions": impressions,
-        "seen only": kinds["seen_only"],
-    }
-    others |= {
-        "repeats reduced": counts["repeats"],
-        "bad rows left out": counts["bad_rows"],
-        "outside the window": counts["outside_window"],
-        "below min_interactions": counts["below_min_interactions"],
-        "impressions left out with their interactions or items": counts.get("impressions_left_out", 0),
-    }
-    shown = ", ".join(f"{name} {count:,}" for name, count in others.items() if count)
-    if shown:
-        lines.append(shown)
-    ties, positive = counts.get("ties", {"positives": 0, "users": 0}), kinds["positive"]
-    if ties["positives"] > _MANY_TIES * positive:
-        lines.append(
-            f"{ties['positives']:,} positives of {ties['users']:,} users share their time with another of "
-            f"the same user, as in a basket or a day; {_TIES[dataset.ties]}"
-        )
-    if counts["outside_items"]:
-        lines.append(
-            f"{counts['outside_items']:,} items are not in the item table: their "
-            f"{counts['interactions_outside_catalogue']:,} interactions count in histories, they are "
-            "never recommended"
-        )
-    return lines
