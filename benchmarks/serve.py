@@ -90,6 +90,7 @@ def main() -> None:
         "p50_ms": _median(fused["serve"], "p50_ms"),
         "p99_ms": _median(fused["serve"], "p99_ms"),
         "p99_ms_at_half_saturation": _median(half, "p99_ms"),
+        "p99_at_half_saturation_over_uvicorn": _over(half, fused["uvicorn, the same rate"], "p99_ms"),
         "p50_over_uvicorn": _over(fused["serve"], fused["uvicorn"], "p50_ms"),
         "p99_over_uvicorn": _over(fused["serve"], fused["uvicorn"], "p99_ms"),
         "qps_over_uvicorn": _over(fused[f"serve, {MANY}"], fused[f"uvicorn, {MANY}"], "rate"),

@@ -52,14 +52,14 @@ def searcher_of(vectors: np.ndarray, factory: str) -> Searcher:
         ("PQ4x4fs,RFlat", "k_factor", 1, 128),
     ],
 )
-def test_efforts_are_about_a_tenth_apart_and_go_all_the_way(
+def test_efforts_are_about_a_twentieth_apart_and_go_all_the_way(
     factory: str, part: str, first: int, last: int
 ) -> None:
     steps = [getattr(effort, part) for effort in efforts(empty_index(factory, DIM))]
     assert (steps[0], steps[-1]) == (first, last)
     pairs = list(itertools.pairwise(steps))
     assert all(a < b for a, b in pairs)
-    assert all(b <= max(1.1 * a, a + 1) for a, b in pairs)
+    assert all(b <= max(1.05 * a, a + 1) for a, b in pairs)
     assert efforts(empty_index("Flat", DIM)) == [Effort()]
 
 

@@ -210,10 +210,10 @@ def efforts(index: Any) -> list[Effort]:
 
 
 def _ladder(first: int, last: int) -> list[int]:
-    """Return whole numbers about a tenth apart, both ends among them."""
+    """Return whole numbers about a twentieth apart, both ends among them."""
     steps = [first]
     while steps[-1] < last:
-        steps.append(min(max(steps[-1] + 1, int(steps[-1] * 1.1)), last))
+        steps.append(min(max(steps[-1] + 1, int(steps[-1] * 1.05)), last))
     return steps
 
 

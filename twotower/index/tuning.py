@@ -25,7 +25,7 @@ _COMPARED = 32
 _POINTS = 7
 _APART = 1.4
 """An effort over that of the point before it on a curve, at least."""
-_DOUBLE = 7
+_DOUBLE = 14
 """Steps after which an effort is about twice as great."""
 
 

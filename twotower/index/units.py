@@ -160,17 +160,15 @@ class Unit:
     def _search_lists(
         self, query: FloatArray, k: int, effort: Effort, selector: Any
     ) -> tuple[FloatArray, IntArray]:
-        """Search one query in two steps, which takes four fifths of the time of FAISS's one."""
-        kept: _Choosing | None = getattr(self._mine, "choosing", None)
-        if kept is None or kept.effort != effort:
-            kept = self._mine.choosing = _Choosing(self.index, effort)
-        parameters = kept.parameters if selector is None else effort.parameters(self.index, selector)
+        """Search one query without what FAISS's wrapper checks again; a thread makes its parameters once."""
+        kept: tuple[Effort, Any] | None = getattr(self._mine, "parameters", None)
+        if kept is None or kept[0] != effort:
+            kept = self._mine.parameters = effort, effort.parameters(self.index)
+        parameters = kept[1] if selector is None else effort.parameters(self.index, selector)
         scores = np.empty((1, k), np.float32)
         labels = np.empty((1, k), np.int64)
         pointer = _faiss.swig_ptr
-        x, chosen, at = pointer(query), kept.lists_pointer, kept.scores_pointer
-        kept.choose(1, x, kept.nprobe, at, chosen)
-        kept.scan(1, x, k, chosen, at, pointer(scores), pointer(labels), False, parameters)
+        self.index.search_c(1, pointer(query), k, pointer(scores), pointer(labels), parameters)
         return scores, labels
 
     def _dropping(
@@ -229,20 +227,6 @@ class Unit:
         bits = allowed.bits()
         width = min(len(bits), len(self._alive_bits))
         return bits[:width] & self._alive_bits[:width]
-
-
-class _Choosing:
-    """What a thread makes once for its single queries at one effort: microseconds count there."""
-
-    def __init__(self, index: Any, effort: Effort) -> None:
-        self.effort = effort
-        parameters: Any = effort.parameters(index)
-        self.parameters, self.nprobe = parameters, int(parameters.nprobe)
-        self.choose, self.scan = index.quantizer.search_c, index.search_preassigned_c
-        self._scores = np.empty((1, self.nprobe), np.float32)
-        self._lists = np.empty((1, self.nprobe), np.int64)
-        self.scores_pointer = _faiss.swig_ptr(self._scores)
-        self.lists_pointer = _faiss.swig_ptr(self._lists)
 
 
 def units_of(

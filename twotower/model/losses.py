@@ -188,6 +188,7 @@ def _blocked(
             d_own[first:last] = (own_RH * scale_R1)[:, :, None] * q_RD[:, None, :]
         torch.mul(d_RD, scale_R1, out=d_q[first:last])
         d_c_DC += linear((q_RD * scale_R1).T, block_RC.T)
+        del block_RC  # the next block takes its place, which is still in the cache
     if d_q is None or d_c_DC is None:
         return loss, ()
     # dloss/dt = sum over logits of dloss/dlogit x (-score / t^2) = -(queries . d_queries) / t.
