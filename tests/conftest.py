@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.browser.chromium import reason_to_skip
+from tests.sockets import NoSockets
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
@@ -58,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     apply_environment()
     config.pluginmanager.register(_RealDataSummary(), "realdata-summary")
+    config.pluginmanager.register(NoSockets(), "no-sockets")
     # A busy machine is no fault of what is tested.
     hypothesis.settings.register_profile(
         "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from tests.asking import WAIT_S, Asking, num_partial
+from tests.http.test_serve_stop import command_line
 from tests.http.test_serve_swap import Under
 from tests.scraping import scrape
 from tests.service import Client, Shop
+from twotower.cluster.processes import Process, descendants
 from twotower.retrieval.retriever import Retriever
 
 
@@ -40,15 +43,23 @@ def test_no_answer_is_missing_or_wrong_while_every_replica_is_replaced(client: C
             assert time.monotonic() < deadline, reply
             time.sleep(0.05)
 
+    def replicas() -> list[Process]:
+        """Return the living processes of the application, the gateway's and those of groups."""
+        return [p for p in descendants(os.getpid()) if "ServeReplica:again:" in command_line(p.pid)]
+
     library = Retriever.open(shop.generation)
     deploy(100)
     try:
         wait_for(100)
         with Asking(service) as asking:
+            before = replicas()
+            assert len(before) == 3
             deploy(90)
             wait_for(90)
-            # Until the replicas before have gone, for which they take some seconds.
-            time.sleep(5)
+            deadline = time.monotonic() + WAIT_S
+            while any(process.alive for process in before):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
             asking.wait_for(30)
         assert num_partial(asking, library) == 0
         # The answers were compared with exact search in the groups meanwhile.

@@ -19,7 +19,7 @@ from tests.asking import Asking, num_partial
 from tests.following import damage, point
 from tests.generations import edit_manifest
 from tests.http.test_serve_answers import QUERIES
-from tests.http.test_serve_stop import Command, command_line, connected, listening
+from tests.http.test_serve_stop import Command, check_the_end, command_line, connected, listening
 from tests.service import Client, Shop
 from tests.updates import copied, table_of
 from twotower.cluster.processes import Process, descendants, free_port
@@ -50,9 +50,6 @@ def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     try:
         command.wait_until_ready()
         yield Client(f"http://127.0.0.1:{port}"), command
-        os.kill(command.process.pid, signal.SIGTERM)
-        command.output()
-        assert command.left() == []
     finally:
         command.clean_up()
 
@@ -297,3 +294,9 @@ def test_what_is_published_is_taken_where_a_prune_removed_what_answers(
         asking.wait_for(60)
     assert num_partial(asking, library) > 0
     assert {(a["generation"], a["partial"]) for _, _, a in asking.answers[seen + 3 :]} == {("next", False)}
+
+
+def test_nothing_is_left_after_sigkill(service: tuple[Client, Command]) -> None:
+    """The last test of this service."""
+    client, command = service
+    check_the_end(command, int(client.url.rpartition(":")[2]), "SIGKILL")

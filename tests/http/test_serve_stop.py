@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from jobs import serve as serve_job
 from tests.service import Shop
 from tests.shop import build_store
 from twotower.cluster.processes import Process, descendants, free_port, port_is_free
@@ -132,15 +133,8 @@ def _sockets(processes: set[Process], state: str, column: int) -> set[tuple[str,
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "Ctrl-C"])
-def test_nothing_is_left_after_the_end(
-    config_path: Path, tmp_path: Path, commands: list[Command], how: str
-) -> None:
-    port = free_port()
-    command = Command(tmp_path, "--config", str(config_path), "--set", f"serve.port={port}")
-    commands.append(command)
-    command.wait_until_ready()
+def check_the_end(command: Command, port: int, how: str) -> str:
+    """End a service by SIGTERM, SIGKILL or Ctrl-C; nothing may be left of it. Returns what it printed."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
         assert answer.status == 200
     # HAProxy replaces its process when it reads its configuration again, also after the first answer.
@@ -151,7 +145,7 @@ def test_nothing_is_left_after_the_end(
     names = [command_line(process.pid) for process in command.started]
     # The guard against a vacuous pass: all of these run and listen now.
     assert any("haproxy" in name for name in names)
-    assert any("Retrieval" in name for name in names)
+    assert any("ServeReplica" in name for name in names)
     addresses = listening(command.started)
     assert ("0100007F", port) in addresses
     assert not any(p == port and address != "0100007F" for address, p in addresses)
@@ -174,6 +168,16 @@ def test_nothing_is_left_after_the_end(
         assert "curl" in output
         assert lines[-1].strip() == "stopped"
         assert "Traceback" not in output
+    return output
+
+
+def test_nothing_is_left_after_sigterm(config_path: Path, tmp_path: Path, commands: list[Command]) -> None:
+    """After SIGKILL and Ctrl-C neither: so end the services of the tests of hardening and of sharding."""
+    port = free_port()
+    command = Command(tmp_path, "--config", str(config_path), "--set", f"serve.port={port}")
+    commands.append(command)
+    command.wait_until_ready()
+    check_the_end(command, port, "SIGTERM")
 
 
 def test_a_port_that_is_taken(config_path: Path, tmp_path: Path) -> None:
@@ -197,17 +201,29 @@ def test_a_port_that_is_taken(config_path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_can_not_be_served_says_so_at_once(
-    config_path: Path, tmp_path: Path, arguments: list[str], message: str
+    config_path: Path, refused: Callable[..., str], arguments: list[str], message: str
 ) -> None:
-    command = Command(tmp_path, "--config", str(config_path), *arguments)
-    output = command.output()
-    assert command.process.returncode == 2
-    assert message in output
-    assert "Traceback" not in output
-    assert "Ray:" not in output
+    assert message in refused("--config", str(config_path), *arguments)
 
 
-def test_a_generation_with_a_wrong_byte_is_not_served(tmp_path: Path) -> None:
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process; returns what it printed before it gave up without Ray."""
+
+    def no_ray(*_: object) -> None:
+        raise AssertionError("Ray was asked for in vain")
+
+    def run(*arguments: str) -> str:
+        assert serve_job.main(arguments) == 2
+        printed = capfd.readouterr().err
+        assert "Traceback" not in printed
+        return printed
+
+    monkeypatch.setattr("twotower.cluster.service._ray", no_ray)
+    return run
+
+
+def test_a_generation_with_a_wrong_byte_is_not_served(tmp_path: Path, refused: Callable[..., str]) -> None:
     config, _, generation = build_store(tmp_path)
     victim = generation / "shards" / "00001" / "index.faiss"
     content = bytearray(victim.read_bytes())
@@ -215,11 +231,7 @@ def test_a_generation_with_a_wrong_byte_is_not_served(tmp_path: Path) -> None:
     victim.write_bytes(content)
     path = tmp_path / "shop.yaml"
     path.write_text(json.dumps(config.to_json()))
-    command = Command(tmp_path, "--config", str(path))
-    output = command.output()
-    assert command.process.returncode == 2
-    assert "index.faiss is damaged" in output
-    assert "Traceback" not in output
+    assert "index.faiss is damaged" in refused("--config", str(path))
 
 
 def test_the_deploy_file_is_valid() -> None:

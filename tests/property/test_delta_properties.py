@@ -24,6 +24,8 @@ from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
+pytestmark = pytest.mark.slow
+
 GENRES = ["Comedy", "War", "Drama|Horror", "Drama|War"]
 NEW = [f"n{n}" for n in range(6)]
 

@@ -13,6 +13,8 @@ import pytest
 
 from twotower.index.parts import write_part
 
+pytestmark = pytest.mark.slow
+
 NUM_ITEMS, DIM = 300_000, 128
 
 # Pages of mapped files are the kernel's to take back: what the process itself holds is watched.

@@ -14,6 +14,8 @@ from twotower.cluster.processes import free_port
 from twotower.cluster.service import check_port
 from twotower.errors import ConfigError
 
+pytestmark = pytest.mark.sockets
+
 
 def test_a_free_port_is_fine():
     for host in ("127.0.0.1", "localhost", "0.0.0.0", ""):

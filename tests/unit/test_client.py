@@ -18,6 +18,8 @@ from tests.scripted import GOOD, Server, busy, drop, good, scripted_server, send
 from twotower.client import Client, Item, ServiceError
 from twotower.errors import ConfigError
 
+pytestmark = pytest.mark.sockets
+
 
 @pytest.fixture
 def server() -> Iterator[Server]:

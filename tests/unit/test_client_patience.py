@@ -15,6 +15,8 @@ import pytest
 from tests.scripted import BUSY, Server, busy, cut, drop, good, scripted_server, send, then
 from twotower.client import Client, ServiceError
 
+pytestmark = pytest.mark.sockets
+
 
 @pytest.fixture
 def server() -> Iterator[Server]:

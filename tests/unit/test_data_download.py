@@ -17,6 +17,8 @@ from twotower.data.sources.download import fetch_zip
 from twotower.errors import DownloadError
 from twotower.hashing import sha256_file
 
+pytestmark = pytest.mark.sockets
+
 FILE = "ml-1m.zip"
 
 

@@ -16,6 +16,8 @@ from twotower.retrieval.forget import REQUEST, forget_users
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
 
+pytestmark = pytest.mark.slow
+
 # The job kills itself before the rename of that number, or says in a file how many there were.
 JOB = """
 import os, signal, sys

@@ -23,6 +23,8 @@ from serve import frames
 from serve.frames import MAX_MESSAGE_BYTES, Address, Connection, serve_frames
 from serve.hedging import UnansweredError
 
+pytestmark = pytest.mark.sockets
+
 
 async def echo(message: bytes) -> bytes:
     return message

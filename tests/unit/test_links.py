@@ -15,6 +15,8 @@ from serve.frames import Address, Connection, serve_frames
 from serve.links import GroupLinks, Holding, ask_through, part_of
 from twotower.errors import ArtefactError
 
+pytestmark = pytest.mark.sockets
+
 Says = dict[str, dict[str, str]]
 """By name of the field of a ``Holding``."""
 LOADING: Says = {}

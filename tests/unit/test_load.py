@@ -19,6 +19,8 @@ import pytest
 from benchmarks.arrivals import percentile
 from benchmarks.load import main, run_load
 
+pytestmark = pytest.mark.sockets
+
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nRetry-After: 1\r\n\r\nbusy"
 

@@ -26,6 +26,8 @@ from twotower.cluster.processes import (
     wait_until_free,
 )
 
+pytestmark = pytest.mark.sockets
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 SLEEP = [sys.executable, "-c", "import time; time.sleep(100)"]
 STUBBORN = [

@@ -15,6 +15,8 @@ from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
+pytestmark = pytest.mark.slow
+
 # The updater kills itself before it renames something to the name in the last argument, if there is one.
 UPDATER = """
 import os, signal, sys
