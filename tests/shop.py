@@ -111,6 +111,7 @@ def make_config(root: Path) -> Config:
             "index": {
                 "num_shards": 3,
                 "max_delta_share": None,
+                "kept_history": 1_000,
                 "attributes": {
                     "genres": {"separator": "|"},
                     "year": {},

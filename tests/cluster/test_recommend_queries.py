@@ -315,7 +315,7 @@ def test_bad_rows_are_named_before_anything_is_written(
             r"column 'shoe': there is no such key; allowed: the keys k, user_id",
         ),
         ("q.csv", "user_id,fields\n1,2\n", r"name them in recommend.fields"),
-        ("q.parquet", "nothing", "can not be read"),
+        ("q.parquet", "nothing", "is not a readable file of queries"),
         ("q.txt", "1\n", r"--queries: .*q\.txt is of no kind that can be read; use \.parquet, .*\.jsonl"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_killed_sweep_goes_on_and_trains_nothing_twice(ray_local, write_config
     ("parameters", "message"),
     [
         ({"train.loss.temprature": {"values": [0.1]}}, "did you mean 'temperature'"),
-        ({BATCH: {"values": []}}, "at least 1 item"),
+        ({BATCH: {"values": []}}, "at least 1 entry"),
         (
             {BATCH: {"values": [256, 255]}, "train.num_workers": {"values": [1, 2]}},
             "global_batch_size=255 num_workers=2: ",

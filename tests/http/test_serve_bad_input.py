@@ -10,7 +10,7 @@ from tests.service import Client, Reply, Shop
 
 MAX_K = 200
 K = "an integer from 1 to 200"
-ID = "text of 1 to 1024 characters, or an integer"
+ID = "text of 1 to 1024 characters without control characters, or an integer"
 
 
 def check(reply: Reply, shop: Shop, status: int, message: str, allowed: str) -> None:

@@ -30,7 +30,7 @@ from twotower.config.service import ServeConfig
 from twotower.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 # A Ray with the dashboard, which `serve deploy` talks to, until its standard input closes. Serve keeps the
 # address that it is started with first.

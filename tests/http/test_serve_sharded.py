@@ -29,7 +29,7 @@ from twotower.retrieval.retriever import Query, Retriever
 from twotower.retrieval.store import Store
 from twotower.retrieval.update import update_items
 
-RECOVERY_S = 60
+RECOVERY_S = 180
 GROUPS, REPLICAS = 2, 2
 
 

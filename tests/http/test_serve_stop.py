@@ -23,7 +23,7 @@ from tests.shop import build_store
 from twotower.cluster.processes import Process, descendants, free_port, port_is_free
 
 ROOT = Path(__file__).parents[2]
-START_S, STOP_S = 180, 60
+START_S, STOP_S = 300, 180
 
 
 class Command:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.datasets import files_config
@@ -48,6 +48,8 @@ def test_well_formed_records_are_found_whatever_the_blocks(
 ) -> None:
     # Rows that look like no other row, so that no cell seems to have swallowed one.
     table = [[f"id {n} {'x' * n}", *row[1:]] for n, row in enumerate(table)]
+    cells = "".join(cell for row in table for cell in row)
+    assume(delimiter not in cells or not ("\n" in cells or "\r" in cells))
     out = io.StringIO(newline="")
     csv.writer(out, delimiter=delimiter, lineterminator=line_end, quoting=csv.QUOTE_ALL).writerows(table)
     data = out.getvalue().encode()

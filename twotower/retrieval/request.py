@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from twotower.errors import NotAllowedError, as_json
-from twotower.ids import MAX_ID_LENGTH, id_problem
+from twotower.ids import CONTROL, MAX_ID_LENGTH, id_problem
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.schema import MAX_WEIGHT
 
@@ -84,7 +84,7 @@ def _entry(value: Any) -> Any:
 # Larger integers are fractions to the parser of JSON.
 _ID_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH},
+        {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH, "pattern": f"^[^{CONTROL[1:-1]}]*$"},
         {"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 64) - 1},
     ]
 }
