@@ -12,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP  := $(VENV)/.installed-$(FLAVOUR)
-# Side by side, in lanes that tests/conftest.py makes: two of them have a Ray, and often wait for it.
+# Side by side: one process runs all that has a Ray, as tests/conftest.py says, and often waits for it.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TORCH   = $(shell grep '^torch==' requirements/$(FLAVOUR).txt)
 
@@ -32,7 +32,7 @@ serve: $(STAMP)  ## Serve the published generation of CONFIG on 127.0.0.1 until 
 	@$(BIN)/python -m jobs.serve --config $(CONFIG) $(ARGS)
 
 test: $(STAMP)  ## Run all tests (tests that need a GPU or the MovieLens mirror say why they do not run)
-	@$(PYTEST) -n 3
+	@$(PYTEST) -n 2
 
 test-fast: $(STAMP)  ## Run the tests that take no Ray, no sockets and little time
 	@$(PYTEST) -n 2 -m "not (cluster or http or browser or parity or sockets or slow)"

@@ -23,9 +23,9 @@ from tests.sockets import NoSockets
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
-LANES = {"http": "service", "browser": "service", "cluster": "ray"}
-"""Folders that one process of pytest-xdist runs one after the other, on one Ray; of other files any process
-runs the next."""
+LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
+"""Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
+two cores make each other time out. Of other files any process runs the next."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
