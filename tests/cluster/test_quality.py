@@ -29,7 +29,7 @@ def test_movielens_is_well_above_popularity(
     monkeypatch.setenv("TWOTOWER_MIRROR", str(mirror))
     found = metrics_of("movielens.yaml", tmp_path)
     assert found["popularity_ndcg@10"] == pytest.approx(0.0905, abs=5e-4)
-    assert found["popularity_recall@100"] == pytest.approx(0.2014, abs=5e-4)
+    assert found["popularity_recall@100"] == pytest.approx(0.2034, abs=5e-4)
     assert found["ndcg@10"] >= 0.115
     assert found["recall@100"] >= 0.30
 

@@ -198,6 +198,7 @@ def test_a_member_that_is_damaged_inside_a_complete_zip_is_named(tmp_path: Path,
         prepare(config(tmp_path, "ml-20m"))
 
 
+@pytest.mark.sockets
 def test_a_later_job_needs_no_mirror_and_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,7 +179,7 @@ from twotower.data import prepare as module
 step = sys.argv[2]
 original = getattr(module, step, None)
 def slow(*args, **kwargs):
-    result = original(*args, **kwargs) if step == "_write_items" else None
+    result = original(*args, **kwargs) if step == "write_items" else None
     print("REACHED", flush=True)
     time.sleep(600)
 if step != "none":
@@ -193,7 +193,7 @@ def start(config: Config, step: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.parametrize("step", ["read_interactions", "_write_items", "write_manifest"])
+@pytest.mark.parametrize("step", ["read_interactions", "write_items", "write_manifest"])
 def test_a_killed_prepare_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, step: str) -> None:
     source = {"kind": "generated", "num_users": 200, "num_items": 300, "num_interactions": 4_000}
     values = {"data": {"source": source}}
