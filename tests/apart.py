@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,8 @@ class Apart:
     returncode: int | None = None
 
     def __init__(self, code: str, *arguments: object, **environment: str) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._printed = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        self._folder = Path(tempfile.mkdtemp())
+        self._printed = [self._folder / name for name in ("stdout", "stderr")]
         for path in self._printed:
             path.touch()
         variables = {**os.environ, **environment}
@@ -67,7 +68,7 @@ class Apart:
         self.poll()
         self._process.close()
         out, err = (path.read_text() for path in self._printed)
-        self._folder.cleanup()
+        shutil.rmtree(self._folder)
         if not in_time:
             raise subprocess.TimeoutExpired("python", timeout, out, err)
         return out, err

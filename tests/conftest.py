@@ -48,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
         # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
         RAY_metrics_report_interval_ms="500",
+        # How long Serve waits for its proxies (seconds) before it kills them and starts others: its defaults
+        # of 5, 10 and 30 are too short for a machine on which other tests run.
+        RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
+        RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
+        RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S="120",
         MPLBACKEND="Agg",
     )
     os.environ.pop("RAY_ADDRESS", None)
