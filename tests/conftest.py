@@ -111,8 +111,9 @@ def _folder(item: pytest.Item) -> str:
 
 
 def _longest_first(items: list[pytest.Item]) -> None:
-    """Let what runs on Ray begin first, since it takes longest, and the browser follow HTTP's one service."""
-    first = ("http", "browser", "cluster")
+    """Let what runs on Ray begin first, since it takes longest; while the one service of HTTP's and the
+    browser's tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
+    first = ("cluster", "http", "browser")
     items.sort(key=lambda item: first.index(_folder(item)) if _folder(item) in first else len(first))
 
 

@@ -45,6 +45,6 @@ def test_they_follow_the_tests_over_http(order):
     items = [Item(folder) for folder in order for _ in range(2)]
     before = list(items)
     _longest_first(items)
-    assert [item.folder for item in items[:6:2]] == ["http", "browser", "cluster"]
+    assert [item.folder for item in items[:6:2]] == ["cluster", "http", "browser"]
     for folder in order:
         assert [i for i in items if i.folder == folder] == [i for i in before if i.folder == folder]
