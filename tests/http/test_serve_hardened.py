@@ -367,7 +367,8 @@ def test_deadlines_under_load(guarded: Guarded) -> None:
             elif reply.status == 503:
                 check_error(reply, 503, "overloaded")
             statuses.add(reply.status)
-    assert statuses == {200, 503, 504}
+    # A batch enters alone, by the number of its requests, so that few wait until their deadline.
+    assert {200, 503} <= statuses <= {200, 503, 504}
 
 
 def test_no_log_names_a_user_or_an_item(guarded: Guarded) -> None:
