@@ -30,7 +30,7 @@ from twotower.retrieval.update import update_items
 POINTER = "LIVE"
 THREADS = 6
 USERS = [str(u) for u in range(NUM_USERS)]
-WAIT_S = 60
+WAIT_S = 180
 
 
 @dataclass(frozen=True)
