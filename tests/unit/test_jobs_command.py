@@ -256,10 +256,12 @@ def test_the_reference_has_every_key_with_its_docstring():
     "address",
     ["", "auto", "local", "127.0.0.1:6379", "localhost:6379", "ray://127.0.0.1:10001", "[::1]:6379"],
 )
+@pytest.mark.sockets
 def test_a_relative_root_is_fine_on_this_machine(address):
     command.check_storage(load_config(), {"RAY_ADDRESS": address})
 
 
+@pytest.mark.sockets
 def test_a_relative_root_is_fine_on_this_machine_by_its_name():
     command.check_storage(
         load_config(), {"RAY_ADDRESS": f"{socket.gethostbyname(socket.gethostname())}:6379"}
@@ -268,6 +270,7 @@ def test_a_relative_root_is_fine_on_this_machine_by_its_name():
 
 # 203.0.113.0/24 is reserved for documentation.
 @pytest.mark.parametrize("address", ["203.0.113.7:6379", "ray://203.0.113.7:10001"])
+@pytest.mark.sockets
 def test_a_relative_root_on_a_remote_cluster_is_refused(address):
     with pytest.raises(ConfigError, match=r"storage.root \(runs\).*203\.0\.113\.7.*absolute"):
         command.check_storage(load_config(), {"RAY_ADDRESS": address})
