@@ -273,7 +273,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from twotower.cluster.processes import free_port
     from twotower.config import parse_config
 
-    config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"))
+    config, dataset, generation = build_store(tmp_path_factory.mktemp("shop"), kept_history=1_000)
     values = config.to_json()
     values["serve"]["port"] = free_port()
     values["serve"]["probe_every"] = 1

@@ -111,7 +111,6 @@ def make_config(root: Path) -> Config:
             "index": {
                 "num_shards": 3,
                 "max_delta_share": None,
-                "kept_history": 1_000,
                 "attributes": {
                     "genres": {"separator": "|"},
                     "year": {},
@@ -126,10 +125,12 @@ def make_config(root: Path) -> Config:
     )
 
 
-def build_store(root: Path) -> tuple[Config, Dataset, Path]:
+def build_store(root: Path, kept_history: int | None = None) -> tuple[Config, Dataset, Path]:
     """Prepare, initialise a model, build and publish."""
     write_files(root / "files")
-    config = make_config(root)
+    values = make_config(root).to_json()
+    values["index"]["kept_history"] = kept_history
+    config = parse_config(values)
     dataset = prepare(config)
     checkpoint = fresh_checkpoint(config, dataset, root / "checkpoint")
     path = plain_generation(config, dataset, checkpoint, "g1")

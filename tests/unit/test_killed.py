@@ -188,6 +188,7 @@ def mirror(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.sockets
 def test_a_killed_download(tmp_path: Path, mirror: str) -> None:
     cache = tmp_path / "cache"
 

@@ -52,6 +52,7 @@ def known(pid: int) -> Process:
     return process
 
 
+@pytest.mark.sockets
 def test_ports() -> None:
     port = free_port()
     assert port_is_free("127.0.0.1", port)
