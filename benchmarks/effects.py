@@ -35,6 +35,7 @@ BASE = "configs/movielens.yaml"
 SEEDS = (42, 43, 44)
 PROCESSES = 2
 MINED = "train.negatives.mined"
+BSL = ["train.loss.kind=bsl", "train.loss.learn_temperature=false"]
 SETTINGS: dict[str, list[str]] = {
     "base": [],
     "logQ off": ["train.loss.log_q=0"],
@@ -52,6 +53,20 @@ SETTINGS: dict[str, list[str]] = {
     "1,024 uniform negatives more": ["train.negatives.uniform=1024"],
     "memory of 4,096 candidates": ["train.negatives.memory=4096", "train.negatives.memory_start=60"],
     "symmetric loss": ["train.loss.symmetric=true"],
+    "bilateral softmax, power 1.1": [*BSL, "train.loss.bsl.negative_power=1.1"],
+    "bilateral softmax, power 1.3": [*BSL, "train.loss.bsl.negative_power=1.3"],
+    "bilateral softmax, positive side twice as warm": [
+        *BSL,
+        "train.loss.bsl.negative_power=1.1",
+        "train.loss.bsl.positive_temperature=2",
+    ],
+    "binary cross-entropy": ["train.loss.kind=bce", "train.loss.bce.offset=-9"],
+    "binary cross-entropy, not calibrated": [
+        "train.loss.kind=bce",
+        "train.loss.bce.offset=-9",
+        "train.loss.bce.calibration=0",
+    ],
+    "top-k softmax": ["train.loss.kind=slatk", "train.loss.slatk.k=5", "train.loss.slatk.width=0.3"],
     "4 mined negatives, ranks 11 to 110": [f"{MINED}.per_query=4"],
     "4 mined negatives, ranks 101 to 500": [
         f"{MINED}.per_query=4",

@@ -17,6 +17,7 @@ from twotower.training.loop import Trainer
 
 BATCH = 174  # divides by 1, 2 and 3
 
+OWN = {"uniform": 10, "memory": 150, "memory_start": 1, "explicit": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunks": {"tower_chunk_size": 23},
@@ -37,6 +38,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "batch norm": {},
     "without weights": {"loss": {"weights": "none"}},
+    "bilateral": {
+        "tower_chunk_size": 31,
+        "loss": {
+            "kind": "bsl",
+            "learn_temperature": False,
+            "bsl": {"positive_temperature": 0.7, "negative_power": 1.22},
+        },
+        "negatives": OWN,
+    },
+    "binary": {
+        "loss": {"kind": "bce", "log_q": 0.7, "bce": {"offset": -1.0}},
+        "negatives": OWN,
+    },
+    "top k": {"loss": {"kind": "slatk", "slatk": {"k": 15, "width": 0.3}}, "negatives": OWN},
 }
 
 
@@ -53,8 +68,11 @@ def variant(small_config: Config, name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare(events(small_config, tmp_path_factory.mktemp("events")))
+
+
+def events(small_config: Config, folder: Path, **feature: Any) -> Config:
     """Events of 240 users: three of four are positive, of two weights, the others are explicit negatives."""
-    folder = tmp_path_factory.mktemp("events")
     rng = np.random.default_rng(8)
     count = 5_000
     items = [f"{i},g{i % 5}|g{i % 7},word{i % 11}" for i in range(180)]
@@ -77,7 +95,9 @@ def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> D
         "events": {"buy": 1.0, "view": 0.3, "skip": "negative"},
         "items": {"path": str(folder / "items.csv"), "id": "item_id"},
     }
-    return prepare(parse_config(values))
+    for side in ("query", "item"):
+        values["features"][side][0] |= feature
+    return parse_config(values)
 
 
 @pytest.fixture(scope="module")

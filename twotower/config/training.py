@@ -9,9 +9,46 @@ from pydantic import Field, model_validator
 from twotower.config.section import NonNegativeInt, PositiveInt, Section
 
 
-class LossConfig(Section):
-    """In-batch softmax over the global batch."""
+class BilateralConfig(Section):
+    """Settings of ``kind: bsl``: loss = -r log E[exp(positive / (r t))] + p log sum of exp(negative / t)."""
 
+    positive_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """r: temperature of the positive side over ``temperature``. The expectation runs over the user's examples
+    in the batch; it matters for users with several."""
+    negative_power: Annotated[float, Field(gt=0)] = 1.1
+    """p: power of the negative side; published with 1.06 to 1.32."""
+
+
+class BinaryConfig(Section):
+    """Settings of ``kind: bce``."""
+
+    calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """t of gSASRec: 1 gives the probabilities of training on the whole catalogue, 0 does not calibrate."""
+    offset: float = 0.0
+    """Added to scores / temperature. Scores of unit vectors want about minus the logarithm of the number of
+    items, since hardly any item is a positive and a score of 0 would be one in two."""
+
+
+class TopKConfig(Section):
+    """Settings of ``kind: slatk``: an example weighs sigmoid((positive - k-th best score) / width)."""
+
+    k: PositiveInt = 20
+    """Rank among a query's candidates in the batch; k of C candidates is about rank k N / C of N items."""
+    width: Annotated[float, Field(gt=0)] = 1.0
+    """Width of the sigmoid, in scores; a very large one weighs every example alike."""
+
+
+class LossConfig(Section):
+    """The loss of queries that look for their items among the candidates of the global batch."""
+
+    kind: Literal["softmax", "bsl", "bce", "slatk"] = "softmax"
+    """Softmax with logQ correction, bilateral softmax, binary cross-entropy, or top-k softmax (SL@K)."""
+    bsl: BilateralConfig = BilateralConfig()
+    """The bilateral softmax."""
+    bce: BinaryConfig = BinaryConfig()
+    """The binary cross-entropy."""
+    slatk: TopKConfig = TopKConfig()
+    """The top-k softmax."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """Initial temperature; divides the scores."""
     learn_temperature: bool = True
@@ -28,7 +65,7 @@ class LossConfig(Section):
     """What an example weighs in the loss: as much as every other, or its interaction's weight (that of its
     event type times that of ``data.positives.weight``), where 0 is no example at all."""
     symmetric: bool = False
-    """Add the loss of each item finding its query among the batch's queries; both count half."""
+    """Add the loss of each item finding its query among the batch's queries; both count half. For softmax."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -36,6 +73,16 @@ class LossConfig(Section):
             raise ValueError(
                 f"min_temperature ({self.min_temperature}) is above temperature ({self.temperature}); "
                 "lower it"
+            )
+        if self.symmetric and self.kind != "softmax":
+            raise ValueError(
+                f"symmetric: true is a softmax over the batch's queries, and kind is {self.kind}; use "
+                "symmetric: false, or kind: softmax"
+            )
+        if self.kind == "bsl" and self.learn_temperature:
+            raise ValueError(
+                "kind: bsl falls without end as the temperature falls, so it can not be learned; use "
+                "learn_temperature: false"
             )
         return self
 
@@ -190,4 +237,22 @@ class TrainConfig(Section):
             raise ValueError(
                 f"global_batch_size ({batch}) must be divisible by num_workers ({workers}); use {fix}"
             )
+        self._check_negatives()
         return self
+
+    def _check_negatives(self) -> None:
+        """Refuse a loss that the candidates of a step leave nothing to do."""
+        own = self.negatives
+        others = self.global_batch_size - 1 + own.uniform + own.popular + own.memory
+        per_query = own.explicit + own.mined.per_query
+        kind, k = self.loss.kind, self.loss.slatk.k
+        if kind in ("bsl", "bce") and not others + per_query:
+            raise ValueError(
+                f"loss.kind: {kind} needs negatives, and global_batch_size is 1 with none drawn; use a "
+                "larger batch, or negatives.uniform"
+            )
+        if kind == "slatk" and k > others + per_query:
+            raise ValueError(
+                f"loss.slatk.k ({k}) must be below the {others + per_query + 1} candidates of a query "
+                "(global_batch_size and negatives); use a smaller k or a larger batch"
+            )
