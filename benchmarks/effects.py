@@ -67,6 +67,8 @@ SETTINGS: dict[str, list[str]] = {
         "train.loss.bce.calibration=0",
     ],
     "top-k softmax": ["train.loss.kind=slatk", "train.loss.slatk.k=5", "train.loss.slatk.width=0.3"],
+    "half-life of 180 days": ["train.loss.recency_half_life_days=180"],
+    "1 / sqrt of a user's examples": ["train.loss.activity_power=0.5"],
     "4 mined negatives, ranks 11 to 110": [f"{MINED}.per_query=4"],
     "4 mined negatives, ranks 101 to 500": [
         f"{MINED}.per_query=4",

@@ -43,12 +43,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss": {
             "kind": "bsl",
             "learn_temperature": False,
+            "recency_half_life_days": 200.0,
             "bsl": {"positive_temperature": 0.7, "negative_power": 1.22},
         },
         "negatives": OWN,
     },
     "binary": {
-        "loss": {"kind": "bce", "log_q": 0.7, "bce": {"offset": -1.0}},
+        "loss": {"kind": "bce", "log_q": 0.7, "activity_power": 0.5, "bce": {"offset": -1.0}},
         "negatives": OWN,
     },
     "top k": {"loss": {"kind": "slatk", "slatk": {"k": 15, "width": 0.3}}, "negatives": OWN},

@@ -66,6 +66,8 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("train.loss.mask_accidental_hits", False, {"train.loss.mask_known_positives": False}),
     ("train.loss.mask_known_positives", False, {}),
     ("train.loss.weights", "none", {}),
+    ("train.loss.recency_half_life_days", 0.1, {}),
+    ("train.loss.activity_power", 0.5, {}),
     ("train.loss.symmetric", True, {}),
     ("train.negatives.uniform", 9, {}),
     ("train.negatives.popular", 9, {}),

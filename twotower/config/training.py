@@ -64,6 +64,11 @@ class LossConfig(Section):
     weights: Literal["none", "interaction"] = "interaction"
     """What an example weighs in the loss: as much as every other, or its interaction's weight (that of its
     event type times that of ``data.positives.weight``), where 0 is no example at all."""
+    recency_half_life_days: Annotated[float, Field(gt=0)] | None = None
+    """Age in days that halves what an example weighs beside that; null leaves its age out. Needs times."""
+    activity_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """An example of a user with n examples also weighs n to minus this: 0 is off, 0.5 is 1 / sqrt(n), and
+    with 1 every user weighs the same."""
     symmetric: bool = False
     """Add the loss of each item finding its query among the batch's queries; both count half. For softmax."""
 
