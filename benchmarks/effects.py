@@ -67,8 +67,15 @@ SETTINGS: dict[str, list[str]] = {
         "train.loss.bce.calibration=0",
     ],
     "top-k softmax": ["train.loss.kind=slatk", "train.loss.slatk.k=5", "train.loss.slatk.width=0.3"],
+    "temperature's learning rate 1e-4": ["train.loss.temperature_learning_rate=1e-4"],
+    "temperature .2 down to .07": [
+        "train.loss.learn_temperature=false",
+        "train.loss.temperature=0.2",
+        "train.loss.final_temperature=0.07",
+    ],
     "half-life of 180 days": ["train.loss.recency_half_life_days=180"],
     "1 / sqrt of a user's examples": ["train.loss.activity_power=0.5"],
+    "weight decay of tables .1": ["train.optimizer.table_weight_decay=0.1"],
     "4 mined negatives, ranks 11 to 110": [f"{MINED}.per_query=4"],
     "4 mined negatives, ranks 101 to 500": [
         f"{MINED}.per_query=4",

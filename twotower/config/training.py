@@ -55,6 +55,10 @@ class LossConfig(Section):
     """Learn the temperature."""
     min_temperature: Annotated[float, Field(gt=0)] = 0.01
     """Floor of the learned temperature."""
+    temperature_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the temperature's logarithm; that of the towers where null."""
+    final_temperature: Annotated[float, Field(gt=0)] | None = None
+    """What a temperature that is not learned ends at, in equal steps of its logarithm; null leaves it."""
     log_q: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Strength of the logQ correction: 1 is the full one, 0 is off."""
     mask_accidental_hits: bool = True
@@ -78,6 +82,16 @@ class LossConfig(Section):
             raise ValueError(
                 f"min_temperature ({self.min_temperature}) is above temperature ({self.temperature}); "
                 "lower it"
+            )
+        if self.learn_temperature and self.final_temperature is not None:
+            raise ValueError(
+                f"final_temperature ({self.final_temperature}) is a schedule, and the temperature is "
+                "learned; use learn_temperature: false, or final_temperature: null"
+            )
+        if not self.learn_temperature and self.temperature_learning_rate is not None:
+            raise ValueError(
+                f"temperature_learning_rate ({self.temperature_learning_rate}) has no effect with "
+                "learn_temperature: false; set it to null"
             )
         if self.symmetric and self.kind != "softmax":
             raise ValueError(
@@ -164,13 +178,15 @@ class OptimizerConfig(Section):
     """AdamW for the towers, a row-wise optimiser for embedding tables."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of the towers and the temperature."""
+    """Peak learning rate of the towers, and of the temperature where ``loss`` gives it none of its own."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled weight decay of the towers."""
     table_kind: Literal["lazy_adam", "rowwise_adagrad"] = "lazy_adam"
     """Optimiser of embedding rows; only the rows of a batch are touched."""
     table_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate of embedding rows."""
+    table_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of embedding rows: a row of a batch shrinks by this times the learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rates after warm-up, down to 0 for linear and cosine."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -215,7 +215,7 @@ class Trainer:
         learning_rate = self.config.train.optimizer.learning_rate * scale
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(batch.share, gradients.loss, norm, learning_rate))
-        self.optimizers.update(gradients, norm, scale)
+        self.optimizers.update(gradients, norm, scale, (self.step + 1) / total)
         self.step += 1
         self._epoch_steps += 1
         self._epoch_done += batch.share.size
