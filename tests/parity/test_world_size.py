@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.parity.workers import assert_close, run_world, step_results
+from tests.streams import with_train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -172,6 +173,25 @@ def test_replicas_are_the_same_bits_after_100_steps(
         assert not torch.equal(tensor, before[name.removeprefix("weights.")]), f"{name} has not moved"
         for other in ranks[1:]:
             assert torch.equal(tensor, other[-1][name]), f"{name} differs between ranks"
+
+
+def test_rows_that_only_padding_reads_stay(small_config: Config, steps: list[int], tmp_path: Path) -> None:
+    """A row that is read is updated even where its gradient is zero: it decays, and moments move it."""
+    known = events(small_config, tmp_path, unknown_rate=0.0)
+    dataset = prepare(known)
+    optimizer = {"table_kind": "rowwise_adagrad", "table_weight_decay": 30.0}
+    config = with_train(known, global_batch_size=BATCH, num_workers=1, optimizer=optimizer)
+    rest = Trainer(config, dataset, World(), "train").source.rows_per_epoch - steps[-1] * BATCH
+    size = 3 if rest % 3 else 2
+    ranks = [results[0] for results in run_world([config], dataset, size, steps[-1:], tmp_path / "out")]
+    alone = Trainer(config, dataset, World(), "train")
+    before = alone.model.tables["id_of_user"].clone()
+    expected = step_results(alone, steps[-1:])[-1]
+    found = ranks[0][-1]
+    assert torch.equal(expected["weights.tables.id_of_user"][0], before[0]), "the unknown user is read"
+    for name in expected:
+        if name.startswith("weights.tables."):
+            assert_close({name: found[name]}, {name: expected[name]}, relative=1e-4)
 
 
 def test_local_negatives_alone_would_be_noticed(small_config: Config, dataset: Dataset) -> None:

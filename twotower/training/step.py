@@ -13,13 +13,13 @@ Source: Gao, Zhang, Han, Callan: Scaling deep contrastive learning batch size un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from twotower.config import Config
-from twotower.model.features import Bag
+from twotower.model.features import Bag, FeatureBatch
 from twotower.model.losses import GlobalBatch, Known, choose_loss, in_batch_softmax
 from twotower.model.towers import Side as SideName
 from twotower.model.towers import TwoTower, table_name
@@ -82,8 +82,8 @@ class Step:
         for parameter in self.parameters:
             parameter.grad = None
         sides: dict[SideName, Side] = {
-            "query": batch.queries.to(world.device),
-            "item": batch.items.to(world.device),
+            "query": _without_padding(batch.queries).to(world.device),
+            "item": _without_padding(batch.items).to(world.device),
         }
         touched = TouchedRows(self._tables, [bag for s in sides for bag in self._bags(s, sides[s])])
         query = _Pass(self, "query", sides["query"], touched)
@@ -226,6 +226,24 @@ class _Pass:
         for chunk in self._chunks:
             graph = self._embed(chunk) if self._graph is None else self._graph
             graph.backward(self.out.grad[chunk])
+
+
+def _without_padding(rows: Side) -> Side:
+    """Return rows of which padding looks up nothing.
+
+    A row of a table that is read is updated, by its moments and by decay, even where its gradient is zero:
+    which rows padding reads must not depend on the number of workers.
+    """
+    if bool(rows.valid.all()):
+        return rows
+    gone = ~rows.valid[:, None]
+    features: FeatureBatch = {
+        name: Bag(value.ids.masked_fill(gone, -1), value.weights.masked_fill(gone, 0))
+        if isinstance(value, Bag)
+        else value
+        for name, value in rows.features.items()
+    }
+    return replace(rows, features=features)
 
 
 def low_precision(config: Config, device: torch.device) -> bool:
