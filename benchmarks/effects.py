@@ -35,6 +35,7 @@ BASE = "configs/movielens.yaml"
 SEEDS = (42, 43, 44)
 PROCESSES = 2
 MINED = "train.negatives.mined"
+BSL = ["train.loss.kind=bsl", "train.loss.learn_temperature=false"]
 SETTINGS: dict[str, list[str]] = {
     "base": [],
     "logQ off": ["train.loss.log_q=0"],
@@ -52,6 +53,29 @@ SETTINGS: dict[str, list[str]] = {
     "1,024 uniform negatives more": ["train.negatives.uniform=1024"],
     "memory of 4,096 candidates": ["train.negatives.memory=4096", "train.negatives.memory_start=60"],
     "symmetric loss": ["train.loss.symmetric=true"],
+    "bilateral softmax, power 1.1": [*BSL, "train.loss.bsl.negative_power=1.1"],
+    "bilateral softmax, power 1.3": [*BSL, "train.loss.bsl.negative_power=1.3"],
+    "bilateral softmax, positive side twice as warm": [
+        *BSL,
+        "train.loss.bsl.negative_power=1.1",
+        "train.loss.bsl.positive_temperature=2",
+    ],
+    "binary cross-entropy": ["train.loss.kind=bce", "train.loss.bce.offset=-9"],
+    "binary cross-entropy, not calibrated": [
+        "train.loss.kind=bce",
+        "train.loss.bce.offset=-9",
+        "train.loss.bce.calibration=0",
+    ],
+    "top-k softmax": ["train.loss.kind=slatk", "train.loss.slatk.k=5", "train.loss.slatk.width=0.3"],
+    "temperature's learning rate 1e-4": ["train.loss.temperature_learning_rate=1e-4"],
+    "temperature .2 down to .07": [
+        "train.loss.learn_temperature=false",
+        "train.loss.temperature=0.2",
+        "train.loss.final_temperature=0.07",
+    ],
+    "half-life of 180 days": ["train.loss.recency_half_life_days=180"],
+    "1 / sqrt of a user's examples": ["train.loss.activity_power=0.5"],
+    "weight decay of tables .1": ["train.optimizer.table_weight_decay=0.1"],
     "4 mined negatives, ranks 11 to 110": [f"{MINED}.per_query=4"],
     "4 mined negatives, ranks 101 to 500": [
         f"{MINED}.per_query=4",

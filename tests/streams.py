@@ -55,6 +55,7 @@ def uneven_dataset(root: Path) -> tuple[Config, Dataset]:
     }
     pq.write_table(pa.table(columns), dataset.path / "interactions.parquet", row_group_size=64)
     manifest = json.loads((dataset.path / "manifest.json").read_text())
+    manifest["as_of"] = int(columns["time"].max())
     manifest["files"]["interactions.parquet"] = (dataset.path / "interactions.parquet").stat().st_size
     (dataset.path / "manifest.json").write_text(json.dumps(manifest))
     replaced = Dataset.open(dataset.path)

@@ -1,6 +1,7 @@
 """A whole step against plain autograd on dense tables and a dense matrix of logits, in value and gradient."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,19 +52,39 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
     place = iter(range(b + drawn, len(items)))
     own_vectors = {(q, h): items[next(place)] for q, h in zip(*np.nonzero(own >= 0), strict=True)}
     total = torch.zeros((), dtype=torch.float64)
+    per_user = {}
     for q in np.flatnonzero(valid):
-        logits = []
+        logits, counts_as = [], []
         for c, item in enumerate(shared):
             same = item == rows[q] and c != q
             if item < 0 or same or (c != q and (item in known[q] or item in own[q])):
                 continue
-            logits.append(queries[q] @ candidates[c] / temperature - LOG_Q * np.log(expected[item]))
+            score = queries[q] @ candidates[c] / temperature
             if c == q:
-                positive = logits[-1]
+                positive = score
+                if config.train.loss.kind != "softmax":
+                    continue
+                positive = positive - LOG_Q * np.log(expected[item])
+            logits.append(score)
+            counts_as.append(-LOG_Q * np.log(expected[item]))
         for (at, _h), vector in own_vectors.items():
             if at == q:
-                logits.append(queries[q] @ vector / temperature + np.log(negatives.own_weight))
-        total = total + weight[q] * (torch.logsumexp(torch.stack(logits), 0) - positive)
+                logits.append(queries[q] @ vector / temperature)
+                counts_as.append(np.log(negatives.own_weight))
+        z, shift = torch.stack(logits), torch.tensor(counts_as, dtype=torch.float64)
+        if config.train.loss.kind == "bce":
+            # Expected negatives of a step over the other items of the catalogue.
+            rate = (valid.sum() - 1 + filled + drawn) / (len(counts) - 1)
+            beta = rate * (0.6 * (1 - 1 / rate) + 1 / rate)
+            count = (shift + LOG_Q * np.log(rate)).exp()
+            loss = -beta * torch.sigmoid(positive).log() - (count * torch.sigmoid(-z).log()).sum()
+            total = total + weight[q] * loss
+            continue
+        if config.train.loss.kind == "bsl":
+            per_user.setdefault(int(users[q]), []).append((weight[q], positive / 0.7))
+            total = total + weight[q] * 1.3 * torch.logsumexp(z + shift, 0)
+            continue
+        total = total + weight[q] * (torch.logsumexp(z + shift, 0) - positive)
         # The item looks for its query; other queries of its owners are none of its negatives.
         back = []
         for other in np.flatnonzero(valid):
@@ -75,22 +96,34 @@ def oracle(trainer: Trainer, batch: Batch, memory: tuple[torch.Tensor, torch.Ten
                 mine = back[-1]
         total = total + weight[q] * (torch.logsumexp(torch.stack(back), 0) - mine)
     assert len({int(u) for u in users[valid]}) < valid.sum(), "no user twice: nothing of his was left out"
-    return total / (2 * weight.sum())
+    for mine in per_user.values():
+        share = sum(w for w, _ in mine)
+        total = total - 0.7 * share * torch.log(sum(w * x.exp() for w, x in mine) / share)
+    return total / (2 if config.train.loss.symmetric else 1) / weight.sum()
 
 
 def batch_step(trainer: Trainer) -> int:
     return trainer.source.steps_per_epoch - 1
 
 
-@pytest.mark.parametrize("chunk", [None, 19])
-def test_a_step_equals_the_oracle(chunk: int | None, small_config: Config, small_dataset: Dataset) -> None:
+LOSSES: dict[str, dict[str, Any]] = {
+    "softmax": {"symmetric": True},
+    "bsl": {"learn_temperature": False, "bsl": {"positive_temperature": 0.7, "negative_power": 1.3}},
+    "bce": {"bce": {"calibration": 0.6}},
+}
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("softmax", None), ("softmax", 19), ("bsl", 19), ("bce", None)])
+def test_a_step_equals_the_oracle(
+    kind: str, chunk: int | None, small_config: Config, small_dataset: Dataset
+) -> None:
     torch.set_num_threads(1)
     values = copy.deepcopy(small_config.to_json())
     values["model"]["query_tower"]["dropout"] = 0.2
     values["train"] |= {
         "global_batch_size": 61,
         "tower_chunk_size": chunk,
-        "loss": {"symmetric": True, "log_q": LOG_Q, "temperature": 0.2},
+        "loss": {"kind": kind, "log_q": LOG_Q, "temperature": 0.2, **LOSSES[kind]},
         "negatives": {
             "uniform": 8,
             "popular": 5,

@@ -23,6 +23,7 @@ from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import Trainer, memory_source
 from twotower.training.stream import StreamSource
+from twotower.training.weights import Factors
 
 BATCH = 42
 STEPS = [0, 3, 7]
@@ -67,7 +68,8 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]:
             num_workers=1,
             stream_buffer_rows=200,
             negatives={"explicit": 2, "uniform": 6},
-            loss={"symmetric": True},
+            # Times are 0 to 59 microseconds.
+            loss={"symmetric": True, "recency_half_life_days": 20 / 86.4e9, "activity_power": 0.5},
         ),
         dataset,
     )
@@ -96,8 +98,10 @@ def test_together_the_ranks_yield_an_epoch_once_in_as_many_shares(
 
 
 def test_every_rank_knows_the_rows_of_all(uneven: tuple[Config, Dataset], ranks: list[dict]) -> None:
-    examples = Examples.of(uneven[1], TowerInputs(uneven[1]), "train")
+    factors = Factors.of(uneven[0].train.loss, uneven[1])
+    examples = Examples.of(uneven[1], TowerInputs(uneven[1]), "train", factors=factors)
     of_key = {int(k): n for n, k in enumerate(keys(examples, np.arange(len(examples))))}
+    assert len(np.unique(examples.weights(np.arange(len(examples))))) > 300
     for step in range(len(ranks[0]["rows"][0])):
         for rank in ranks[1:]:
             for mine, theirs in zip(ranks[0]["rows"][0][step], rank["rows"][0][step], strict=True):

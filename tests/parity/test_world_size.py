@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.parity.workers import assert_close, run_world, step_results
+from tests.streams import with_train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -17,6 +18,7 @@ from twotower.training.loop import Trainer
 
 BATCH = 174  # divides by 1, 2 and 3
 
+OWN = {"uniform": 10, "memory": 150, "memory_start": 1, "explicit": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunks": {"tower_chunk_size": 23},
@@ -37,6 +39,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "batch norm": {},
     "without weights": {"loss": {"weights": "none"}},
+    "bilateral": {
+        "tower_chunk_size": 31,
+        "loss": {
+            "kind": "bsl",
+            "learn_temperature": False,
+            "recency_half_life_days": 200.0,
+            "bsl": {"positive_temperature": 0.7, "negative_power": 1.22},
+        },
+        "negatives": OWN,
+    },
+    "binary": {
+        "loss": {"kind": "bce", "log_q": 0.7, "activity_power": 0.5, "bce": {"offset": -1.0}},
+        "negatives": OWN,
+    },
+    "top k": {"loss": {"kind": "slatk", "slatk": {"k": 15, "width": 0.3}}, "negatives": OWN},
 }
 
 
@@ -53,8 +70,11 @@ def variant(small_config: Config, name: str) -> Config:
 
 @pytest.fixture(scope="module")
 def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare(events(small_config, tmp_path_factory.mktemp("events")))
+
+
+def events(small_config: Config, folder: Path, **feature: Any) -> Config:
     """Events of 240 users: three of four are positive, of two weights, the others are explicit negatives."""
-    folder = tmp_path_factory.mktemp("events")
     rng = np.random.default_rng(8)
     count = 5_000
     items = [f"{i},g{i % 5}|g{i % 7},word{i % 11}" for i in range(180)]
@@ -77,7 +97,9 @@ def dataset(small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> D
         "events": {"buy": 1.0, "view": 0.3, "skip": "negative"},
         "items": {"path": str(folder / "items.csv"), "id": "item_id"},
     }
-    return prepare(parse_config(values))
+    for side in ("query", "item"):
+        values["features"][side][0] |= feature
+    return parse_config(values)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +173,25 @@ def test_replicas_are_the_same_bits_after_100_steps(
         assert not torch.equal(tensor, before[name.removeprefix("weights.")]), f"{name} has not moved"
         for other in ranks[1:]:
             assert torch.equal(tensor, other[-1][name]), f"{name} differs between ranks"
+
+
+def test_rows_that_only_padding_reads_stay(small_config: Config, steps: list[int], tmp_path: Path) -> None:
+    """A row that is read is updated even where its gradient is zero: it decays, and moments move it."""
+    known = events(small_config, tmp_path, unknown_rate=0.0)
+    dataset = prepare(known)
+    optimizer = {"table_kind": "rowwise_adagrad", "table_weight_decay": 30.0}
+    config = with_train(known, global_batch_size=BATCH, num_workers=1, optimizer=optimizer)
+    rest = Trainer(config, dataset, World(), "train").source.rows_per_epoch - steps[-1] * BATCH
+    size = 3 if rest % 3 else 2
+    ranks = [results[0] for results in run_world([config], dataset, size, steps[-1:], tmp_path / "out")]
+    alone = Trainer(config, dataset, World(), "train")
+    before = alone.model.tables["id_of_user"].clone()
+    expected = step_results(alone, steps[-1:])[-1]
+    found = ranks[0][-1]
+    assert torch.equal(expected["weights.tables.id_of_user"][0], before[0]), "the unknown user is read"
+    for name in expected:
+        if name.startswith("weights.tables."):
+            assert_close({name: found[name]}, {name: expected[name]}, relative=1e-4)
 
 
 def test_local_negatives_alone_would_be_noticed(small_config: Config, dataset: Dataset) -> None:

@@ -5,9 +5,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.parity.loss_kinds import compare_kind
 from tests.parity.loss_oracle import INPUTS, compare_with_dense, make_case
-from twotower.model import loss_masks, losses
-from twotower.model.losses import in_batch_softmax
+from twotower.model import loss_masks
+from twotower.model.losses import Known, blocks, in_batch_softmax
 
 cases = st.builds(
     make_case,
@@ -28,11 +29,41 @@ def test_equals_a_dense_matrix(case: dict, mask: bool, with_known: bool, rows: i
     if not case["own_QHD"].numel():
         case |= {"own_QHD": None, "own_log_q_QH": None}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_BLOCK_BYTES", 0)
-        patch.setattr(losses, "_FEWEST_ROWS", rows)
+        patch.setattr(blocks, "_BLOCK_BYTES", 0)
+        patch.setattr(blocks, "_FEWEST_ROWS", rows)
         patch.setattr(loss_masks, "_PAIRS_AT_ONCE", pairs)
         smallest = compare_with_dense(case)
     assume(smallest > 1e-3)  # hypothesis complains when most cases compare nothing
+
+
+kinds = st.one_of(
+    st.builds(
+        lambda r, p: ("bsl", {"positive_temperature": r, "negative_power": p}),
+        st.floats(0.3, 3),
+        st.floats(0.5, 2),
+    ),
+    st.builds(
+        lambda t, offset: ("bce", {"calibration": t, "offset": offset}), st.floats(0, 1), st.floats(-4, 2)
+    ),
+    st.builds(lambda k, w: ("slatk", {"k": k, "width": w}), st.integers(1, 50), st.floats(0.1, 3)),
+)
+
+
+@given(cases, kinds, st.booleans(), st.booleans(), st.integers(1, 30))
+@settings(max_examples=40, deadline=None)
+def test_other_losses_equal_loops(
+    case: dict, kind: tuple[str, dict], mask: bool, with_known: bool, rows: int
+) -> None:
+    case |= {"mask_accidental_hits": mask} | ({} if with_known else {"known": None})
+    if not case["own_QHD"].numel():
+        case |= {"own_QHD": None, "own_log_q_QH": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_BLOCK_BYTES", 0)
+        patch.setattr(blocks, "_FEWEST_ROWS", rows)
+        # In float64: the two sides of a gradient may nearly cancel.
+        case = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in case.items()}
+        smallest = compare_kind(kind[0], case, 1e-8, **kind[1])
+    assume(smallest > 1e-3)
 
 
 @given(cases, st.integers(1, 20), st.integers(1, 60))
@@ -42,8 +73,8 @@ def test_block_sizes_change_nothing(case: dict, rows: int, pairs: int) -> None:
     for block_rows, pairs_at_once in ((1000, 1000), (rows, pairs)):
         inputs = {name: case[name].clone().requires_grad_() for name in INPUTS}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(losses, "_BLOCK_BYTES", 0)
-            patch.setattr(losses, "_FEWEST_ROWS", block_rows)
+            patch.setattr(blocks, "_BLOCK_BYTES", 0)
+            patch.setattr(blocks, "_FEWEST_ROWS", block_rows)
             patch.setattr(loss_masks, "_PAIRS_AT_ONCE", pairs_at_once)
             loss = in_batch_softmax(**case | inputs)
             loss.backward()
@@ -66,7 +97,7 @@ def test_items_that_find_their_queries(seed: int, num_pairs: int, dim: int) -> N
     case = make_case(seed, num_pairs, num_pairs, dim, 0, 0, 0) | {
         "positive_Q": torch.arange(num_pairs),
         "candidate_ids_C": items,
-        "known": losses.Known(offsets, torch.cat(keys), users),
+        "known": Known(offsets, torch.cat(keys), users),
         "own_QHD": None,
         "own_log_q_QH": None,
     }
@@ -81,7 +112,7 @@ def test_the_order_of_candidates_does_not_matter(case: dict, head: list[int]) ->
     known = case["known"]
     moved = {name: case[name][order] for name in ("candidates_CD", "log_q_C", "candidate_ids_C")} | {
         "positive_Q": order.argsort()[case["positive_Q"]],
-        "known": losses.Known(known.offsets, known.keys, known.candidate_keys[order]),
+        "known": Known(known.offsets, known.keys, known.candidate_keys[order]),
     }
     torch.testing.assert_close(
         in_batch_softmax(**case | moved), in_batch_softmax(**case), rtol=2e-6, atol=1e-6

@@ -18,9 +18,11 @@ from twotower.data.prepare import prepare
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.schema import KINDS, SPLITS
+from twotower.training.checks import check_sizes
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import Trainer
+from twotower.training.weights import Factors
 
 
 def trained(config: Config, dataset: Dataset, **loss: Any) -> tuple[dict[str, torch.Tensor], float]:
@@ -146,3 +148,46 @@ def test_a_profile_takes_weights_up_to_one_and_loss_weights_do_not_change_it(
     torch.testing.assert_close(batches[0.5] * 2, batches[1.0])
     heavy, one = (trained(small_config, with_weights(small_dataset, [w])) for w in (100.0, 1.0))
     assert same(heavy[0], one[0])
+
+
+def test_recency_and_activity_are_factors_of_the_weight(small_config: Config, small_dataset: Dataset) -> None:
+    dataset = with_weights(small_dataset, [0.25, 1.0, 3.0])
+    log, inputs = dataset.interactions, TowerInputs(dataset)
+    day = 86_400e6
+    fitted = (log.split == SPLITS["train"]) & (log.kind == KINDS["positive"])
+    fitted &= log.item_row < dataset.num_catalogue_items
+    users, times, weights = (x[fitted].tolist() for x in (log.user_row, log.time, log.weight))
+    for interaction in (True, False):
+        values = {"recency_half_life_days": 40.0, "activity_power": 0.5}
+        loss = with_train(small_config, loss=values).train.loss
+        factors = Factors.of(loss, dataset)
+        examples = Examples.of(dataset, inputs, "train", False, interaction, factors)
+        found = examples.weights(np.arange(len(examples)))
+        latest = max(log.time.tolist())
+        wanted = [
+            (weight if interaction else 1.0) * 0.5 ** ((latest - time) / day / 40) / users.count(user) ** 0.5
+            for user, time, weight in zip(users, times, weights, strict=True)
+        ]
+        assert found.tolist() == pytest.approx(wanted, rel=1e-9)
+        assert examples.weights(np.array([-1, 3])).tolist() == [0, found[3]]
+    assert Factors.of(small_config.train.loss, dataset) is None
+
+
+def test_old_examples_keep_their_share_of_a_batch_of_old_ones(
+    small_config: Config, small_dataset: Dataset
+) -> None:
+    """A half-life of a millisecond: far below the smallest float, and every batch has a loss."""
+    dataset = with_weights(small_dataset, [1e-45, 1e15])
+    weights, loss = trained(small_config, dataset, recency_half_life_days=1 / 86.4e6, activity_power=1.0)
+    assert np.isfinite(loss)
+    assert loss > 0
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_ages_of_a_dataset_without_times_are_refused(small_config: Config, small_dataset: Dataset) -> None:
+    dataset = Dataset.open(small_dataset.path)
+    dataset.manifest = dataset.manifest | {"has_times": False, "as_of": None}
+    config = with_train(small_config, loss={"recency_half_life_days": 30.0})
+    with pytest.raises(TrainingError, match=r"recency_half_life_days is 30, and dataset .* has no times"):
+        check_sizes(config, dataset, 10_000)
+    check_sizes(config, small_dataset, 10_000)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from twotower.model import loss_masks, losses
-from twotower.model.losses import Known, in_batch_softmax
+from twotower.model import loss_masks
+from twotower.model.losses import Known, blocks, in_batch_softmax
 
 Q, C, D, H = 5, 9, 4, 3
 
@@ -210,8 +210,8 @@ def test_backward_scales_by_the_incoming_gradient_and_can_run_twice() -> None:
 
 
 def test_the_same_inputs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_BLOCK_BYTES", 0)
-    monkeypatch.setattr(losses, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(blocks, "_FEWEST_ROWS", 2)
     b = batch(own_QHD=torch.randn(Q, H, D), mask_accidental_hits=True)
     b["known"] = every_key([12, 15], b["candidate_ids_C"])
     names = ("queries_QD", "candidates_CD", "temperature", "own_QHD")
@@ -239,7 +239,7 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
 
 
 def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_fastest_linear", lambda x: F.linear)  # which autocast would change
+    monkeypatch.setattr(blocks, "fastest_linear", lambda x: F.linear)  # which autocast would change
     b = batch()
     plain = in_batch_softmax(**b), *gradients(b, "queries_QD", "candidates_CD")
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -41,6 +41,10 @@ MEMORY: Settings = {"train.negatives.memory": 60, "train.negatives.memory_start"
 STREAM: Settings = {"train.ingest": "stream", "train.stream_buffer_rows": 100}
 # A temperature that falls.
 HOT: Settings = {"train.epochs": 4, "train.loss.temperature": 5.0, "train.optimizer.learning_rate": 0.03}
+FIXED: Settings = {"train.loss.learn_temperature": False}
+BSL: Settings = FIXED | {"train.loss.kind": "bsl"}
+BCE: Settings = {"train.loss.kind": "bce"}
+SLATK: Settings = {"train.loss.kind": "slatk"}
 # Key, another value, and what stands beside it both times.
 CASES: list[tuple[str, Any, Settings]] = [
     ("train.epochs", 3, {}),
@@ -48,13 +52,24 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("train.ingest", "stream", {}),
     ("train.stream_buffer_rows", 40, STREAM),
     ("train.precision", "bfloat16", {}),
+    ("train.loss.kind", "bce", {}),
+    ("train.loss.bsl.positive_temperature", 3.0, BSL),
+    ("train.loss.bsl.negative_power", 1.4, BSL),
+    ("train.loss.bce.calibration", 0.2, BCE),
+    ("train.loss.bce.offset", -2.0, BCE),
+    ("train.loss.slatk.k", 5, SLATK),
+    ("train.loss.slatk.width", 0.1, SLATK),
     ("train.loss.temperature", 0.2, {}),
     ("train.loss.learn_temperature", False, {}),
     ("train.loss.min_temperature", 4.9, HOT),
+    ("train.loss.temperature_learning_rate", 0.1, {}),
+    ("train.loss.final_temperature", 0.3, FIXED),
     ("train.loss.log_q", 0.5, {}),
     ("train.loss.mask_accidental_hits", False, {"train.loss.mask_known_positives": False}),
     ("train.loss.mask_known_positives", False, {}),
     ("train.loss.weights", "none", {}),
+    ("train.loss.recency_half_life_days", 0.1, {}),
+    ("train.loss.activity_power", 0.5, {}),
     ("train.loss.symmetric", True, {}),
     ("train.negatives.uniform", 9, {}),
     ("train.negatives.popular", 9, {}),
@@ -73,6 +88,7 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("train.optimizer.weight_decay", 0.1, {}),
     ("train.optimizer.table_kind", "rowwise_adagrad", {}),
     ("train.optimizer.table_learning_rate", 0.01, {}),
+    ("train.optimizer.table_weight_decay", 0.5, {}),
     ("train.optimizer.schedule", "linear", {}),
     ("train.optimizer.warmup_share", 0.5, {}),
     ("train.optimizer.max_grad_norm", 0.1, {}),

@@ -101,6 +101,32 @@ def test_only_touched_rows_move_and_state_comes_back(kind, dtype: torch.dtype) -
     assert torch.equal(tables["t"], other["t"])
 
 
+@pytest.mark.parametrize("kind", ["lazy_adam", "rowwise_adagrad"])
+def test_weight_decay_shrinks_touched_rows_before_their_update(kind) -> None:
+    start, ids, grad = torch.randn(R, E), torch.tensor([2, 5, 30]), torch.randn(3, E)
+    moved = {}
+    for decay in (0.0, 0.4):
+        moved[decay] = {"t": start.clone()}
+        TableOptimizer(moved[decay], kind, 0, decay).step({"t": (ids, grad)}, 0.1)
+    wanted = moved[0.0]["t"].clone()
+    wanted[ids] -= 0.1 * 0.4 * start[ids]
+    torch.testing.assert_close(moved[0.4]["t"], wanted)
+    assert (moved[0.4]["t"] != moved[0.0]["t"]).any(1).nonzero().flatten().tolist() == ids.tolist()
+
+
+def test_lazy_adam_with_decay_equals_adamw_where_every_row_is_touched() -> None:
+    start = torch.randn(R, E)
+    ours, theirs = {"t": start.clone()}, torch.nn.Parameter(start.clone())
+    optimizer = TableOptimizer(ours, "lazy_adam", weight_decay=0.3)
+    reference = torch.optim.AdamW([theirs], lr=0.03, weight_decay=0.3)
+    for step in range(5):
+        grad = torch.randn(R, E, generator=torch.Generator().manual_seed(step))
+        optimizer.step({"t": (torch.arange(R), grad)}, 0.03)
+        theirs.grad = grad
+        reference.step()
+    torch.testing.assert_close(ours["t"], theirs.data)
+
+
 def test_rowwise_adagrad_by_hand() -> None:
     tables = {"t": torch.zeros(3, 2)}
     optimizer = TableOptimizer(tables, "rowwise_adagrad")

@@ -11,7 +11,7 @@ from tests.streams import with_weights
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules
-from twotower.errors import TrainingError
+from twotower.errors import ConfigError, TrainingError
 from twotower.model.checkpoint import weights_of
 from twotower.model.features import Bag
 from twotower.schema import KINDS, SPLITS
@@ -229,6 +229,78 @@ def test_the_learned_temperature_stays_above_its_floor(small_config: Config, sma
     )
     fixed.run_epoch()
     assert fixed.model.log_temperature.exp().item() == pytest.approx(0.07, rel=1e-6)
+
+
+def test_the_temperature_has_a_learning_rate_of_its_own(small_config: Config, small_dataset: Dataset) -> None:
+    moved, towers = {}, {}
+    for rate in (None, 1e-3, 1e-5, 1e-2):
+        loss = {"temperature": 0.1, "temperature_learning_rate": rate}
+        config = with_train(small_config, loss=loss, optimizer={"learning_rate": 1e-3})
+        trainer = Trainer(config, small_dataset, World(), "train")
+        gradients = trainer.compute.gradients(trainer.assemble(next(trainer.source.shares(0)), 0))
+        trainer.optimizers.update(gradients, 1.0, 0.5)
+        moved[rate] = abs(trainer.model.log_temperature.item() - np.log(0.1))
+        towers[rate] = trainer.model.towers.query.output.weight.detach().clone()
+    # Adam's first step is the learning rate, here half of its peak.
+    assert moved[1e-5] == pytest.approx(5e-6, rel=0.05)
+    assert moved[1e-2] == pytest.approx(5e-3, rel=1e-3)
+    assert moved[None] == moved[1e-3] == pytest.approx(5e-4, rel=1e-2)
+    assert all(torch.equal(weight, towers[None]) for weight in towers.values())
+
+
+def test_a_temperature_with_a_schedule_ends_where_it_says(
+    small_config: Config, small_dataset: Dataset
+) -> None:
+    loss = {"temperature": 0.2, "learn_temperature": False, "final_temperature": 0.05}
+    trainer = Trainer(with_train(small_config, loss=loss, epochs=2), small_dataset, World(), "train")
+    found: list[float] = []
+    for _ in range(2):
+        trainer.run_epoch(lambda report: found.append(report.temperature))
+    steps = 2 * trainer.source.steps_per_epoch
+    assert found == pytest.approx([0.2 * (1 / 4) ** ((n + 1) / steps) for n in range(steps)], rel=1e-5)
+
+
+def test_resuming_with_all_guards_equals_not_stopping(
+    small_config: Config, small_dataset: Dataset, tmp_path: Path
+) -> None:
+    loss = {
+        "kind": "bsl",
+        "learn_temperature": False,
+        "final_temperature": 0.05,
+        "recency_half_life_days": 30.0,
+        "activity_power": 0.5,
+    }
+    config = with_train(small_config, loss=loss, optimizer={"table_weight_decay": 0.1}, epochs=2)
+    whole = Trainer(config, small_dataset, World(), "train")
+    saved = tmp_path / "state.pt"
+
+    def save(report: StepReport) -> None:
+        if report.step == 5:
+            torch.save((whole.state_dict(), weights_of(whole.model), whole.best_weights), saved)
+
+    for _ in range(2):
+        whole.run_epoch(save)
+    second = Trainer(config, small_dataset, World(), "train")
+    second.load_state_dict(*torch.load(saved, weights_only=True))
+    while second.epoch < 2:
+        second.run_epoch()
+    for name, tensor in weights_of(whole.model).items():
+        assert torch.equal(tensor, weights_of(second.model)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"final_temperature": 0.1}, "final_temperature .* is a schedule, and the temperature is learned"),
+        (
+            {"learn_temperature": False, "temperature_learning_rate": 0.1},
+            "temperature_learning_rate .* has no effect",
+        ),
+    ],
+)
+def test_a_temperature_is_learned_or_has_a_schedule(loss: dict, message: str, small_config: Config) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_train(small_config, loss=loss)
 
 
 def test_no_example_sees_itself_or_what_came_later(small_dataset: Dataset) -> None:

@@ -160,6 +160,43 @@ def test_every_item_counts_once_on_average(name: str, prepared: tuple[Config, Da
         assert (total[counts == 0] == 0).all()  # only what is drawn reaches items without examples
 
 
+@pytest.mark.parametrize("name", ["in-batch", "all", "mined, weight .5"])
+def test_every_item_counts_once_in_a_binary_cross_entropy_too(
+    name: str, prepared: tuple[Config, Dataset]
+) -> None:
+    """Once over the sampling rate: the loss of the catalogue times that rate is what it estimates."""
+    mixture = {"memory_start": 0} | MIXTURES[name]
+    trainer = make_trainer(prepared, negatives=mixture, loss={"kind": "bce"})
+    trainer.model.log_temperature.data.zero_()
+    examples = trainer.source.examples
+    total, times = np.zeros(NUM_ITEMS), np.zeros(NUM_ITEMS)
+    for batch in batches(trainer):
+        bag = batch.items.features["item_id"]
+        assert isinstance(bag, Bag)
+        items = torch.nn.functional.one_hot(bag.ids[:, 0] - 1, NUM_ITEMS).float()
+        rows = batch.share.rows
+        zeros = torch.zeros(len(rows), NUM_ITEMS, requires_grad=True)
+        trainer.compute._in_batch(batch, zeros, items, torch.ones(len(rows))).backward()
+        assert zeros.grad is not None
+        rate = ((batch.candidate_rows >= 0).sum().item() - 1) / (NUM_ITEMS - 1)
+        # The slope at a score of 0 is a half.
+        counts = 2 * zeros.grad.double().numpy() / rate
+        open_ = np.ones((len(rows), NUM_ITEMS), bool)
+        offsets, known = examples.known_positives(rows)
+        open_[np.repeat(np.arange(len(rows)), np.diff(offsets)), known] = False
+        own = trainer.assemble._own(batch.share)
+        query, place = np.nonzero(own >= 0)
+        is_own = np.zeros_like(open_)
+        is_own[query, own[query, place]] = True
+        np.testing.assert_allclose(counts[is_own], trainer.config.train.negatives.own_weight, rtol=1e-3)
+        total += (counts * (open_ & ~is_own)).sum(0)
+        times += (open_ & ~is_own).sum(0)
+    item_counts = trainer.source.item_counts()
+    drawn = mixture.get("uniform", 0) + mixture.get("popular", 0) > 0
+    order = np.argsort(item_counts, kind="stable")
+    assert_once_each(total, times, order if drawn else order[item_counts[order] > 0])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_small_batches_do_not_count_their_own_positive(batch: int, prepared: tuple[Config, Dataset]) -> None:
     trainer = make_trainer(prepared, negatives={"uniform": 24}, global_batch_size=batch)

@@ -71,6 +71,11 @@ class Config(Section):
                 f"train.negatives.mined.per_query ({self.train.negatives.mined.per_query}) needs the "
                 "interactions in memory, and train.ingest is stream; use ingest: memory, or per_query: 0"
             )
+        if self.train.loss.kind == "bsl" and not self.model.normalize:
+            raise ValueError(
+                "train.loss.kind: bsl falls without end as scores grow, so it needs unit vectors; use "
+                "model.normalize: true, or another kind"
+            )
         source = self.data.source
         if self.split.kind == "given" and isinstance(source, FilesSource) and source.columns.split is None:
             raise ValueError("split.kind: given needs data.source.columns.split, the column that says so")

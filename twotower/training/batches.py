@@ -37,8 +37,8 @@ class Share:
     """[W, b] int64, the users of all ranks, -1 padding."""
     user_counts: IntArray
     """[W, b] int64, how many examples each of these users has."""
-    weights: npt.NDArray[np.float32]
-    """[W, b] float32, what each of these examples weighs in the loss, 0 for padding."""
+    weights: npt.NDArray[np.float64]
+    """[W, b] float64, what each of these examples weighs in the loss, 0 for padding."""
 
     @property
     def size(self) -> int:
@@ -50,8 +50,7 @@ class Share:
 
         In double precision until the end: equal weights give 1 / ``size`` to the bit, however small they are.
         """
-        weights = self.weights.astype(np.float64)
-        return (weights[rank] / weights.sum()).astype(np.float32)
+        return (self.weights[rank] / self.weights.sum()).astype(np.float32)
 
 
 class MemorySource:

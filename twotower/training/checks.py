@@ -34,10 +34,11 @@ def require_same_model(model: TwoTower, weights: dict[str, torch.Tensor], what: 
 
 
 def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
-    """Check that batch, explicit negatives and the mined window are to be had.
+    """Check that batch, ages, explicit negatives and the mined window are to be had.
 
     Raises:
-        TrainingError: there are fewer examples than a batch, no negatives, or fewer items than the window.
+        TrainingError: there are fewer examples than a batch, no times, no negatives, or fewer items than the
+            window.
     """
     num_items = dataset.num_catalogue_items
     batch, workers = config.train.global_batch_size, config.train.num_workers
@@ -48,6 +49,12 @@ def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
             remedy = "there is nothing to train on: look at data and split"
         raise TrainingError(
             f"train.global_batch_size ({batch}) is above the {num_examples} training interactions; {remedy}"
+        )
+    half_life = config.train.loss.recency_half_life_days
+    if half_life is not None and not dataset.has_times:
+        raise TrainingError(
+            f"train.loss.recency_half_life_days is {half_life:g}, and dataset {dataset.path} has no times; "
+            "declare them (data.source.columns.time), or set it to null"
         )
     explicit = config.train.negatives.explicit
     if explicit and not dataset.counts["kinds"]["negative"]:

@@ -30,6 +30,7 @@ from twotower.model.features import (
 )
 from twotower.schema import SPLITS
 from twotower.training.explicit import ExplicitNegatives
+from twotower.training.weights import Factors
 
 Fit = Literal["train", "all"]
 IntArray = npt.NDArray[np.int64]
@@ -75,6 +76,7 @@ class Examples:
         user_rows: IntArray | None = None,
         with_explicit: bool = False,
         weighted: bool = True,
+        factors: Factors | None = None,
     ) -> None:
         """Take the fitted interactions of some users.
 
@@ -84,6 +86,7 @@ class Examples:
             user_rows: row in the user table of each user of ``fitted``; the same number when not given.
             with_explicit: keep their negative interactions too, for ``explicit_negatives``.
             weighted: look at the weights of interactions; otherwise every one is an example that weighs 1.
+            factors: of the weights, beside those of interactions.
         """
         self.inputs = inputs
         self.histories = Histories.of(fitted)
@@ -92,6 +95,7 @@ class Examples:
             np.arange(self.histories.num_users, dtype=np.int32), np.diff(self.histories.offsets)
         )
         self._weighted = weighted
+        self._factors = factors
         is_example = self.histories.item_rows < inputs.num_catalogue_items
         if weighted:
             is_example &= self.histories.weights > 0
@@ -112,6 +116,7 @@ class Examples:
         fit: Fit,
         with_explicit: bool = False,
         weighted: bool = True,
+        factors: Factors | None = None,
     ) -> Examples:
         """Return all examples of a dataset's fitted split.
 
@@ -121,11 +126,12 @@ class Examples:
             fit: the train split, or every interaction.
             with_explicit: keep negative interactions too.
             weighted: look at the weights of interactions.
+            factors: of the weights, beside those of interactions.
 
         Raises:
             TrainingError: there is none.
         """
-        examples = cls(inputs, fitted_part(dataset.interactions, fit), None, with_explicit, weighted)
+        examples = cls(inputs, fitted_part(dataset.interactions, fit), None, with_explicit, weighted, factors)
         if len(examples) == 0:
             raise no_examples(dataset, fit, weighted)
         return examples
@@ -151,10 +157,16 @@ class Examples:
         counts = self._user_counts[self._user_of[self._positions(examples)]]
         return np.where(examples < 0, 0, counts)
 
-    def weights(self, examples: IntArray) -> npt.NDArray[np.float32]:
-        """Return what examples [B] weigh in the loss, float32, 0 for padding."""
-        weights = self.histories.weights[self._positions(examples)] if self._weighted else np.float32(1)
-        return np.where(examples < 0, np.float32(0), weights)
+    def weights(self, examples: IntArray) -> npt.NDArray[np.float64]:
+        """Return what examples [B] weigh in the loss, float64, 0 for padding."""
+        positions = self._positions(examples)
+        weights = np.ones(len(examples))
+        if self._weighted:
+            weights = self.histories.weights[positions].astype(np.float64)
+        if self._factors is not None:
+            counts = self._user_counts[self._user_of[positions]]
+            weights *= self._factors(self.histories.times[positions], counts)
+        return np.where(examples < 0, 0.0, weights)
 
     def item_counts(self) -> IntArray:
         """Return how many examples each catalogue item has, [num_catalogue_items] int64."""

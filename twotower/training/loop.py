@@ -35,6 +35,7 @@ from twotower.training.negatives import CandidateMemory, CandidateSampler
 from twotower.training.optim import Optimizers, schedule
 from twotower.training.step import Step
 from twotower.training.validation import validate, validation_queries
+from twotower.training.weights import Factors
 
 
 class Source(Protocol):
@@ -214,7 +215,7 @@ class Trainer:
         learning_rate = self.config.train.optimizer.learning_rate * scale
         if not (math.isfinite(gradients.loss) and math.isfinite(norm)):
             raise TrainingError(self._diverged(batch.share, gradients.loss, norm, learning_rate))
-        self.optimizers.update(gradients, norm, scale)
+        self.optimizers.update(gradients, norm, scale, (self.step + 1) / total)
         self.step += 1
         self._epoch_steps += 1
         self._epoch_done += batch.share.size
@@ -348,5 +349,6 @@ def memory_source(
 ) -> MemorySource:
     """Return the source that holds all interactions in memory."""
     weighted = config.train.loss.weights == "interaction"
-    examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0, weighted)
+    factors = Factors.of(config.train.loss, dataset)
+    examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0, weighted, factors)
     return MemorySource(examples, dataset.interactions, config.train.global_batch_size, world, config.seed)

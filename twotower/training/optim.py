@@ -30,7 +30,12 @@ class Optimizers:
             lr=self._settings.learning_rate,
             fused=self._temperature.is_cuda,
         )
-        self._tables = TableOptimizer(dict(model.tables.items()), self._settings.table_kind, config.seed)
+        self._tables = TableOptimizer(
+            dict(model.tables.items()),
+            self._settings.table_kind,
+            config.seed,
+            self._settings.table_weight_decay,
+        )
 
     @torch.no_grad()
     def gradient_norm(self, gradients: Gradients) -> float:
@@ -40,15 +45,16 @@ class Optimizers:
         rows = [grad for _, grad in gradients.tables.values() if grad.numel()]
         return float(torch.stack(torch._foreach_norm([*dense, *rows])).norm())
 
-    def update(self, gradients: Gradients, norm: float, scale: float) -> None:
+    def update(self, gradients: Gradients, norm: float, scale: float, progress: float = 0.0) -> None:
         """Apply a step's gradients.
 
         Args:
             gradients: of the global batch; those of the dense part are in ``.grad``.
             norm: from ``gradient_norm``.
             scale: share of the peak learning rates.
+            progress: share of all steps that are done with this one, for a temperature that has a schedule.
         """
-        settings = self._settings
+        settings, loss = self._settings, self._loss
         shrink = 1.0
         if settings.max_grad_norm is not None and norm > settings.max_grad_norm:
             shrink = settings.max_grad_norm / norm
@@ -57,12 +63,19 @@ class Optimizers:
                     parameter.grad.mul_(shrink)
         if not self._loss.learn_temperature:
             self._temperature.grad = None
-        for group in self._dense.param_groups:
-            group["lr"] = settings.learning_rate * scale
+        towers, temperature = self._dense.param_groups
+        towers["lr"] = temperature["lr"] = settings.learning_rate * scale
+        if loss.temperature_learning_rate is not None:
+            temperature["lr"] = loss.temperature_learning_rate * scale
         self._dense.step()
         self._tables.step(gradients.tables, settings.table_learning_rate * scale, shrink)
         with torch.no_grad():
-            self._temperature.clamp_(min=math.log(self._loss.min_temperature))
+            if loss.final_temperature is not None:
+                # A function of the step alone, so that a resumed run has the same.
+                first, last = math.log(loss.temperature), math.log(loss.final_temperature)
+                self._temperature.fill_(first + (last - first) * progress)
+            else:
+                self._temperature.clamp_(min=math.log(loss.min_temperature))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both optimisers."""

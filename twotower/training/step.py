@@ -13,20 +13,21 @@ Source: Gao, Zhang, Han, Callan: Scaling deep contrastive learning batch size un
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from twotower.config import Config
-from twotower.model.features import Bag
-from twotower.model.losses import Known, in_batch_softmax
+from twotower.model.features import Bag, FeatureBatch
+from twotower.model.losses import GlobalBatch, Known, choose_loss, in_batch_softmax
 from twotower.model.towers import Side as SideName
 from twotower.model.towers import TwoTower, table_name
 from twotower.training.assembly import Batch, Side
 from twotower.training.batches import Share
 from twotower.training.collectives import (
     World,
+    gather,
     gather_ragged,
     gather_with_gradient,
     reduce_gradients,
@@ -59,6 +60,7 @@ class Step:
         self._world = world
         self._memory = memory
         self._loss = config.train.loss
+        self._loss_of = choose_loss(config.train.loss)
         self._chunk = config.train.tower_chunk_size
         self._tables = dict(model.tables.items())
         towers: dict[SideName, torch.nn.Module] = {"query": model.towers.query, "item": model.towers.item}
@@ -80,8 +82,8 @@ class Step:
         for parameter in self.parameters:
             parameter.grad = None
         sides: dict[SideName, Side] = {
-            "query": batch.queries.to(world.device),
-            "item": batch.items.to(world.device),
+            "query": _without_padding(batch.queries).to(world.device),
+            "item": _without_padding(batch.items).to(world.device),
         }
         touched = TouchedRows(self._tables, [bag for s in sides for bag in self._bags(s, sides[s])])
         query = _Pass(self, "query", sides["query"], touched)
@@ -122,7 +124,7 @@ class Step:
             known = Known(batch.left_out[0].to(device), batch.left_out[1].to(device), candidate_rows)
         # On a rank its b positives come first, then its drawn candidates; ranks follow each other.
         positive = world.rank * batch.num_shared + torch.arange(b, device=device)
-        loss = in_batch_softmax(
+        loss = self._loss_of(
             queries,
             candidates,
             positive,
@@ -134,9 +136,21 @@ class Step:
             known=known,
             own_QHD=own,
             own_log_q_QH=own_log_q,
+            whole=lambda: self._whole(batch.share),
         )
         self._remember(batch, shared)
         return loss
+
+    def _whole(self, share: Share) -> GlobalBatch:
+        """Return what a loss may ask of the global batch."""
+        world, device = self._world, self._world.device
+        return GlobalBatch(
+            _on(device, share.user_rows.ravel()),
+            _on(device, np.concatenate([share.loss_weights(rank) for rank in range(world.size)])),
+            world.rank * len(share.rows),
+            lambda x: gather(x, world),
+            share.examples.inputs.num_catalogue_items,
+        )
 
     def _item_to_query(
         self, share: Share, queries: torch.Tensor, items: torch.Tensor, weight: torch.Tensor
@@ -212,6 +226,24 @@ class _Pass:
         for chunk in self._chunks:
             graph = self._embed(chunk) if self._graph is None else self._graph
             graph.backward(self.out.grad[chunk])
+
+
+def _without_padding(rows: Side) -> Side:
+    """Return rows of which padding looks up nothing.
+
+    A row of a table that is read is updated, by its moments and by decay, even where its gradient is zero:
+    which rows padding reads must not depend on the number of workers.
+    """
+    if bool(rows.valid.all()):
+        return rows
+    gone = ~rows.valid[:, None]
+    features: FeatureBatch = {
+        name: Bag(value.ids.masked_fill(gone, -1), value.weights.masked_fill(gone, 0))
+        if isinstance(value, Bag)
+        else value
+        for name, value in rows.features.items()
+    }
+    return replace(rows, features=features)
 
 
 def low_precision(config: Config, device: torch.device) -> bool:

@@ -32,6 +32,7 @@ from twotower.schema import SPLITS
 from twotower.training.batches import Share
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, Fit, TowerInputs, fitted_part, no_examples
+from twotower.training.weights import Factors
 
 IntArray = npt.NDArray[np.int64]
 ReadBlocks = Callable[[list[Block]], Iterator[Interactions]]
@@ -93,6 +94,7 @@ class StreamSource:
         self._share_rows = config.train.global_batch_size // world.size
         self._with_explicit = config.train.negatives.explicit > 0
         self._weighted = config.train.loss.weights == "interaction"
+        self._factors = Factors.of(config.train.loss, dataset)
         self._buffer_rows = config.train.stream_buffer_rows
         block_rows = min(max(self._buffer_rows // _BLOCKS_OF_BUFFER, 1), _LARGEST_BLOCK)
         split = None if fit == "all" else SPLITS["train"]
@@ -161,7 +163,9 @@ class StreamSource:
         for number in range(first_pool, len(pools)):
             random = np.random.default_rng([self._seed, _POOL_ORDER, epoch, number, self._world.rank])
             columns, order = self._fill(carried, pools[number], read, random)
-            examples = Examples(self._inputs, *_renumbered(columns), self._with_explicit, self._weighted)
+            examples = Examples(
+                self._inputs, *_renumbered(columns), self._with_explicit, self._weighted, self._factors
+            )
             if number == first_pool:
                 order = order[skipped:]
             if number == len(pools) - 1:
@@ -196,15 +200,13 @@ class StreamSource:
     def _share(self, examples: Examples, rows: IntArray) -> Share:
         numbers = (examples.item_rows(rows), examples.user_rows(rows), examples.user_counts(rows))
         # The bits of the weights, so that one collective takes all.
-        mine = np.stack([*numbers, examples.weights(rows).astype(np.float64).view(np.int64)])
+        mine = np.stack([*numbers, examples.weights(rows).view(np.int64)])
         everyone = [torch.from_numpy(mine)]
         if self._group is not None:
             everyone = [torch.empty(mine.shape, dtype=torch.int64) for _ in range(self._world.size)]
             dist.all_gather(everyone, torch.from_numpy(mine), group=self._group)
         item_rows, user_rows, user_counts, bits = torch.stack(everyone, dim=1).numpy()
-        return Share(
-            examples, rows, item_rows, user_rows, user_counts, bits.view(np.float64).astype(np.float32)
-        )
+        return Share(examples, rows, item_rows, user_rows, user_counts, bits.view(np.float64))
 
     def _is_example(self, columns: Columns) -> npt.NDArray[np.bool_]:
         return is_example(columns, self._inputs.num_catalogue_items, self._weighted)

@@ -167,20 +167,29 @@ class TableOptimizer:
     too much memory, rowwise_adagrad needs four bytes a row.
     """
 
-    def __init__(self, tables: Mapping[str, torch.Tensor], kind: TableKind, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tables: Mapping[str, torch.Tensor],
+        kind: TableKind,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+    ) -> None:
         """Make fresh state: two moments [R, E] for lazy_adam, one sum [R] for rowwise_adagrad.
 
         Args:
             tables: by name, [R, E]; updated in place.
             kind: of optimiser.
             seed: of the rounding of tables of lower precision.
+            weight_decay: each touched row is first multiplied by 1 - learning rate x this.
 
         Source: Duchi, Hazan, Singer: Adaptive subgradient methods (2011), with one sum for a row;
-            Kingma, Ba: Adam (2015), algorithm 1, with moments that only move when their row is touched.
+            Kingma, Ba: Adam (2015), algorithm 1, with moments that only move when their row is touched;
+            Loshchilov, Hutter: Decoupled weight decay regularization (ICLR 2019), algorithm 2, for the decay.
         """
         self._tables = dict(tables)
         self._kind = kind
         self._seed = seed
+        self._weight_decay = weight_decay
         self._steps = 0
         self._state: dict[str, torch.Tensor] = {}
         for name, table in self._tables.items():
@@ -210,6 +219,8 @@ class TableOptimizer:
             for ids_b, grad_b in zip(ids.split(each), grad.split(each), strict=True):
                 update = self._adam if self._kind == "lazy_adam" else self._adagrad
                 rows = table.index_select(0, ids_b).float()
+                if self._weight_decay:
+                    rows.mul_(1 - learning_rate * self._weight_decay)
                 rows.sub_(update(name, ids_b, grad_b * scale).mul_(learning_rate))
                 if table.dtype != torch.float32:
                     keys = row_keys(self._seed, self._steps, ids_b, _ROUNDING_STREAM + number)
