@@ -91,12 +91,18 @@ def test_a_stretch_ends_where_its_last_reader_reads_and_has_one_name_everywhere(
 
 def test_windows_are_shuffled_as_a_whole() -> None:
     windows, examples, _ = windows_of(histories(), "times")
-    order = windows.shuffled(np.random.default_rng(5))
-    assert sorted(order) == list(range(len(examples)))
+    everyone = np.arange(len(examples))
+    order = windows.shuffled(np.random.default_rng(5), everyone)
+    assert sorted(order) == everyone.tolist()
     window = np.searchsorted(windows.first, order, side="right") - 1
     changes = np.count_nonzero(window[1:] != window[:-1])
     assert changes == len(windows) - 1
     assert window.tolist() != sorted(window)
+    some = everyone[20:90:3]
+    part = windows.shuffled(np.random.default_rng(5), some)
+    assert sorted(part) == some.tolist()
+    window = np.searchsorted(windows.first, part, side="right") - 1
+    assert np.count_nonzero(window[1:] != window[:-1]) == len(set(window.tolist())) - 1
 
 
 def test_histories_of_queries_are_stretches_of_their_own() -> None:

@@ -153,13 +153,20 @@ class Windows:
             (user_rows[reads[seen]] << _USER_BITS) + self.place[distinct],
         )
 
-    def shuffled(self, random: np.random.Generator) -> IntArray:
-        """Return the numbers of all examples, [n] int64: window after window, windows in random order."""
-        order = random.permutation(len(self))
-        lengths = np.diff(self.first)[order]
+    def shuffled(self, random: np.random.Generator, among: IntArray) -> IntArray:
+        """Return numbers of examples window after window, windows in random order, [m] int64.
+
+        Args:
+            random: generator; the order follows from it and from the windows that are read.
+            among: [m] int64 numbers of examples, ascending.
+        """
+        window = np.searchsorted(self.first, among, side="right") - 1
+        _, first, counts = np.unique(window, return_index=True, return_counts=True)
+        order = random.permutation(len(first))
+        lengths = counts[order]
         ends = np.cumsum(lengths)
-        begins: IntArray = np.repeat(self.first[:-1][order] - (ends - lengths), lengths)
-        return np.arange(len(self.known)) + begins
+        ordered: IntArray = among[np.arange(len(among)) + np.repeat(first[order] - (ends - lengths), lengths)]
+        return ordered
 
 
 def stride_of(length: int) -> int:

@@ -199,14 +199,8 @@ class Examples:
             random: generator.
             among: numbers that are wanted, ascending; all where not given.
         """
-        if self._windows is None:
-            return random.permutation(len(self) if among is None else among)
-        order = self._windows.shuffled(random)
-        if among is None:
-            return order
-        wanted = np.zeros(len(self), np.bool_)
-        wanted[among] = True
-        return order[wanted[order]]
+        among = np.arange(len(self)) if among is None else among
+        return random.permutation(among) if self._windows is None else self._windows.shuffled(random, among)
 
     def latest_queries(self, users: IntArray) -> FeatureBatch:
         """Return the query tower's input for users [B] after all of their fitted interactions."""
