@@ -34,6 +34,7 @@ from twotower.model.sequences import gap_classes, make_sequences
 from twotower.model.towers import TwoTower
 from twotower.schema import HistoryFeature, TransformerSpec
 from twotower.training.examples import Examples, TowerInputs
+from twotower.training.preflight import problems
 
 LENGTH, WIDTH, ITEMS = 9, 12, 40
 KINDS = {"attention": ATTENTION, "transformer": TRANSFORMER}
@@ -299,3 +300,25 @@ def test_gaps_without_times_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TrainingError, match=r"time_gaps, and dataset .* has no times; set it to"):
         TowerInputs(prepare(config))
+    found = [str(problem) for problem in problems(config, prepare(config), "train")]
+    assert any("transformer.time_gaps" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    "other", [{"blocks": 3}, {"heads": 2}, {"feed_forward": 3}, {"dropout": 0.1}, {"time_gaps": True}]
+)
+def test_every_size_of_the_transformer_matters(other: dict[str, Any]) -> None:
+    stretches = random_stretches(20)
+    keys = row_keys(1, 2, torch.from_numpy(stretches.names), 3)
+
+    def outcome(sizes: TransformerSpec) -> torch.Tensor:
+        spec = HistoryFeature(
+            name="h", dim=WIDTH, max_length=LENGTH, pooling="transformer", transformer=sizes
+        )
+        torch.manual_seed(4)
+        sequences = make_sequences(stretches, LENGTH, None, sizes.time_gaps)
+        return encode(make_encoder(spec, 0.3).train(), sequences.keyed(keys))
+
+    plain = TransformerSpec(blocks=2, heads=3, feed_forward=2, dropout=0.4)
+    assert torch.equal(outcome(plain), outcome(plain))
+    assert not torch.allclose(outcome(plain), outcome(plain.model_copy(update=other)))

@@ -32,12 +32,12 @@ class FeaturesConfig(Section):
         if len(item_ids) > 1 or sum(isinstance(f, IdFeature) for f in self.query) > 1:
             raise ValueError("a side has at most one feature of type id")
         encoded = [f for f in self.query if isinstance(f, HistoryFeature) and f.encoded]
-        if len({f.max_length for f in encoded}) > 1:
-            raise ValueError(
-                f"history features {encoded[0].name!r} and {encoded[1].name!r} are read as sequences of "
-                f"max_length {encoded[0].max_length} and {encoded[1].max_length}; give all such features the "
-                "same max_length"
-            )
+        for one in encoded:
+            if one.max_length != encoded[0].max_length:
+                raise ValueError(
+                    f"history features {encoded[0].name!r} and {one.name!r} are read as sequences of "
+                    f"max_length {encoded[0].max_length} and {one.max_length}; give all such features the same"
+                )
         for f in self.query:
             if isinstance(f, HistoryFeature) and f.share:
                 if not item_ids:

@@ -181,7 +181,10 @@ class TwoTower(nn.Module):
         for feature in features:
             name, value = feature.spec.name, batch[feature.spec.name]
             if isinstance(value, Sequences):
-                items = lookup(table_name(side, feature), value.items)
+                bag = value.items
+                items = bag.weights.new_zeros(0, self.tables[table_name(side, feature)].shape[1])
+                if len(bag.ids):
+                    items = lookup(table_name(side, feature), bag)
                 parts.append(self.towers.query.encoders[f"of_{name}"](items, value))
             else:
                 parts.append(lookup(table_name(side, feature), value) if isinstance(value, Bag) else value)

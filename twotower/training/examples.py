@@ -24,6 +24,7 @@ from twotower.errors import TrainingError
 from twotower.model.batch import FeatureBatch
 from twotower.model.features import Columns, QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.schema import SPLITS
+from twotower.training.checks import check_times
 from twotower.training.explicit import ExplicitNegatives
 
 Fit = Literal["train", "all"]
@@ -46,11 +47,7 @@ class TowerInputs:
         self.order: Order = "none"
         if dataset.has_times:
             self.order = "rows" if dataset.ties == "order" else "times"
-        if dataset.schema.time_gaps and not dataset.has_times:
-            raise TrainingError(
-                f"a history feature has transformer.time_gaps, and dataset {dataset.path} has no times; "
-                "set it to false"
-            )
+        check_times(dataset)
         self._item_columns = encode_columns(dataset.schema.item, dataset.item_table())
         self._user_columns = encode_columns(dataset.schema.query, dataset.user_table())
         self._queries = QueryFeatures(dataset.schema, profile_values(dataset.schema, self._item_columns))
