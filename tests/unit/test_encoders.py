@@ -266,7 +266,7 @@ def test_two_sequences_have_one_length(tmp_path: Path) -> None:
     values["features"]["query"][1]["pooling"] = "attention"
     second = {"name": "other", "type": "history", "dim": 8, "share": False, "pooling": "transformer"}
     values["features"]["query"].append(second)
-    with pytest.raises(ConfigError, match="max_length 6 and 50; give all such features the same"):
+    with pytest.raises(ConfigError, match="max_length 6 and 50; give all such the same"):
         parse_config(values)
     values["features"]["query"][-1]["max_length"] = 6
     write_files(tmp_path / "files")

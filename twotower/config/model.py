@@ -36,7 +36,7 @@ class FeaturesConfig(Section):
             if one.max_length != encoded[0].max_length:
                 raise ValueError(
                     f"history features {encoded[0].name!r} and {one.name!r} are read as sequences of "
-                    f"max_length {encoded[0].max_length} and {one.max_length}; give all such features the same"
+                    f"max_length {encoded[0].max_length} and {one.max_length}; give all such the same one"
                 )
         for f in self.query:
             if isinstance(f, HistoryFeature) and f.share:
