@@ -162,9 +162,20 @@ def test_dropout_is_a_function_of_seed_step_and_stretch() -> None:
     for other in (dropped(2, 2, names), dropped(1, 3, names), dropped(1, 2, names + 1)):
         assert not (first - other)[knows].abs().amax(1).eq(0).any()
     assert torch.equal(encode(module.eval(), sequences.keyed(names)), encode(module, sequences))
-    # Items of one stretch have masks of their own.
     mean = torch.stack([dropped(5, step, names) for step in range(300)]).mean(0)
     assert (mean - without)[knows].abs().mean() < 0.35 * (first - without)[knows].abs().mean()
+
+
+def test_every_item_of_a_stretch_has_a_mask_of_its_own() -> None:
+    module, stretches = encoder_of("transformer").train(), random_stretches(40)
+    sequences = make_sequences(stretches, LENGTH, None)
+    found: list[torch.Tensor] = []
+    module.dropout.register_forward_hook(lambda _, __, out: found.append(out == 0))
+    encode(module, sequences.keyed(row_keys(1, 2, torch.from_numpy(stretches.names), 3)))
+    items = found[0][sequences.stretch.flatten() >= 0]
+    assert len(items) == len(stretches.item_rows)
+    assert len(items.unique(dim=0)) > 0.9 * len(items)  # of 4,096 masks some come twice
+    assert items.float().mean().item() == pytest.approx(0.4, abs=0.03)
 
 
 @pytest.fixture(scope="module", params=["times", "rows", "random"])
