@@ -103,7 +103,10 @@ def quality(dataset: str, overrides: list[str], seed: int) -> dict[str, float]:
     inputs = query_inputs(opened, held.user_rows)
     length = opened.schema.max_history
     rows, weights = inputs.histories.before(np.arange(len(held)), None, length)
-    features = QueryFeatures(opened.schema, inputs.profiles)(held.user_rows, inputs.columns, rows, weights)
+    times = inputs.histories.times_before(np.arange(len(held)), None, length)
+    features = QueryFeatures(opened.schema, inputs.profiles)(
+        held.user_rows, inputs.columns, rows, weights, times
+    )
     queries = trainer.model.encode_queries(features).numpy()
     sums = MetricSums([10, 100])
     sums.add(

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import measure
 from twotower.config import ModelConfig, TowerConfig
-from twotower.model.features import Bag, QueryFeatures, item_batch
+from twotower.model.batch import Bag
+from twotower.model.features import QueryFeatures, item_batch
 from twotower.model.losses import in_batch_softmax
 from twotower.model.towers import TwoTower
 from twotower.schema import FeatureSchema, FittedFeature, IdFeature

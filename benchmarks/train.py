@@ -3,6 +3,9 @@
 ``ray_over_bare``: one Ray Train worker through ``twotower.cluster.train``, with its usual reports, against a
 bare torch loop over the same examples, features, model, loss and optimisers.
 
+``sequence_ray_over_bare``: the same with a causal transformer over the history (2 blocks, d = 64, L = 50) and
+batches of 128 windows of 50 positions.
+
 ``two_over_ceiling``: two one-thread workers against two processes that run at the same time and share
 nothing, each doing one worker's part of the step (its half of the rows against all candidates).
 
@@ -27,7 +30,7 @@ from benchmarks import measure
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
-from twotower.model.features import Bag, forget
+from twotower.model.batch import Bag, bag_of, forget
 from twotower.model.losses import Known, in_batch_softmax
 from twotower.model.towers import TwoTower, table_name
 from twotower.training.collectives import World
@@ -35,10 +38,11 @@ from twotower.training.examples import Examples, TowerInputs
 from twotower.training.tables import TableOptimizer, TouchedRows
 
 WARM_UP = 20
-ONE_BY_S, TWO_BY_S = 300, 560
-"""Seconds from the start after which no further repeat of one worker, of two workers, begins."""
+ONE_BY_S, SEQUENCE_BY_S, TWO_BY_S = 220, 400, 600
+"""Seconds from the start after which no further repeat of one worker, with sequences, of two begins."""
 FEWEST = 3
 DIM = 128
+SEQUENCE_DIM, LENGTH, WINDOWS = 64, 50, 128
 UNKNOWN_RATE = 0.05
 
 
@@ -80,6 +84,28 @@ def configuration(root: str, interactions: int, batch: int, workers: int, every:
     )
 
 
+def sequence_configuration(root: str, interactions: int, windows: int, every: int = 20) -> Config:
+    """Return a transformer over histories of about 50 items: one epoch, no step checkpoints."""
+    values = configuration(root, interactions, windows * LENGTH, 1, every).to_json()
+    values["data"]["source"]["num_users"] = interactions // LENGTH
+    tower = {"hidden": [], "norm": "none", "dropout": 0.0, "residual": "id"}
+    values["features"] = {
+        "query": [
+            {
+                "name": "history",
+                "type": "history",
+                "dim": SEQUENCE_DIM,
+                "max_length": LENGTH,
+                "pooling": "transformer",
+                "transformer": {"blocks": 2, "heads": 1, "dropout": 0.0},
+            }
+        ],
+        "item": [{"name": "item_id", "type": "id", "dim": SEQUENCE_DIM, "unknown_rate": UNKNOWN_RATE}],
+    }
+    values["model"] = {"embedding_dim": SEQUENCE_DIM, "query_tower": tower, "item_tower": tower}
+    return parse_config(values)
+
+
 class Bare:
     """The plain loop: one process, no Ray, nothing reported."""
 
@@ -105,9 +131,9 @@ class Bare:
         self.log_q = torch.from_numpy(
             np.log(np.maximum(self.examples.item_counts(), 1) / len(self.examples)).astype(np.float32)
         )
-        self.order = np.random.default_rng(0).permutation(len(self.examples))
+        self.order = self.examples.shuffled(np.random.default_rng(0))
         self.foreign = np.random.default_rng(1).choice(self.examples.item_rows(self.order), foreign)
-        self.foreign_vectors = torch.nn.functional.normalize(torch.randn(foreign, DIM))
+        self.foreign_vectors = torch.nn.functional.normalize(torch.randn(foreign, config.model.embedding_dim))
         self.at = 0
 
     def step(self) -> float:
@@ -122,9 +148,9 @@ class Bare:
         assert isinstance(bag, Bag)
         items["item_id"] = forget(bag, torch.rand(len(rows)) < UNKNOWN_RATE)
         schema = self.model.schema
-        bags = [(table_name("query", f), queries[f.spec.name]) for f in schema.query]
-        bags += [(table_name("item", f), items[f.spec.name]) for f in schema.item]
-        touched = TouchedRows(self.weights, [(n, b) for n, b in bags if isinstance(b, Bag)])
+        bags = [(table_name("query", f), bag_of(queries[f.spec.name])) for f in schema.query]
+        bags += [(table_name("item", f), bag_of(items[f.spec.name])) for f in schema.item]
+        touched = TouchedRows(self.weights, [(n, b) for n, b in bags if b is not None])
         q = self.model.towers.query(self.model.inputs("query", queries, touched.lookup))
         c = self.model.towers.item(self.model.inputs("item", items, touched.lookup))
         candidate_rows = np.concatenate([item_rows, self.foreign])
@@ -206,29 +232,45 @@ def main() -> None:
 
     steps, repeats = (40, 1) if quick else (200, 9)
     two_steps, two_repeats = (10, 1) if quick else (30, 5)
-    small, large = (256, 1024) if quick else (1024, 8192)
-    found: dict[str, list[float]] = {"bare": [], "ray": [], "ceiling": [], "two": []}
+    sequence_steps, sequence_repeats = (10, 1) if quick else (30, 7)
+    small, large, windows = (256, 1024, 16) if quick else (1024, 8192, WINDOWS)
+    names_of_runs = ("bare", "ray", "bare_sequence", "ray_sequence", "ceiling", "two")
+    found: dict[str, list[float]] = {name: [] for name in names_of_runs}
     with tempfile.TemporaryDirectory() as root:
         one = configuration(root, round(small * (steps + WARM_UP + 1) * 1.15), small, 1)
         two = configuration(root, round(large * (two_steps + 12) * 1.15), large, 2, every=10)
-        data = {1: prepare(one), 2: prepare(two)}
+        positions = windows * LENGTH
+        sequence = sequence_configuration(root, round(positions * (sequence_steps + 12) * 1.15), windows, 10)
+        data = {1: prepare(one), 2: prepare(two), "sequence": prepare(sequence)}
         with session(one):
             found["bare"].append(bare(one, data[1], steps, 1))
             while another(len(found["ray"]), repeats, ONE_BY_S):
                 found["ray"].append(through_ray(one, data[1], WARM_UP, WARM_UP + steps))
                 found["bare"].append(bare(one, data[1], steps, 1))
+            found["bare_sequence"].append(bare(sequence, data["sequence"], sequence_steps, 1))
+            while another(len(found["ray_sequence"]), sequence_repeats, SEQUENCE_BY_S):
+                last = 10 + sequence_steps // 10 * 10
+                found["ray_sequence"].append(through_ray(sequence, data["sequence"], 10, last))
+                found["bare_sequence"].append(bare(sequence, data["sequence"], sequence_steps, 1))
             while another(len(found["two"]), two_repeats, TWO_BY_S):
                 found["ceiling"].append(bare(two, data[2], two_steps, 2))
                 found["two"].append(through_ray(two, data[2], 10, 10 + two_steps // 10 * 10))
+
     # The machine's speed drifts: Ray's run is held against the mean of the bare ones before and after it.
-    around = [(a + b) / 2 for a, b in pairwise(found["bare"])]
+    def over_bare(ray: str, bare: str) -> list[float]:
+        around = [(a + b) / 2 for a, b in pairwise(found[bare])]
+        return [a / b for a, b in zip(found[ray], around, strict=True)]
+
     ratios = {
-        "ray_over_bare": [a / b for a, b in zip(found["ray"], around, strict=True)],
+        "ray_over_bare": over_bare("ray", "bare"),
+        "sequence_ray_over_bare": over_bare("ray_sequence", "bare_sequence"),
         "two_over_ceiling": [a / b for a, b in zip(found["two"], found["ceiling"], strict=True)],
     }
     names = {
         "bare": f"bare loop, batch {small}",
         "ray": f"one Ray Train worker, batch {small}",
+        "bare_sequence": f"bare loop, {windows} windows of {LENGTH} positions",
+        "ray_sequence": f"one Ray Train worker, {windows} windows of {LENGTH} positions",
         "ceiling": f"two unconnected processes, batch {large}",
         "two": f"two Ray Train workers, batch {large}",
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from tests.generations import plain_generation
+from tests.sequences import with_history
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -125,10 +127,12 @@ def make_config(root: Path) -> Config:
     )
 
 
-def build_store(root: Path, kept_history: int | None = None) -> tuple[Config, Dataset, Path]:
-    """Prepare, initialise a model, build and publish."""
+def build_store(
+    root: Path, kept_history: int | None = None, history: dict[str, Any] | None = None
+) -> tuple[Config, Dataset, Path]:
+    """Prepare, initialise a model, build and publish; ``history`` has other values of that feature."""
     write_files(root / "files")
-    values = make_config(root).to_json()
+    values = with_history(make_config(root), **(history or {})).to_json()
     values["index"]["kept_history"] = kept_history
     config = parse_config(values)
     dataset = prepare(config)

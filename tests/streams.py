@@ -7,12 +7,14 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.sequences import with_history
 from tests.shop import make_config, write_files
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -25,13 +27,14 @@ from twotower.training.examples import Examples
 HEAVY_USER = 9
 
 
-def uneven_dataset(root: Path) -> tuple[Config, Dataset]:
+def uneven_dataset(root: Path, history: dict[str, Any] | None = None) -> tuple[Config, Dataset]:
     """Return a prepared shop whose users have 0 to 500 interactions, in row groups of 64.
 
-    There are all kinds and splits, equal times, repeated items and items outside the catalogue.
+    There are all kinds and splits, equal times, repeated items and items outside the catalogue. ``history``
+    has other values of the history feature.
     """
     write_files(root / "files")
-    config = make_config(root)
+    config = with_history(make_config(root), **(history or {}))
     dataset = prepare(config)
     rng = np.random.default_rng(4)
     sizes = rng.integers(0, 40, dataset.num_users)

@@ -7,9 +7,9 @@ means) and stores the result as a :class:`FeatureSchema`; training, encoding and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from twotower.jsonfiles import check_shape, parse_json
 
@@ -117,8 +117,25 @@ class VectorFeature(_ColumnFeature):
     """Width of the vector in the column."""
 
 
+class TransformerSpec(BaseModel):
+    """A causal transformer over the items of a history, with learned positions."""
+
+    model_config = STRICT
+
+    blocks: Annotated[int, Field(ge=1, le=32)] = 2
+    """Blocks of attention and a feed-forward layer."""
+    heads: Annotated[int, Field(ge=1)] = 1
+    """Attention heads; must divide the feature's ``dim``."""
+    feed_forward: Annotated[int, Field(ge=1, le=16)] = 4
+    """Width of the feed-forward layers as a multiple of ``dim``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Dropout on the embeddings and on what each layer adds."""
+    time_gaps: bool = False
+    """Read how long before an item the one before it came, by powers of two of seconds; needs times."""
+
+
 class HistoryFeature(_Feature):
-    """Item id embeddings of the user's latest items before the query's time, pooled."""
+    """Item id embeddings of the user's latest items before the query's time, pooled or encoded."""
 
     type: Literal["history"] = "history"
     max_length: Annotated[int, Field(ge=1)] = 50
@@ -127,10 +144,28 @@ class HistoryFeature(_Feature):
     """Width of the embedding; with ``share: true`` it must be that of the item id feature."""
     share: bool = True
     """Use the item tower's id embedding table (true) or a table of its own (false)."""
-    pooling: Literal["mean", "weighted", "recency"] = "mean"
-    """Mean; mean weighted by interaction weight; or by ``decay ** (steps before the latest)``."""
+    pooling: Literal["mean", "weighted", "recency", "attention", "transformer"] = "mean"
+    """Mean; mean weighted by interaction weight; or by ``decay ** (steps before the latest)``; mean with
+    learned weights of items and of steps before the latest; or a causal transformer's output at the latest
+    item."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Weight of an item relative to the next later one, for ``recency``."""
+    transformer: TransformerSpec = TransformerSpec()
+    """Sizes of the transformer."""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether its items are read as a sequence, by an encoder with weights of its own."""
+        return self.pooling in ("attention", "transformer")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pooling == "transformer" and self.dim % self.transformer.heads:
+            raise ValueError(
+                f"history feature {self.name!r} has dim {self.dim}, which its {self.transformer.heads} "
+                "attention heads do not divide; change dim or transformer.heads"
+            )
+        return self
 
 
 class ProfileFeature(_Feature):
@@ -216,6 +251,33 @@ class FeatureSchema(BaseModel):
         lengths = [
             f.spec.max_length for f in self.query if isinstance(f.spec, (HistoryFeature, ProfileFeature))
         ]
+        return max(lengths, default=0)
+
+    @property
+    def max_pooled_history(self) -> int:
+        """Longest history that any query feature looks at other than as a sequence."""
+        specs = [f.spec for f in self.query]
+        lengths = [
+            s.max_length
+            for s in specs
+            if isinstance(s, ProfileFeature) or (isinstance(s, HistoryFeature) and not s.encoded)
+        ]
+        return max(lengths, default=0)
+
+    @property
+    def time_gaps(self) -> bool:
+        """Whether a feature reads the times of a history."""
+        specs = [f.spec for f in self.query]
+        return any(
+            isinstance(s, HistoryFeature) and s.pooling == "transformer" and s.transformer.time_gaps
+            for s in specs
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """Longest history that is read as a sequence; 0 where none is."""
+        specs = [f.spec for f in self.query]
+        lengths = [s.max_length for s in specs if isinstance(s, HistoryFeature) and s.encoded]
         return max(lengths, default=0)
 
     @property

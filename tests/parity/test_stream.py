@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from tests.apart import START
 from tests.parity.workers import assert_close, step_results
+from tests.sequences import TRANSFORMER
 from tests.streams import keys, keys_of, uneven_dataset, with_train
 from twotower.cluster.processes import free_port
 from twotower.config import Config, parse_config
@@ -58,9 +59,12 @@ def _worker(rank: int, size: int, port: int, config: dict, dataset_path: str, ou
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]:
-    config, dataset = uneven_dataset(tmp_path_factory.mktemp("uneven"))
+@pytest.fixture(scope="module", params=["pooled", "transformer"])
+def uneven(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Dataset]:
+    history = TRANSFORMER if request.param == "transformer" else None
+    config, dataset = uneven_dataset(tmp_path_factory.mktemp("uneven"), history)
     return (
         with_train(
             config,

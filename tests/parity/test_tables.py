@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from tests.apart import START
 from tests.parity.workers import assert_close
 from twotower.cluster.processes import free_port
-from twotower.model.features import Bag
+from twotower.model.batch import Bag
 from twotower.training.collectives import World
 from twotower.training.tables import RowGradient, TouchedRows
 

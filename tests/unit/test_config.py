@@ -18,7 +18,14 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def test_every_scenario_has_a_file():
-    assert {f.stem for f in FILES} == {"generated", "movielens", "gowalla", "own-data", "gpu-cluster"}
+    assert {f.stem for f in FILES} == {
+        "beauty",
+        "generated",
+        "movielens",
+        "gowalla",
+        "own-data",
+        "gpu-cluster",
+    }
 
 
 @pytest.mark.golden

@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from twotower.errors import DataError
-from twotower.model.features import (
-    Bag,
-    QueryFeatures,
-    encode_columns,
-    forget,
-    item_batch,
-    profile_values,
-    text_buckets,
-)
+from twotower.model.batch import Bag, forget
+from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values, text_buckets
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,

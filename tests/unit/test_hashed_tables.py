@@ -11,7 +11,8 @@ from tests import shop
 from tests.generations import plain_generation
 from twotower.config import parse_config
 from twotower.data.prepare import prepare
-from twotower.model.features import Bag, QueryFeatures, item_batch
+from twotower.model.batch import Bag
+from twotower.model.features import QueryFeatures, item_batch
 from twotower.model.hashing import hashed_rows
 from twotower.model.towers import table_sizes
 from twotower.retrieval.query import HistoryItem, Query

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower.data.histories import Histories, Order
+from twotower.data.histories import NEVER, Histories, Order
 from twotower.data.interactions import Interactions
 from twotower.errors import DataError
 from twotower.schema import KINDS, SPLITS
@@ -48,6 +48,10 @@ def test_before_takes_the_latest_strictly_earlier_positives(
     wanted_users = rng.integers(-1, users, 20)
     times = rng.integers(-1, 11, 20)
     rows, weights = histories.before(wanted_users, times, length)
+    when = histories.times_before(wanted_users, times, length)
+    assert ((when < times[:, None]) == ((rows >= 0) | (when == NEVER))).all()
+    assert ((when == NEVER) == (rows < 0)).all()
+    assert (np.sort(when)[:, ::-1] == when).all()
     everything, _ = histories.before(wanted_users, None, length)
     assert rows.shape == weights.shape == (20, length)
     for b, (user, time) in enumerate(zip(wanted_users, times, strict=True)):

@@ -246,7 +246,7 @@ def test_a_batch_is_its_queries_below_each_other() -> None:
         Query(k=5, user_id="u1", history=[HistoryItem("i3")], features={"age": 2}),
     ]
     resolved = [inputs.resolve(q, NOW) for q in queries]
-    rows, columns, history_rows, history_weights = inputs.batch(resolved)
+    rows, columns, history_rows, history_weights, _ = inputs.batch(resolved)
     assert rows.tolist() == [0, -1, 1]
     assert history_rows.shape == history_weights.shape == (3, 3)
     assert {c.shape[0] for c in columns.values()} == {3}

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from tests.sequences import TRANSFORMER
 from tests.streams import HEAVY_USER, keys, keys_of, uneven_dataset, with_train
 from twotower.config import Config
 from twotower.data.blocks import Block, BlockIndex, read_blocks
@@ -15,7 +16,7 @@ from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
 from twotower.data.knowledge import Rules
 from twotower.errors import TrainingError
-from twotower.model.features import Bag, FeatureBatch
+from twotower.model.batch import Bag, FeatureBatch, Sequences
 from twotower.schema import SPLITS
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, Fit, TowerInputs
@@ -26,9 +27,12 @@ from twotower.training.validation import validation_queries
 BATCH = 24
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]:
-    config, dataset = uneven_dataset(tmp_path_factory.mktemp("uneven"))
+@pytest.fixture(scope="module", params=["pooled", "transformer"])
+def uneven(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Dataset]:
+    history = TRANSFORMER if request.param == "transformer" else None
+    config, dataset = uneven_dataset(tmp_path_factory.mktemp("uneven"), history)
     return with_train(config, global_batch_size=BATCH, num_workers=1, negatives={"explicit": 3}), dataset
 
 
@@ -53,7 +57,14 @@ def same_features(one: FeatureBatch, other: FeatureBatch) -> bool:
     assert one.keys() == other.keys()
     for name, value in one.items():
         theirs = other[name]
-        if isinstance(value, Bag):
+        if isinstance(value, Sequences):
+            assert isinstance(theirs, Sequences)
+            parts = ("stretch", "position", "read")
+            if not all(getattr(value, part).equal(getattr(theirs, part)) for part in parts):
+                return False
+            if not (np.array_equal(value.names, theirs.names) and value.items.ids.equal(theirs.items.ids)):
+                return False
+        elif isinstance(value, Bag):
             assert isinstance(theirs, Bag)
             if not (value.ids.equal(theirs.ids) and value.weights.equal(theirs.weights)):
                 return False
@@ -152,8 +163,11 @@ def test_a_streamed_example_knows_what_it_knows_in_memory(
         queries = share.examples.queries(mine)
         assert same_features(queries, memory.queries(theirs))
         history = queries["history"]
-        assert isinstance(history, Bag)
-        with_history += int((history.weights > 0).any(1).sum())
+        if isinstance(history, Sequences):
+            with_history += int((history.read >= 0).sum())
+        else:
+            assert isinstance(history, Bag)
+            with_history += int((history.weights > 0).any(1).sum())
         for found, expected in zip(
             share.examples.known_positives(mine), memory.known_positives(theirs), strict=True
         ):
@@ -177,7 +191,10 @@ def test_the_order_follows_from_seed_and_epoch(uneven: tuple[Config, Dataset]) -
     users = np.array(first) >> 32
     users = users[users != HEAVY_USER]
     # Neighbours in the file do not stay neighbours: a pool's users are mixed.
-    assert (users[1:] != users[:-1]).mean() > 0.6
+    if uneven[1].schema.sequence_length:
+        users = users[np.flatnonzero(users[1:] != users[:-1])]  # windows stay together
+        assert len(users) > 60
+    assert (np.abs(users[1:] - users[:-1]) > 1).mean() > 0.6
 
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 3)])

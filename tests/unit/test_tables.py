@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from twotower.model.batch import Bag
 from twotower.model.dropout import row_keys
-from twotower.model.features import Bag
 from twotower.model.towers import pool
 from twotower.training.collectives import World
 from twotower.training.tables import TableOptimizer, TouchedRows, round_stochastically

@@ -12,8 +12,8 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules
 from twotower.errors import ConfigError, TrainingError
+from twotower.model.batch import Bag
 from twotower.model.checkpoint import weights_of
-from twotower.model.features import Bag
 from twotower.schema import KINDS, SPLITS
 from twotower.training.checks import check_sizes
 from twotower.training.collectives import World

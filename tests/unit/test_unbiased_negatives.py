@@ -20,7 +20,7 @@ from tests.streams import with_train
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
-from twotower.model.features import Bag
+from twotower.model.batch import Bag
 from twotower.training.assembly import Batch
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer

@@ -31,6 +31,13 @@ class FeaturesConfig(Section):
         item_ids = [f for f in self.item if isinstance(f, IdFeature)]
         if len(item_ids) > 1 or sum(isinstance(f, IdFeature) for f in self.query) > 1:
             raise ValueError("a side has at most one feature of type id")
+        encoded = [f for f in self.query if isinstance(f, HistoryFeature) and f.encoded]
+        for one in encoded:
+            if one.max_length != encoded[0].max_length:
+                raise ValueError(
+                    f"history features {encoded[0].name!r} and {one.name!r} are read as sequences of "
+                    f"max_length {encoded[0].max_length} and {one.max_length}; give all such the same one"
+                )
         for f in self.query:
             if isinstance(f, HistoryFeature) and f.share:
                 if not item_ids:

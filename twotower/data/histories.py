@@ -30,6 +30,8 @@ rows (``split.ties: order``), or, where there are no times, all but those of its
 
 ALWAYS = np.iinfo(np.int64).max
 """A time later than every interaction."""
+NEVER = np.iinfo(np.int64).min
+"""The time of an item of which none is known."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,18 @@ class Histories:
         if times is not None:
             end = first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
         return self._take(begin, end, length)
+
+    def times_before(self, user_rows: npt.ArrayLike, times: npt.ArrayLike | None, length: int) -> IntArray:
+        """Return when the items were that ``before`` returns, [B, H] int64, ``NEVER`` behind the last."""
+        users = np.asarray(user_rows, dtype=np.int64)
+        begin, end = self._bounds(users)
+        if times is not None:
+            end = first_not_before(self.times, begin, end, np.asarray(times, dtype=np.int64))
+        positions = end[:, None] - 1 - np.arange(length)
+        there = positions >= begin[:, None]
+        if not there.any():
+            return np.full(positions.shape, NEVER)
+        return np.where(there, self.times[np.where(there, positions, 0)], NEVER)
 
     def reaches(self, user_rows: npt.ArrayLike, found: IntArray) -> npt.NDArray[np.bool_]:
         """Return of each user whether what ``before`` found is all that it had to find, [B] bool.

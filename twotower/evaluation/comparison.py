@@ -18,8 +18,9 @@ from twotower.errors import ArtefactError
 from twotower.evaluation.holdout import QueryInputs
 from twotower.evaluation.metrics import ListStats, MetricSums
 from twotower.evaluation.ranking import rank_block
+from twotower.model.batch import to_device
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.features import QueryFeatures, to_device
+from twotower.model.features import QueryFeatures
 
 Ints = NDArray[np.int64]
 
@@ -48,9 +49,11 @@ class ModelRanker:
     def __call__(self, start: int, part: Holdout, k: int) -> Ints:
         """Return [Q, k] int64."""
         stop = start + len(part)
-        rows, weights = self._inputs.histories.before(np.arange(start, stop), None, self._length)
+        users, histories = np.arange(start, stop), self._inputs.histories
+        rows, weights = histories.before(users, None, self._length)
+        times = histories.times_before(users, None, self._length) if self._features.schema.time_gaps else None
         columns = {name: np.asarray(column[start:stop]) for name, column in self._inputs.columns.items()}
-        batch = to_device(self._features(part.user_rows, columns, rows, weights), self._device)
+        batch = to_device(self._features(part.user_rows, columns, rows, weights, times), self._device)
         queries = self._model.encode_queries(batch)
         if not bool(torch.isfinite(queries).all()):
             raise ArtefactError(

@@ -68,6 +68,16 @@ def uniform(keys: torch.Tensor, columns: int, stream: int = 0, bits: int = 24) -
     return _shift(random, 64 - bits).to(torch.float32) * 2.0**-bits
 
 
+def column_keys(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return keys for the columns of rows, [...] int64: of an item of a sequence, with the sequence's key.
+
+    Args:
+        keys: [...] int64, from ``row_keys``.
+        columns: [...] int64, at least 0.
+    """
+    return mix(keys + (columns + 1) * _GOLDEN)
+
+
 class RowDropout(nn.Module):
     """Dropout at a rate, with the masks of ``uniform``; off without keys."""
 

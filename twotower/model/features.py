@@ -13,7 +13,6 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,11 @@ import torch
 
 from twotower.data.cells import flattened
 from twotower.data.fitting import MAX_VECTOR_ELEMENT, as_lists, check_profiles, transformed
+from twotower.data.windows import Stretches
 from twotower.errors import DataError
+from twotower.model.batch import Bag, FeatureBatch, forget
 from twotower.model.hashing import hashed_rows
+from twotower.model.sequences import make_sequences
 from twotower.schema import (
     UNKNOWN_ROW,
     CategoricalFeature,
@@ -45,55 +47,6 @@ Columns = dict[str, npt.NDArray[Any]]
 _WORD = re.compile(r"\w+")
 _MAX_SCALED = 1e15
 """Numbers further away than this leave nothing of a tower's other inputs, or overflow its 32-bit floats."""
-
-
-@dataclass(frozen=True)
-class Bag:
-    """Weighted embedding rows: the embedding of a bag is the weighted sum of its rows."""
-
-    ids: torch.Tensor
-    """[B, L] int64; -1 is padding."""
-    weights: torch.Tensor
-    """[B, L] float32; 0 at padding."""
-
-
-def forget(bag: Bag, forgotten_B: torch.Tensor) -> Bag:
-    """Return the bag of an id feature with some of its rows made those of the unknown id.
-
-    Args:
-        bag: of an id feature, [B, L]; L is 1, or the number of hashes of a hashed table.
-        forgotten_B: [B] bool, which rows.
-    """
-    # The unknown id is one row of the table, also where another id is the sum of several.
-    ids_L = torch.full(bag.ids.shape[1:], -1, dtype=bag.ids.dtype, device=bag.ids.device)
-    ids_L[0] = UNKNOWN_ROW
-    rows_B1 = forgotten_B[:, None]
-    weights_L = (ids_L >= 0).to(bag.weights.dtype)
-    return Bag(torch.where(rows_B1, ids_L, bag.ids), torch.where(rows_B1, weights_L, bag.weights))
-
-
-FeatureBatch = dict[str, Bag | torch.Tensor]
-"""By feature name: a bag, or a dense float32 [B, D] tensor."""
-
-
-def to_device(batch: FeatureBatch, device: torch.device | str) -> FeatureBatch:
-    """Return the batch on a device; what is in pinned memory is copied while the host goes on."""
-    return {
-        name: Bag(value.ids.to(device, non_blocking=True), value.weights.to(device, non_blocking=True))
-        if isinstance(value, Bag)
-        else value.to(device, non_blocking=True)
-        for name, value in batch.items()
-    }
-
-
-def pinned(batch: FeatureBatch) -> FeatureBatch:
-    """Return the batch in pinned memory, from which copies to a GPU are asynchronous; needs a GPU."""
-    return {
-        name: Bag(value.ids.pin_memory(), value.weights.pin_memory())
-        if isinstance(value, Bag)
-        else value.pin_memory()
-        for name, value in batch.items()
-    }
 
 
 def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Columns:
@@ -318,6 +271,8 @@ class QueryFeatures:
         user_columns: Columns,
         history_rows: npt.ArrayLike,
         history_weights: npt.ArrayLike,
+        history_times: npt.ArrayLike | None = None,
+        stretches: Stretches | None = None,
     ) -> FeatureBatch:
         """Return the input of a batch of queries.
 
@@ -326,6 +281,9 @@ class QueryFeatures:
             user_columns: static columns of these users, [B, ...] each.
             history_rows: [B, H] int64 item rows, the latest first, -1 behind the last.
             history_weights: [B, H] float32 interaction weights.
+            history_times: [B, H] int64, microseconds UTC; what ``schema.time_gaps`` needs, if ``stretches``
+                do not have it.
+            stretches: what features read that encode sequences; each query's own history when not given.
         """
         users = np.asarray(user_rows, dtype=np.int64)
         items = np.asarray(history_rows, dtype=np.int64)
@@ -333,7 +291,16 @@ class QueryFeatures:
         batch: FeatureBatch = {}
         for feature in self.schema.query:
             spec = feature.spec
-            if isinstance(spec, HistoryFeature):
+            if isinstance(spec, HistoryFeature) and spec.encoded:
+                read, table = stretches, self._item_id if spec.share else None
+                if read is None:
+                    times = None if history_times is None else np.asarray(history_times, np.int64)
+                    read = Stretches.of_histories(
+                        items[:, : spec.max_length], None if times is None else times[:, : spec.max_length]
+                    )
+                gaps = spec.pooling == "transformer" and spec.transformer.time_gaps
+                batch[spec.name] = make_sequences(read, spec.max_length, table, gaps)
+            elif isinstance(spec, HistoryFeature):
                 batch[spec.name] = _history(
                     spec,
                     self._item_id if spec.share else None,

@@ -8,7 +8,7 @@ Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from twotower.config import ModelConfig, TowerConfig
+from twotower.model.batch import Bag, FeatureBatch, Sequences
 from twotower.model.dropout import RowDropout
-from twotower.model.features import Bag, FeatureBatch
+from twotower.model.encoders import make_encoder
 from twotower.model.norm import GlobalBatchNorm
 from twotower.schema import (
     CategoricalFeature,
@@ -55,6 +56,7 @@ class Tower(nn.Module):
         config: TowerConfig,
         residual_columns: slice | None,
         normalize: bool,
+        encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Build the layers.
 
@@ -64,6 +66,7 @@ class Tower(nn.Module):
             config: sizes and kinds.
             residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide.
             normalize: scale the output to length 1.
+            encoders: of the features that are sequences, by name; ``TwoTower.inputs`` calls them.
         """
         super().__init__()
         norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": GlobalBatchNorm}
@@ -85,6 +88,8 @@ class Tower(nn.Module):
             self.skip = nn.Linear(in_dim, out_dim, bias=False)
         if config.residual == "id":
             self.skip_scale = nn.Parameter(torch.ones(()))
+        # A feature may have a name that a module's attribute has.
+        self.encoders = nn.ModuleDict({f"of_{name}": module for name, module in (encoders or {}).items()})
 
     def forward(
         self, x: torch.Tensor, row_keys: torch.Tensor | None = None, valid: torch.Tensor | None = None
@@ -174,8 +179,15 @@ class TwoTower(nn.Module):
         features = self.schema.query if side == "query" else self.schema.item
         parts = []
         for feature in features:
-            value = batch[feature.spec.name]
-            parts.append(lookup(table_name(side, feature), value) if isinstance(value, Bag) else value)
+            name, value = feature.spec.name, batch[feature.spec.name]
+            if isinstance(value, Sequences):
+                bag = value.items
+                items = bag.weights.new_zeros(0, self.tables[table_name(side, feature)].shape[1])
+                if len(bag.ids):
+                    items = lookup(table_name(side, feature), bag)
+                parts.append(self.towers.query.encoders[f"of_{name}"](items, value))
+            else:
+                parts.append(lookup(table_name(side, feature), value) if isinstance(value, Bag) else value)
         return torch.cat(parts, dim=1)
 
     def encode_queries(self, batch: FeatureBatch) -> torch.Tensor:
@@ -263,4 +275,8 @@ def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelCo
             width += spec.dim
         if spec == added:
             columns = slice(start, width)
-    return Tower(width, model.embedding_dim, tower, columns, model.normalize)
+    specs = [f.spec for f in features]
+    encoders = {
+        s.name: make_encoder(s, model.init_std) for s in specs if isinstance(s, HistoryFeature) and s.encoded
+    }
+    return Tower(width, model.embedding_dim, tower, columns, model.normalize, encoders)

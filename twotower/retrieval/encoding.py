@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 
 from twotower.data.dataset import ITEM_ROW
+from twotower.model.batch import to_device
 from twotower.model.checkpoint import Checkpoint
-from twotower.model.features import QueryFeatures, encode_columns, item_batch, to_device
+from twotower.model.features import QueryFeatures, encode_columns, item_batch
 from twotower.retrieval.generation import Generation
 
 _QUERY_BATCH = 1_024
@@ -52,6 +53,7 @@ def real_queries(
     for start in range(0, len(users), _QUERY_BATCH):
         rows = users[start : start + _QUERY_BATCH]
         past = histories.before(rows, None, schema.max_history)
-        batch = features(rows, {name: column[rows] for name, column in columns.items()}, *past)
+        times = histories.times_before(rows, None, schema.max_history) if schema.time_gaps else None
+        batch = features(rows, {name: column[rows] for name, column in columns.items()}, *past, times)
         vectors.append(checkpoint.model.encode_queries(batch).numpy())
     return np.concatenate(vectors)

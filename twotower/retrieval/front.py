@@ -27,7 +27,8 @@ from twotower.errors import NotAllowedError, shown
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
 from twotower.index.recall import index_recalls
-from twotower.model.features import QueryFeatures, to_device
+from twotower.model.batch import to_device
+from twotower.model.features import QueryFeatures
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable

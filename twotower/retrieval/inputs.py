@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from twotower.data.histories import Histories
+from twotower.data.histories import NEVER, Histories
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError, NotAllowedError, shown
 from twotower.model.features import Columns, encode_columns
@@ -66,6 +66,8 @@ class Input:
     """[H] int64, the latest first, -1 behind the last."""
     history_weights: FloatArray
     """[H] float32."""
+    history_times: IntArray
+    """[H] int64, microseconds UTC, ``NEVER`` where it is not known or no feature reads it."""
     columns: Columns
     """Static columns by feature name, [1, ...]."""
     excluded: IntArray
@@ -125,7 +127,7 @@ class Inputs:
         moments = [now if query.at is None else query.at for query in queries]
         stored = self._stored(queries, user_rows, moments)
         return [
-            self._resolved(query, row, moments[i], stored[0][i], stored[1][i])
+            self._resolved(query, row, moments[i], stored[0][i], stored[1][i], stored[2][i])
             for i, (query, row) in enumerate(zip(queries, user_rows.tolist(), strict=True))
         ]
 
@@ -143,22 +145,25 @@ class Inputs:
 
     def _stored(
         self, queries: Sequence[Query], user_rows: IntArray, moments: Sequence[int]
-    ) -> tuple[IntArray, FloatArray]:
-        """Return the latest items [B, H], and weights, that users had before a moment.
+    ) -> tuple[IntArray, FloatArray, IntArray]:
+        """Return the latest items [B, H], weights and times, that users had before a moment.
 
         What comes with a query replaces them, so that only queries without a history need them.
         """
         wanted = np.array([query.history is None for query in queries], np.bool_) & (user_rows >= 0)
+        shape = len(queries), self.schema.max_history
+        times = np.full(shape, NEVER, np.int64)
         if not wanted.any():
-            shape = len(queries), self.schema.max_history
-            return np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+            return np.full(shape, -1, np.int64), np.zeros(shape, np.float32), times
         histories = self.users.histories
         found = histories.before(user_rows, np.array(moments, np.int64), self.schema.max_history)
         # Without ``at`` what lies in the future by this machine's clock is no reason to refuse.
         for i in np.flatnonzero(wanted & ~histories.reaches(user_rows, found[0])).tolist():
             if queries[i].at is not None:
                 raise _not_kept(queries[i])
-        return found
+        if self.schema.time_gaps:
+            times = histories.times_before(user_rows, np.array(moments, np.int64), shape[1])
+        return *found, times
 
     def num_seen(self, user_id: str | None) -> int:
         """Return how many items a user has had; 0 for an unknown user."""
@@ -166,14 +171,20 @@ class Inputs:
         return 0 if row is None else int(self.users.seen_offsets[row + 1] - self.users.seen_offsets[row])
 
     def _resolved(
-        self, query: Query, row: int, at: int, stored_rows: IntArray, stored_weights: FloatArray
+        self,
+        query: Query,
+        row: int,
+        at: int,
+        stored_rows: IntArray,
+        stored_weights: FloatArray,
+        stored_times: IntArray,
     ) -> Input:
         given = self._given_columns(query.features)
         listed = self._listed_rows(query)
         if query.history is None:
-            rows, weights = stored_rows, stored_weights
+            rows, weights, times = stored_rows, stored_weights, stored_times
         else:
-            rows, weights = self._given_history(query.history, listed, at)
+            rows, weights, times = self._given_history(query.history, listed, at)
         stored = self._missing if row < 0 else {n: c[row : row + 1] for n, c in self.users.columns.items()}
         strategy: Strategy
         if row >= 0:
@@ -184,9 +195,10 @@ class Inputs:
             strategy = "features"
         else:
             strategy = "popular"
-        return Input(strategy, row, rows, weights, {**stored, **given}, self._excluded(query, row, listed))
+        columns, excluded = {**stored, **given}, self._excluded(query, row, listed)
+        return Input(strategy, row, rows, weights, times, columns, excluded)
 
-    def batch(self, inputs: Sequence[Input]) -> tuple[IntArray, Columns, IntArray, FloatArray]:
+    def batch(self, inputs: Sequence[Input]) -> tuple[IntArray, Columns, IntArray, FloatArray, IntArray]:
         """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H]."""
         columns = {f.spec.name: _stacked([i.columns[f.spec.name] for i in inputs]) for f in self._static}
         return (
@@ -194,6 +206,7 @@ class Inputs:
             columns,
             np.stack([i.history_rows for i in inputs]),
             np.stack([i.history_weights for i in inputs]),
+            np.stack([i.history_times for i in inputs]),
         )
 
     def _listed_rows(self, query: Query) -> IntArray:
@@ -204,27 +217,28 @@ class Inputs:
 
     def _given_history(
         self, history: Sequence[HistoryItem], listed: IntArray, at: int
-    ) -> tuple[IntArray, FloatArray]:
-        """Return the latest items of a history that count at a moment: rows [H] and weights [H].
+    ) -> tuple[IntArray, FloatArray, IntArray]:
+        """Return the latest items of a history that count at a moment: rows, weights and times [H].
 
         Raises:
             NotAllowedError: a weight is too large.
         """
         length = self.schema.max_history
         counted = [
-            (row, item.weight)
+            (row, item.weight, NEVER if item.time is None else item.time)
             for row, item in zip(listed.tolist(), history, strict=True)
             # The query tower has no embedding of what an update added.
             if 0 <= row < self.schema.num_items and (item.time is None or item.time < at)
         ]
         latest = counted[::-1][:length]
         missing = length - len(latest)
-        rows = [row for row, _ in latest] + [-1] * missing
-        weights = [weight for _, weight in latest] + [0.0] * missing
+        rows = [row for row, _, _ in latest] + [-1] * missing
+        weights = [weight for _, weight, _ in latest] + [0.0] * missing
+        times = [time for _, _, time in latest] + [NEVER] * missing
         # NaN is above nothing, and not below either.
         if not all(abs(weight) <= MAX_WEIGHT for weight in weights):
             raise NotAllowedError("history: a weight is too large", f"-{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-        return np.array(rows, np.int64), np.array(weights, np.float32)
+        return np.array(rows, np.int64), np.array(weights, np.float32), np.array(times, np.int64)
 
     def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:
         seen = np.zeros(0, np.int64)

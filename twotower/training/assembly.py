@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from twotower.config import Config
+from twotower.model.batch import Bag, FeatureBatch, Sequences, forget, part_of, pinned, to_device
 from twotower.model.dropout import row_keys, uniform
-from twotower.model.features import Bag, FeatureBatch, forget, pinned, to_device
 from twotower.schema import FittedFeature, IdFeature
 from twotower.training.batches import IntArray, Share
 from twotower.training.collectives import World
@@ -25,7 +25,7 @@ from twotower.training.negatives import CandidateMemory, CandidateSampler
 
 _UNKNOWN_STREAM = 1 << 20
 # Streams of row keys: dropout masks of equal row numbers differ between these.
-_QUERY, _POSITIVE, _DRAWN, _OWN = range(4)
+_QUERY, _POSITIVE, _DRAWN, _OWN, _WINDOW = range(5)
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class Side:
 
     def part(self, rows: slice) -> Side:
         """Return some of the rows."""
-        features: FeatureBatch = {
-            name: Bag(value.ids[rows], value.weights[rows]) if isinstance(value, Bag) else value[rows]
-            for name, value in self.features.items()
-        }
-        return Side(features, self.keys[rows], self.valid[rows])
+        return Side(part_of(self.features, rows), self.keys[rows], self.valid[rows])
 
     def pinned(self) -> Side:
         """Return the rows in pinned memory."""
@@ -130,6 +126,7 @@ class Assembler:
         schema = examples.inputs.schema
         query_keys, item_keys = row_keys(self._seed, step, global_rows, _QUERY), torch.cat(keys)
         queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
+        queries = self._keyed(queries, query_keys, step)
         items = _forgetful(schema.item, examples.inputs.items(rows), item_keys)
 
         in_use = self._memory_in_use(step)
@@ -155,6 +152,21 @@ class Assembler:
             torch.from_numpy(own_log_q),
             None if left_out is None else (torch.from_numpy(left_out[0]), torch.from_numpy(left_out[1])),
         )
+
+    def _keyed(self, batch: FeatureBatch, query_keys: torch.Tensor, step: int) -> FeatureBatch:
+        """Return the queries with the seeds of the dropout masks of their sequences.
+
+        Those of a window are the same wherever a part of its examples is, and those of a query's own sequence
+        are the query's.
+        """
+        for name, value in batch.items():
+            if isinstance(value, Sequences):
+                if value.names is None:
+                    keys = query_keys[value.read >= 0]
+                else:
+                    keys = row_keys(self._seed, step, torch.from_numpy(value.names), _WINDOW)
+                batch[name] = value.keyed(keys)
+        return batch
 
     def _drawn(self, step: int) -> IntArray:
         """Return the drawn candidates of all ranks, [W, m], padded with -1."""

@@ -84,7 +84,7 @@ class MemorySource:
 
     def order(self, epoch: int) -> IntArray:
         """Return the permutation of an epoch (from 0), the same on every rank, [n] int64."""
-        return np.random.default_rng([self._seed, 2, epoch]).permutation(len(self.examples))
+        return self.examples.shuffled(np.random.default_rng([self._seed, 2, epoch]))
 
     def shares(self, epoch: int, first_step: int = 0) -> Iterator[Share]:
         """Yield this rank's shares of an epoch (from 0), from a step of it (from 0) on."""

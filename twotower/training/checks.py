@@ -33,6 +33,19 @@ def require_same_model(model: TwoTower, weights: dict[str, torch.Tensor], what: 
         )
 
 
+def check_times(dataset: Dataset) -> None:
+    """Check that there are times where a feature reads them.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    if dataset.schema.time_gaps and not dataset.has_times:
+        raise TrainingError(
+            f"a history feature has transformer.time_gaps, and dataset {dataset.path} has no times; "
+            "set it to false"
+        )
+
+
 def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
     """Check that batch, ages, explicit negatives and the mined window are to be had.
 

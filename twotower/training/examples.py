@@ -19,16 +19,12 @@ import numpy.typing as npt
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories, Order
 from twotower.data.interactions import Interactions
+from twotower.data.windows import Stretches, Windows
 from twotower.errors import TrainingError
-from twotower.model.features import (
-    Columns,
-    FeatureBatch,
-    QueryFeatures,
-    encode_columns,
-    item_batch,
-    profile_values,
-)
+from twotower.model.batch import FeatureBatch
+from twotower.model.features import Columns, QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.schema import SPLITS
+from twotower.training.checks import check_times
 from twotower.training.explicit import ExplicitNegatives
 from twotower.training.weights import Factors
 
@@ -40,7 +36,11 @@ class TowerInputs:
     """What both towers read of items and users: the static columns of the whole tables, by row."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Encode the item and user tables."""
+        """Encode the item and user tables.
+
+        Raises:
+            TrainingError: a feature reads times, and there are none.
+        """
         self.schema = dataset.schema
         self.num_items = dataset.num_items
         self.num_catalogue_items = dataset.num_catalogue_items
@@ -48,6 +48,7 @@ class TowerInputs:
         self.order: Order = "none"
         if dataset.has_times:
             self.order = "rows" if dataset.ties == "order" else "times"
+        check_times(dataset)
         self._item_columns = encode_columns(dataset.schema.item, dataset.item_table())
         self._user_columns = encode_columns(dataset.schema.query, dataset.user_table())
         self._queries = QueryFeatures(dataset.schema, profile_values(dataset.schema, self._item_columns))
@@ -58,12 +59,20 @@ class TowerInputs:
         return item_batch(self.schema, rows, {n: c[rows] for n, c in self._item_columns.items()})
 
     def queries(
-        self, user_rows: IntArray, history_rows: IntArray, history_weights: npt.NDArray[np.float32]
+        self,
+        user_rows: IntArray,
+        history_rows: IntArray,
+        history_weights: npt.NDArray[np.float32],
+        history_times: IntArray | None = None,
+        stretches: Stretches | None = None,
     ) -> FeatureBatch:
-        """Return the query tower's input of users [B] with histories [B, H]; -1 is padding."""
+        """Return the query tower's input of users [B] with histories [B, H]; -1 is padding.
+
+        Sequence features read ``stretches`` instead, where they are given.
+        """
         rows = np.maximum(user_rows, 0)
         columns: Columns = {n: c[rows] for n, c in self._user_columns.items()}
-        return self._queries(user_rows, columns, history_rows, history_weights)
+        return self._queries(user_rows, columns, history_rows, history_weights, history_times, stretches)
 
 
 class Examples:
@@ -107,6 +116,11 @@ class Examples:
             else None
         )
         self._wanted = np.zeros(inputs.num_items, bool)
+        self._windows = None
+        length = inputs.schema.sequence_length
+        if length and inputs.order != "none":
+            users = self._user_of[self._examples].astype(np.int64)
+            self._windows = Windows.of(self.histories, self._examples, users, length, inputs.order)
 
     @classmethod
     def of(
@@ -177,17 +191,32 @@ class Examples:
         """Return the query tower's input for examples [B]; -1 is padding, an unknown user without history."""
         positions = self._positions(examples)
         users = self._user_of[positions].astype(np.int64)
-        length = self.inputs.schema.max_history
+        user_rows, schema = self.user_rows(examples), self.inputs.schema
+        stretches, length = None, schema.max_history
+        if self._windows is not None:
+            stretches, length = self._windows.stretches(examples, user_rows), schema.max_pooled_history
         places = positions - self.histories.offsets[users]
         rows, weights = self.histories.of_examples(users, places, length, self.inputs.order)
         padding = examples < 0
         rows[padding], weights[padding] = -1, 0
-        return self.inputs.queries(self.user_rows(examples), rows, weights)
+        return self.inputs.queries(user_rows, rows, weights, None, stretches)
+
+    def shuffled(self, random: np.random.Generator, among: IntArray | None = None) -> IntArray:
+        """Return the numbers of examples in random order; those of one window stay together.
+
+        Args:
+            random: generator.
+            among: numbers that are wanted, ascending; all where not given.
+        """
+        among = np.arange(len(self)) if among is None else among
+        return random.permutation(among) if self._windows is None else self._windows.shuffled(random, among)
 
     def latest_queries(self, users: IntArray) -> FeatureBatch:
         """Return the query tower's input for users [B] after all of their fitted interactions."""
-        rows, weights = self.histories.before(users, None, self.inputs.schema.max_history)
-        return self.inputs.queries(users, rows, weights)
+        length = self.inputs.schema.max_history
+        rows, weights = self.histories.before(users, None, length)
+        times = self.histories.times_before(users, None, length) if self.inputs.schema.time_gaps else None
+        return self.inputs.queries(users, rows, weights, times)
 
     def known_positives(self, examples: IntArray, among: IntArray | None = None) -> tuple[IntArray, IntArray]:
         """Return what the users of examples have in the fitted split, as compressed rows.

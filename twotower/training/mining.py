@@ -15,8 +15,8 @@ import torch
 
 from twotower.config.training import MinedConfig
 from twotower.evaluation.ranking import rank_block
+from twotower.model.batch import to_device
 from twotower.model.dropout import row_keys, uniform
-from twotower.model.features import to_device
 from twotower.model.towers import TwoTower
 from twotower.training.collectives import World, gather_ragged
 from twotower.training.examples import Examples

@@ -23,7 +23,7 @@ from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Part, Rules, holdout, nothing_relevant
 from twotower.errors import ConfigError, DataError, NotAllowedError, TwotowerError
 from twotower.schema import SPLITS
-from twotower.training.checks import check_sizes
+from twotower.training.checks import check_sizes, check_times
 
 Step = Literal["train", "index", "recommend", "evaluate"]
 _BLOCK_ROWS = 1 << 20
@@ -44,7 +44,7 @@ def require(config: Config, dataset: Dataset, steps: Collection[Step]) -> None:
 def problems(config: Config, dataset: Dataset, step: Step) -> Iterator[TwotowerError]:
     """Yield what a step would refuse of a configuration and a dataset."""
     checks: dict[Step, tuple[Callable[[Config, Dataset], object], ...]] = {
-        "train": (_sizes, _validation_users, _start),
+        "train": (_sizes, _times, _validation_users, _start),
         "index": (_attributes, _index),
         "recommend": (_fields, _filter),
         "evaluate": (_test_users,),
@@ -61,6 +61,10 @@ def _sizes(config: Config, dataset: Dataset) -> None:
     path = dataset.path / "interactions.parquet"
     scanned = BlockIndex.scan(path, _BLOCK_ROWS, dataset.num_catalogue_items, SPLITS["train"])
     check_sizes(config, dataset, scanned.num_examples)
+
+
+def _times(config: Config, dataset: Dataset) -> None:
+    check_times(dataset)
 
 
 def _start(config: Config, dataset: Dataset) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from twotower.config import Config
-from twotower.model.features import Bag, FeatureBatch
+from twotower.model.batch import Bag, FeatureBatch, bag_of
+from twotower.model.encoders import Block
 from twotower.model.losses import GlobalBatch, Known, choose_loss, in_batch_softmax
 from twotower.model.towers import Side as SideName
 from twotower.model.towers import TwoTower, table_name
@@ -65,6 +66,10 @@ class Step:
         self._tables = dict(model.tables.items())
         towers: dict[SideName, torch.nn.Module] = {"query": model.towers.query, "item": model.towers.item}
         self._towers = {s: torch.compile(t) if config.train.compile else t for s, t in towers.items()}
+        if config.train.compile:
+            for module in model.towers.query.encoders.modules():
+                if isinstance(module, Block):
+                    module.compile()
         self._low_precision = low_precision(config, world.device)
         for norm in model.batch_norms():
             norm.all_reduce = lambda x: sum_with_gradient(x, world)
@@ -187,14 +192,14 @@ class Step:
     def _bags(self, side: SideName, rows: Side) -> list[tuple[str, Bag]]:
         schema = self._model.schema
         features = schema.query if side == "query" else schema.item
-        named = [(table_name(side, f), rows.features[f.spec.name]) for f in features]
-        return [(name, value) for name, value in named if isinstance(value, Bag)]
+        named = [(table_name(side, f), bag_of(rows.features[f.spec.name])) for f in features]
+        return [(name, bag) for name, bag in named if bag is not None]
 
     def embed(self, side: SideName, rows: Side, touched: TouchedRows) -> torch.Tensor:
         """Return the embeddings [rows, D] float32 of a side's rows, with a graph where gradients are on."""
-        x = self._model.inputs(side, rows.features, touched.lookup)
         device = self._world.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._low_precision):
+            x = self._model.inputs(side, rows.features, touched.lookup)
             out: torch.Tensor = self._towers[side](x, rows.keys, rows.valid)
         return out.float()
 

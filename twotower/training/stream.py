@@ -162,10 +162,11 @@ class StreamSource:
         carried = _Carried.nothing()
         for number in range(first_pool, len(pools)):
             random = np.random.default_rng([self._seed, _POOL_ORDER, epoch, number, self._world.rank])
-            columns, order = self._fill(carried, pools[number], read, random)
+            columns, wanted = self._fill(carried, pools[number], read)
             examples = Examples(
                 self._inputs, *_renumbered(columns), self._with_explicit, self._weighted, self._factors
             )
+            order = np.concatenate([carried.order, examples.shuffled(random, wanted)])
             if number == first_pool:
                 order = order[skipped:]
             if number == len(pools) - 1:
@@ -179,13 +180,9 @@ class StreamSource:
                 yield self._share(examples, order[start : start + b])
 
     def _fill(
-        self,
-        carried: _Carried,
-        pieces: list[Piece],
-        read: Iterator[Interactions],
-        random: np.random.Generator,
+        self, carried: _Carried, pieces: list[Piece], read: Iterator[Interactions]
     ) -> tuple[Columns, IntArray]:
-        """Return the rows of a pool and the numbers of its examples that are trained on, in that order."""
+        """Return the rows of a pool and the numbers of its examples that it adds to those carried over."""
         parts, wanted = [carried.columns], []
         num_examples = carried.num_examples
         for piece in pieces:
@@ -195,7 +192,7 @@ class StreamSource:
         columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
         found = int(self._is_example(columns).sum())
         assert found == num_examples, f"{found} examples were read where the index has {num_examples}"
-        return columns, np.concatenate([carried.order, random.permutation(np.concatenate(wanted))])
+        return columns, np.concatenate(wanted)
 
     def _share(self, examples: Examples, rows: IntArray) -> Share:
         numbers = (examples.item_rows(rows), examples.user_rows(rows), examples.user_counts(rows))

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from twotower.model.batch import Bag
 from twotower.model.dropout import row_keys, uniform
-from twotower.model.features import Bag
 from twotower.model.towers import pool
 from twotower.training.collectives import World, gather
 

@@ -14,7 +14,7 @@ from twotower.data.knowledge import Holdout, Rules, holdout, known, nothing_rele
 from twotower.errors import DataError
 from twotower.evaluation.metrics import MetricSums
 from twotower.evaluation.ranking import rank_block
-from twotower.model.features import to_device
+from twotower.model.batch import to_device
 from twotower.model.towers import TwoTower
 from twotower.training.collectives import World, gather, sum_over_ranks
 from twotower.training.examples import Examples, TowerInputs
