@@ -39,6 +39,26 @@ def hit_rate_at_k(ranked, relevant, k):
     return 1.0 if any(item in relevant for item in ranked[:k]) else 0.0
 
 
+def average_precision_at_k(ranked, relevant, k):
+    """Precisions at the ranks of the hits in the first k, over the number of relevant items."""
+    total = 0.0
+    for rank, item in enumerate(ranked[:k], start=1):
+        if item in relevant:
+            total += sum(other in relevant for other in ranked[:rank]) / rank
+    return total / len(relevant)
+
+
+def precision_at_k(ranked, relevant, k):
+    """Hits in the first k over k."""
+    return sum(item in relevant for item in ranked[:k]) / k
+
+
+def gini(counts):
+    """Mean absolute difference of all pairs over twice the mean."""
+    total = sum(abs(a - b) for a in counts for b in counts)
+    return total / (2 * len(counts) * sum(counts))
+
+
 def coverage_at_k(lists, num_items, k):
     """Share of the catalogue in any top k."""
     found = set()

@@ -79,6 +79,19 @@ def test_jobs_find_finished_work(published, file):
     assert [_files(folder) for folder in manifests] == before
 
 
+def test_a_model_is_set_beside_another_report(published, file, capsys):
+    name = Path(published["report"]).name
+    result = _run(evaluate, file, "--compare", name)
+    assert result["path"] != published["report"]
+    # The same model: every user is the same.
+    content = json.loads((Path(result["path"]) / "report.json").read_text())
+    assert content["differences"]["compared"]["recall@10"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+    assert result["metrics"]["compared_recall@10"] == result["metrics"]["recall@10"]
+    capsys.readouterr()
+    assert evaluate.main(["--config", str(file), "--compare", "nowhere"]) == 2
+    assert "--compare nowhere: there is no finished report" in capsys.readouterr().err
+
+
 def test_inputs_can_be_named(published, file):
     result = _run(
         build_index,

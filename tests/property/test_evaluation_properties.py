@@ -9,7 +9,14 @@ from tests import oracles
 from twotower.evaluation import metrics, ranking
 
 NUM_ITEMS = 19
-METRICS = ("recall_at_k", "ndcg_at_k", "mrr_at_k", "hit_rate_at_k")
+METRICS = (
+    "recall_at_k",
+    "ndcg_at_k",
+    "mrr_at_k",
+    "hit_rate_at_k",
+    "average_precision_at_k",
+    "precision_at_k",
+)
 
 
 @st.composite

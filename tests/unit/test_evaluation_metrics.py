@@ -10,6 +10,14 @@ from twotower.evaluation import metrics
 
 NUM_QUERIES, NUM_ITEMS, WIDTH = 37, 61, 23
 KS = (1, 5, 20)
+METRICS = {
+    "recall": "recall_at_k",
+    "ndcg": "ndcg_at_k",
+    "mrr": "mrr_at_k",
+    "hit_rate": "hit_rate_at_k",
+    "map": "average_precision_at_k",
+    "precision": "precision_at_k",
+}
 
 
 @pytest.fixture
@@ -31,7 +39,7 @@ def relevant(rng):
     return [set(rng.permutation(NUM_ITEMS)[:size].tolist()) for size in sizes]
 
 
-@pytest.mark.parametrize("name", ["recall_at_k", "ndcg_at_k", "mrr_at_k", "hit_rate_at_k"])
+@pytest.mark.parametrize("name", METRICS.values())
 @pytest.mark.parametrize("k", [*KS, 50])
 def test_metric_equals_the_slow_loop(lists, relevant, name, k):
     values = getattr(metrics, name)(oracles.pad(lists, WIDTH), *oracles.csr(relevant), k)
@@ -44,6 +52,23 @@ def test_metric_equals_the_slow_loop(lists, relevant, name, k):
     assert 0 < np.nanmean(values) < 1 or name == "hit_rate_at_k"
 
 
+def test_metrics_of_lists_of_no_length_are_zero():
+    values = metrics.per_query(np.zeros((2, 0), dtype=bool), np.array([3, 0]), [1, 5])
+    assert values.shape == (2, 6, 2)
+    assert (values[0] == 0).all()
+    assert np.isnan(values[1]).all()
+
+
+def test_metrics_at_cut_offs_equal_those_of_one_cut_off(lists, relevant):
+    ranked, sets = oracles.pad(lists, WIDTH), oracles.csr(relevant)
+    values = metrics.per_query(*metrics.hit_matrix(ranked, *sets), KS)
+    for row, name in enumerate(METRICS.values()):
+        for column, k in enumerate(KS):
+            np.testing.assert_array_equal(values[:, row, column], getattr(metrics, name)(ranked, *sets, k))
+    assert metrics.metric_names(KS)[:4] == ["recall@1", "recall@5", "recall@20", "ndcg@1"]
+    assert len(metrics.metric_names(KS)) == values[0].size
+
+
 def test_known_values():
     # Ranks 2 and 4 hit, three relevant items.
     ranked, relevant = np.array([[7, 3, 9, 1, 5]]), oracles.csr([{3, 1, 8}])
@@ -52,6 +77,11 @@ def test_known_values():
     assert metrics.hit_rate_at_k(ranked, *relevant, 1)[0] == 0.0
     # (1/log2(3) + 1/log2(5)) / (1 + 1/log2(3) + 1/2) = (.63093 + .43068) / 2.13093
     assert metrics.ndcg_at_k(ranked, *relevant, 5)[0] == pytest.approx(0.498190, abs=1e-6)
+    # (1/2 + 2/4) / 3
+    assert metrics.average_precision_at_k(ranked, *relevant, 5)[0] == pytest.approx(1 / 3)
+    assert metrics.precision_at_k(ranked, *relevant, 4)[0] == 0.5
+    # A list that is shorter than k misses the rest.
+    assert metrics.precision_at_k(ranked, *relevant, 10)[0] == 0.2
 
 
 def test_sums_equal_the_means_over_queries_with_relevant_items(lists, relevant):
@@ -61,8 +91,8 @@ def test_sums_equal_the_means_over_queries_with_relevant_items(lists, relevant):
     assert 0 < len(pairs) < NUM_QUERIES
     assert sums.num_queries == len(pairs)
     expected = {
-        f"{name}@{k}": np.mean([getattr(oracles, f"{name}_at_k")(r, s, k) for r, s in pairs])
-        for name in ("recall", "ndcg", "mrr", "hit_rate")
+        f"{name}@{k}": np.mean([getattr(oracles, function)(r, s, k) for r, s in pairs])
+        for name, function in METRICS.items()
         for k in KS
     }
     assert sums.result() == pytest.approx(expected)
@@ -95,27 +125,6 @@ def test_padding_is_no_item():
 def test_repeats_of_relevant_items_change_nothing():
     ranked = np.array([[4, 2, 0]])
     assert metrics.recall_at_k(ranked, *oracles.csr([[2, 2, 5, 5]]), 3)[0] == 0.5
-
-
-def test_coverage_and_same_lists_equal_the_slow_loop(lists):
-    lists = lists + [lists[0]] * 4 + [lists[0][::-1]]
-    ranked = oracles.pad(lists, WIDTH)
-    for k in KS:
-        assert metrics.catalogue_coverage(ranked, 200, k) == oracles.coverage_at_k(lists, 200, k)
-    assert metrics.share_same_top10(ranked) == oracles.share_same_top10(lists) == 5 / len(lists)
-
-
-def test_list_statistics_merge(lists):
-    ranked = oracles.pad([*lists, lists[3]], WIDTH)
-    whole = metrics.ListStats(NUM_ITEMS, KS)
-    whole.add(ranked)
-    merged = metrics.ListStats(NUM_ITEMS, KS)
-    for rows in (ranked[:9], ranked[9:9], ranked[9:]):
-        part = metrics.ListStats(NUM_ITEMS, KS)
-        part.add(rows)
-        merged.merge(part.state())
-    assert merged.result() == whole.result()
-    assert whole.result()["same_top10"] == 2 / len(ranked)
 
 
 @pytest.mark.parametrize(

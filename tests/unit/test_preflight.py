@@ -66,6 +66,7 @@ def changed(config: Config, key: str, value: Any) -> Config:
         ("index.factory", "Banana", "is no index for inner products"),
         ("index.kind", "cagra", "cagra needs more than"),
         ("index.max_memory_gib", 1e-9, "index.max_memory_gib allows"),
+        ("evaluation.slices", ["brand", "colour"], "evaluation.slices: 'colour' is no .* allowed: brand"),
         ("recommend.fields", ["title", "shade"], "recommend.fields: 'shade' is no column .* title, brand"),
         ("recommend.fields", ["left_out"], "recommend.fields: 'left_out' is no column of items"),
         ("recommend.fields", ["title", "title"], "or is there twice"),

@@ -1,14 +1,15 @@
-"""The final evaluation on Ray: encode the catalogue, rank the test users on actors, merge their sums.
+"""The final evaluation on Ray: encode the catalogue, fit the baselines, rank the test users on actors.
 
 This is the only place that reads the test split. Users are ranked by ``evaluation.comparison``, which runs
-without Ray; the vectors lie in a file that the actors memory-map.
+without Ray; vectors and baselines lie in files that the actors memory-map, and so do their measurements.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from twotower.artefacts import building, fingerprint, finished, write_json, write_manifest
+from twotower.artefacts import building, fingerprint, finished, read_manifest, write_json, write_manifest
+from twotower.cluster.baselines import Fits
 from twotower.cluster.encode import encode_catalogue
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
@@ -27,20 +29,37 @@ from twotower.config import Config, GeneratedSource
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactMismatchError, ConfigError
-from twotower.evaluation.baselines import PopularityRanker, TrueRanker, popular_order
-from twotower.evaluation.comparison import ModelRanker, Outcome, Ranker, compare
-from twotower.evaluation.holdout import evaluation_queries, open_arrays, query_inputs, write_arrays
+from twotower.evaluation.baselines import TrueRanker, popularity_counts
+from twotower.evaluation.baselines.fit import Fitted
+from twotower.evaluation.baselines.matrix import open_matrix
+from twotower.evaluation.baselines.rankers import KNOWN, POPULAR, open_ranker
+from twotower.evaluation.comparison import Measure, ModelRanker, Ranker, compare
+from twotower.evaluation.holdout import (
+    evaluation_queries,
+    holdout_fingerprint,
+    open_arrays,
+    query_inputs,
+    write_arrays,
+)
+from twotower.evaluation.intervals import differences, intervals
+from twotower.evaluation.lists import ItemFacts
+from twotower.evaluation.metrics import metric_names
+from twotower.evaluation.outcomes import USERS, Outcomes, write_outcomes
 from twotower.evaluation.report import (
     KIND,
     ItemMap,
     ReportManifest,
     Results,
+    finite,
     flat_metrics,
     item_groups,
-    metric_table,
     place_items,
     write_report,
 )
+from twotower.evaluation.report_text import metric_table, sentences
+from twotower.evaluation.side_by_side import check_comparable, set_side_by_side
+from twotower.evaluation.slices import Slice, attribute_vectors, item_slices, user_slices
+from twotower.evaluation.summary import collapse_of, slice_tables
 from twotower.index.parts import Part, check_parts
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import bar, say
@@ -48,18 +67,21 @@ from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
+from twotower.schema import KINDS, SPLITS
 
-_VERSION = 2
+_VERSION = 3
 """Changes whenever the same inputs give another report."""
 
 _WARM_UP = 20
 """Requests before the timed ones."""
 
 _FEWEST_ON_MAP = 10
+_PROBES = 1_000
+"""Users whose lists without masks show whether the model tells users apart."""
 
 
 def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_dir: Path | None) -> Path:
-    """Measure a model on the test split, beside popularity, and return the directory of the report.
+    """Measure a model on the test split, beside baselines, and return the directory of the report.
 
     Args:
         config: the configuration.
@@ -89,20 +111,40 @@ def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_
     directory = config.reports / fingerprint({**inputs, "evaluation": section, "version": _VERSION})
     if known := finished(directory, KIND, ReportManifest):
         say(f"report {directory.name} is there already")
-        _show(known["by_ranker"])
+        show(known["by_ranker"], known.get("said", []))
         return directory
     with building(directory) as partial, session(config):
         scratch = partial / "scratch"
         try:
-            results = _measure(config, dataset, checkpoint, generation_dir, inputs, scratch)
+            results = _measure(config, dataset, checkpoint, generation_dir, inputs, partial)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         write_report(partial, results)
         write_json(partial / "config.json", config.to_stored())
-        facts = {**inputs, "metrics": flat_metrics(results), "by_ranker": results.metrics}
-        write_manifest(partial, KIND, {"id": directory.name, **facts, "counts": results.counts})
-    _show(results.metrics)
+        said = list(sentences({"collapse": results.collapse, "left_out": results.left_out}))
+        facts = {**results.inputs, "metrics": flat_metrics(results), "by_ranker": finite(results.metrics)}
+        content = {"id": directory.name, **facts, "counts": results.counts, "said": said}
+        write_manifest(partial, KIND, content)
+    show(results.metrics, said)
     return directory
+
+
+def set_beside(
+    config: Config, dataset: Dataset, checkpoint_dir: Path, generation_dir: Path | None, other: Path
+) -> Path:
+    """Return the report of a model with that of another report beside it; see ``evaluate``.
+
+    Raises:
+        ArtefactMismatchError: the other report is of another test; nothing was evaluated.
+    """
+    settings = config.evaluation
+    held = evaluation_queries(dataset, settings.repeats, settings.max_users, config.seed)
+    split = holdout_fingerprint(held, dataset.vocabulary_hash)
+    check_comparable(split, dataset.fingerprint, f"the test of checkpoint {checkpoint_dir}", other)
+    report = set_side_by_side(evaluate(config, dataset, checkpoint_dir, generation_dir), other)
+    known = read_manifest(report, KIND, ReportManifest)
+    show(known["by_ranker"], known.get("said", []))
+    return report
 
 
 def _check(dataset: Dataset, checkpoint: Checkpoint, generation: dict[str, Any] | None) -> None:
@@ -125,47 +167,100 @@ def _check(dataset: Dataset, checkpoint: Checkpoint, generation: dict[str, Any] 
         )
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What is measured of whom, in files that the actors read."""
+
+    scratch: Path
+    measure: Measure
+    users: list[Slice]
+    items: list[Slice]
+    known: NDArray[np.int64]
+    """[Q], catalogue items that each query knows."""
+
+    @property
+    def facts(self) -> Path:
+        """Folder of the item facts."""
+        return self.scratch / "facts"
+
+
 def _measure(
     config: Config,
     dataset: Dataset,
     checkpoint: Checkpoint,
     generation_dir: Path | None,
     inputs: dict[str, Any],
-    scratch: Path,
+    partial: Path,
 ) -> Results:
-    scratch = scratch.absolute()
+    scratch = (partial / "scratch").absolute()
     settings = config.evaluation
     held = evaluation_queries(dataset, settings.repeats, settings.max_users, config.seed)
-    order = popular_order(dataset)
     write_arrays(scratch, held, query_inputs(dataset, held.user_rows))
-    np.save(scratch / "popular.npy", order)
-    parts = encode_catalogue(checkpoint.path, Catalogue.of(dataset), scratch / "parts", config, num_shards=1)
     vectors = str(scratch / "vectors.npy")
     task = ray.remote(num_cpus=config.cluster.cpus_per_encoder)
-    ray.get(task(join_vectors).remote(parts, dataset.num_catalogue_items, vectors))
-    shown = order[: config.evaluation.map_items]
+    with Fits(config, dataset, held, scratch / "baselines") as fits:
+        setup = _set_up(config, dataset, held, scratch)
+        catalogue = Catalogue.of(dataset)
+        parts = encode_catalogue(checkpoint.path, catalogue, scratch / "parts", config, num_shards=1)
+        ray.get(task(join_vectors).remote(parts, dataset.num_catalogue_items, vectors))
+        fitted = fits.finish()
+    shown = np.load(scratch / "baselines" / POPULAR)[: settings.map_items]
     # The map is drawn while users are ranked.
     points = None
     if len(shown) >= _FEWEST_ON_MAP:
         points = task(giving_way(_place)).remote(vectors, shown, config.seed)
-    metrics = _rank(config, dataset, checkpoint.path, scratch, held)
+    outcomes = _rank(config, dataset, checkpoint.path, setup, held, fitted)
+    merged = outcomes.merged()
+    for name, outcome in merged.items():
+        assert outcome.sums.num_queries == len(held), (
+            f"{name}: {outcome.sums.num_queries} of {len(held)} users"
+        )
+    outcomes.write_users(partial / USERS, held, setup.known)
+    names, others = metric_names(setup.measure.ks), [n for n in outcomes.rankers if n != "model"]
+    model = outcomes.values["model"]
     placed = None if points is None else _map(dataset, shown, ray.get(points))
-    k = max(config.evaluation.ks)
+    k = max(settings.ks)
     latencies = None
     if generation_dir is not None:
-        users = _drawn(dataset, held, config.evaluation.latency_requests + _WARM_UP, config.seed)
+        users = _drawn(dataset, held, settings.latency_requests + _WARM_UP, config.seed)
         latencies = time_requests(generation_dir, users, k)
     return Results(
-        inputs=inputs,
+        inputs={**inputs, "split": holdout_fingerprint(held, dataset.vocabulary_hash)},
         counts={**held.counts, "items": dataset.num_catalogue_items},
-        metrics=metrics,
+        metrics={name: outcome.result() for name, outcome in merged.items()},
         history=list(checkpoint.manifest.get("history", [])),
         best_epoch=checkpoint.manifest.get("best_epoch"),
         validation_k=checkpoint.config.train.validation.k,
         latencies_ms=latencies,
         latency_k=k,
         map=placed,
+        left_out={name: each.left_out for name, each in fitted.items() if each.left_out},
+        baselines={name: each.settings for name, each in fitted.items() if not each.left_out},
+        intervals=intervals(outcomes.values, names, config.seed),
+        differences=differences(model, outcomes.values, others, names, config.seed),
+        slices=slice_tables(outcomes.values, merged, names, setup.users, setup.items),
+        collapse=collapse_of(outcomes.overlap(), len(held)),
     )
+
+
+def _set_up(config: Config, dataset: Dataset, held: Holdout, scratch: Path) -> _Setup:
+    settings = config.evaluation
+    known = np.diff(open_matrix(scratch / "baselines" / KNOWN).indptr).astype(np.int64)
+    counts = popularity_counts(dataset)
+    users = user_slices(dataset, held.user_rows, known, settings.slices)
+    items = item_slices(dataset, counts, settings.slices, config.index.attributes)
+    facts = ItemFacts(counts, _active_users(dataset), attribute_vectors(dataset))
+    members = np.array([piece.members for piece in items]).reshape(len(items), len(counts))
+    measure = Measure(sorted(set(settings.ks)), facts, members)
+    setup = _Setup(scratch, measure, users, items, known)
+    measure.write(setup.facts)
+    return setup
+
+
+def _active_users(dataset: Dataset) -> int:
+    log = dataset.interactions
+    before = (log.split != SPLITS["test"]) & (log.kind == KINDS["positive"])
+    return len(np.unique(log.user_row[before]))
 
 
 def join_vectors(parts: list[Part], num_items: int, path: str) -> None:
@@ -187,63 +282,68 @@ class RankUsers:
     """Ranks ranges of the test users; an actor of the pool."""
 
     def __init__(
-        self, scratch: str, dataset: str, checkpoint: str, ks: list[int], device: str, threads: int
+        self, scratch: str, dataset: str, checkpoint: str, rankers: list[str], device: str, threads: int
     ) -> None:
-        """Open the model and memory-map the vectors and the users.
+        """Open the model and memory-map the vectors, the users and the baselines.
 
         Args:
-            scratch: folder with the arrays of ``evaluation.holdout``, the vectors and the popular order.
+            scratch: folder with the arrays of ``evaluation.holdout``, the vectors, facts and baselines.
             dataset: directory of the dataset.
             checkpoint: directory of the checkpoint.
-            ks: cut-offs.
+            rankers: names of those that are measured, the model first.
             device: for the model and the ranking.
             threads: CPU threads.
         """
         pin_threads(threads)
         folder = Path(scratch)
-        opened = Dataset.open(dataset)
         self._held, query = open_arrays(folder)
-        vectors = np.load(folder / "vectors.npy", mmap_mode="r")
-        self._num_items = len(vectors)
-        self._ks = ks
-        self._rankers: dict[str, Ranker] = {
-            "model": ModelRanker(Checkpoint.open(checkpoint, device), query, vectors),
-            "popularity": PopularityRanker(np.load(folder / "popular.npy")),
-        }
-        source = opened.source
-        if isinstance(source, GeneratedSource):
-            self._rankers["true_model"] = TrueRanker(source, opened.user_ids)
+        self._measure = Measure.open(folder / "facts")
+        self._outcomes = folder / "outcomes"
+        self._rankers: dict[str, Ranker] = {}
+        for name in rankers:
+            if name == "model":
+                vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+                self._rankers[name] = ModelRanker(Checkpoint.open(checkpoint, device), query, vectors)
+            elif name == "true_model":
+                opened = Dataset.open(dataset)
+                assert isinstance(opened.source, GeneratedSource), "only generated data has a true model"
+                self._rankers[name] = TrueRanker(opened.source, opened.user_ids)
+            else:
+                self._rankers[name] = open_ranker(name, folder / "baselines")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return the outcome of each ranker on the range in the first row."""
+        """Measure each ranker on the range in the first row, and write what they come to."""
         start, stop = batch["start"][0].as_py(), batch["stop"][0].as_py()
-        outcomes = compare(self._rankers, self._held, start, stop, self._num_items, self._ks)
-        rows = [{"users": stop - start, "ranker": name, **o.state()} for name, o in outcomes.items()]
-        return pa.Table.from_pylist(rows)
+        # A fair share of the probes; ranges are of nearly equal size.
+        probes = -(-_PROBES * (stop - start) // len(self._held))
+        measured = compare(self._rankers, self._held, start, stop, self._measure, probes)
+        write_outcomes(self._outcomes, start, measured)
+        return pa.table({"users": [stop - start]})
 
 
 def _rank(
-    config: Config, dataset: Dataset, checkpoint: Path, scratch: Path, held: Holdout
-) -> dict[str, dict[str, float]]:
+    config: Config,
+    dataset: Dataset,
+    checkpoint: Path,
+    setup: _Setup,
+    held: Holdout,
+    fitted: Mapping[str, Fitted],
+) -> Outcomes:
+    rankers = ["model", *(name for name, each in fitted.items() if not each.left_out)]
+    if isinstance(dataset.source, GeneratedSource):
+        rankers.append("true_model")
     settings = {
-        "scratch": str(scratch),
+        "scratch": str(setup.scratch),
         "dataset": str(dataset.path.absolute()),
         "checkpoint": str(checkpoint.absolute()),
-        "ks": config.evaluation.ks,
+        "rankers": rankers,
     }
-    merged: dict[str, Outcome] = {}
+    folder = setup.scratch / "outcomes"
+    folder.mkdir()
     with without_native_log(), bar(len(held), "rank test users", unit="users") as progress:
         for row in work_through(RankUsers, settings, ranges(len(held), config), config, gpu=True):
-            name = row["ranker"]
-            outcome = merged.setdefault(name, Outcome(dataset.num_catalogue_items, config.evaluation.ks))
-            outcome.merge({key: row[key] for key in ("sums", "covered", "digests")})
-            if name == "model":
-                progress.update(row["users"])
-    for name, outcome in merged.items():
-        assert outcome.sums.num_queries == len(held), (
-            f"{name}: {outcome.sums.num_queries} of {len(held)} users"
-        )
-    return {name: merged[name].result() for name in ("model", "popularity", "true_model") if name in merged}
+            progress.update(row["users"])
+    return Outcomes(folder, rankers, setup.measure)
 
 
 def _map(dataset: Dataset, rows: NDArray[np.int64], points: NDArray[np.float64]) -> ItemMap:
@@ -272,7 +372,8 @@ def time_requests(generation_dir: Path, user_ids: list[str], k: int) -> NDArray[
     return np.array(milliseconds[_WARM_UP:])
 
 
-def _show(metrics: Mapping[str, Mapping[str, float]]) -> None:
+def show(metrics: Mapping[str, Mapping[str, float | None]], said: Sequence[str]) -> None:
+    """Print the table of a report, and what has to be said beside it."""
     rows = metric_table(metrics)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -280,3 +381,5 @@ def _show(metrics: Mapping[str, Mapping[str, float]]) -> None:
             text.ljust(widths[0]) if not i else text.rjust(widths[i]) for i, text in enumerate(row)
         )
         say("  ".join([first, *others]))
+    for sentence in said:
+        say(sentence)

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from twotower.config.data import DataConfig, FilesSource, LightGCNSource, SplitConfig
+from twotower.config.evaluation import EvaluationConfig
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.section import Section
 from twotower.config.service import (
     ClusterConfig,
-    EvaluationConfig,
     IndexConfig,
     RecommendConfig,
     ServeConfig,

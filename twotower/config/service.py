@@ -99,22 +99,6 @@ class IndexConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
-    """The final evaluation on the test split."""
-
-    ks: Annotated[list[PositiveInt], Field(min_length=1)] = [10, 20, 100]
-    """Cut-offs of the metrics."""
-    repeats: Literal["exclude", "include"] = "exclude"
-    """What a user has had already: masked and never relevant, in validation too; or ranked like any other
-    item and relevant when it is taken again, as where ``exclude_seen: false`` serves it."""
-    max_users: PositiveInt = 1_000_000
-    """Test users measured, drawn once; all where there are fewer."""
-    latency_requests: PositiveInt = 1_000
-    """Single requests timed for the latency histogram."""
-    map_items: Annotated[int, Field(ge=10)] = 2_000
-    """Most popular items drawn in the t-SNE map."""
-
-
 LIST_COLUMNS = ("query_id", "user_id", "strategy", "rank", "item_id", "score")
 """Columns of recommendations, which no column of items can take the names of."""
 

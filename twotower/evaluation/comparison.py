@@ -6,8 +6,10 @@ measured of a range merges with the measurements of other ranges, so that ranges
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,14 +17,17 @@ from numpy.typing import NDArray
 
 from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactError
+from twotower.evaluation.baselines.matrix import open_matrix, write_matrix
 from twotower.evaluation.holdout import QueryInputs
-from twotower.evaluation.metrics import ListStats, MetricSums
+from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts, ListStats, Overlap
+from twotower.evaluation.metrics import MetricSums, hit_matrix
 from twotower.evaluation.ranking import rank_block
 from twotower.model.batch import to_device
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures
 
 Ints = NDArray[np.int64]
+Values = NDArray[np.float32]
 
 
 class Ranker(Protocol):
@@ -63,43 +68,125 @@ class ModelRanker:
         return rank_block(queries, self._vectors, part.masked_offsets, part.masked_rows, k)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of every ranker's lists."""
+
+    ks: list[int]
+    """Cut-offs, ascending."""
+    facts: ItemFacts
+    """Of the catalogue."""
+    item_slices: NDArray[np.bool_]
+    """[V, N] bool: members of each slice of items."""
+
+    @property
+    def num_items(self) -> int:
+        """Catalogue items N."""
+        return len(self.facts.counts)
+
+    def write(self, folder: Path) -> None:
+        """Write it as arrays that workers can memory-map."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "ks.npy", np.array(self.ks, dtype=np.int64))
+        np.save(folder / "counts.npy", self.facts.counts)
+        np.save(folder / "num_users.npy", np.array(self.facts.num_users, dtype=np.int64))
+        np.save(folder / "item_slices.npy", self.item_slices)
+        if self.facts.attributes is not None:
+            write_matrix(folder / "attributes", self.facts.attributes)
+
+    @classmethod
+    def open(cls, folder: Path) -> Measure:
+        """Return what ``write`` wrote, memory-mapped."""
+        attributes = folder / "attributes"
+        facts = ItemFacts(
+            np.load(folder / "counts.npy", mmap_mode="r"),
+            int(np.load(folder / "num_users.npy")),
+            open_matrix(attributes) if attributes.is_dir() else None,
+        )
+        slices = np.load(folder / "item_slices.npy", mmap_mode="r")
+        return cls(np.load(folder / "ks.npy").tolist(), facts, slices)
+
+
 class Outcome:
-    """What is measured of one ranker's lists.
+    """What is measured of one ranker's lists."""
 
-    Args:
-        num_items: catalogue items N.
-        ks: cut-offs.
-    """
+    def __init__(self, measure: Measure) -> None:
+        self._measure = measure
+        self.sums = MetricSums(measure.ks)
+        self.lists = ListStats(measure.num_items, measure.ks, measure.facts)
+        self.slices = [MetricSums(measure.ks) for _ in measure.item_slices]
 
-    def __init__(self, num_items: int, ks: Sequence[int]) -> None:
-        self.sums = MetricSums(ks)
-        self.lists = ListStats(num_items, ks)
+    def add(self, ranked: Ints, part: Holdout) -> Values:
+        """Add the lists [Q, K] int64 of the users of ``part``; K is at least the largest cut-off.
 
-    def add(self, ranked: Ints, part: Holdout) -> None:
-        """Add the lists [Q, K] int64 of the users of ``part``."""
-        self.sums.add(ranked, part.relevant_offsets, part.relevant_rows)
+        Returns:
+            [Q, C] float32, the metrics of each user in the order of ``metric_names``.
+        """
+        hits, num_relevant = hit_matrix(ranked, part.relevant_offsets, part.relevant_rows)
+        values = self.sums.add_hits(hits, num_relevant)
         self.lists.add(ranked)
+        owner = np.repeat(np.arange(len(part)), np.diff(part.relevant_offsets))
+        for members, sums in zip(self._measure.item_slices, self.slices, strict=True):
+            theirs = np.bincount(owner, members[part.relevant_rows], len(part)).astype(np.int64)
+            some = theirs > 0
+            sums.add_hits(hits[some] & members[ranked[some]], theirs[some])
+        return values.reshape(len(part), -1).astype(np.float32)
 
-    def state(self) -> dict[str, bytes]:
+    def state(self) -> dict[str, NDArray[Any]]:
         """Return what ``merge`` takes."""
-        return {"sums": self.sums.state().tobytes(), **self.lists.state()}
+        slices = np.array([sums.state() for sums in self.slices])
+        return {"sums": self.sums.state(), "slices": slices, **self.lists.state()}
 
-    def merge(self, state: Mapping[str, bytes]) -> None:
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Add the outcome of other users."""
-        self.sums.merge(np.frombuffer(state["sums"]))
-        self.lists.merge({name: value for name, value in state.items() if name != "sums"})
+        self.sums.merge(state["sums"])
+        for sums, numbers in zip(self.slices, state["slices"], strict=True):
+            sums.merge(numbers)
+        self.lists.merge(state)
 
     def result(self) -> dict[str, float]:
         """Return metrics by name, such as ``recall@10``, ``coverage@10`` and ``same_top10``."""
         return self.sums.result() | self.lists.result()
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What rankers came to on a range of users."""
+
+    outcomes: dict[str, Outcome]
+    values: dict[str, Values]
+    """By ranker, [Q, C] float32: the metrics of each user."""
+    overlap: Overlap
+    """Of what the first ranker gives some of the users before anything is masked."""
+
+
 def compare(
-    rankers: Mapping[str, Ranker], held: Holdout, start: int, stop: int, num_items: int, ks: Sequence[int]
-) -> dict[str, Outcome]:
-    """Return the outcome of each ranker on users ``start`` to ``stop`` of a holdout."""
+    rankers: Mapping[str, Ranker], held: Holdout, start: int, stop: int, measure: Measure, probes: int = 0
+) -> Measured:
+    """Return what each ranker comes to on users ``start`` to ``stop`` of a holdout.
+
+    Args:
+        rankers: by name.
+        held: the holdout.
+        start: its first user that is ranked for.
+        stop: the user behind the last one.
+        measure: what is measured.
+        probes: users for whom the first ranker ranks without masks too.
+    """
     part = held.part(start, stop)
-    outcomes = {name: Outcome(num_items, ks) for name in rankers}
-    for name, ranker in rankers.items():
-        outcomes[name].add(ranker(start, part, max(ks)), part)
-    return outcomes
+    outcomes = {name: Outcome(measure) for name in rankers}
+    values = {
+        name: outcomes[name].add(ranker(start, part, max(measure.ks)), part)
+        for name, ranker in rankers.items()
+    }
+    overlap = Overlap(measure.num_items)
+    if probes:
+        few = unmasked(held.part(start, min(start + probes, stop)))
+        overlap.add(next(iter(rankers.values()))(start, few, TOP_LIST_LENGTH))
+    return Measured(outcomes, values, overlap)
+
+
+def unmasked(part: Holdout) -> Holdout:
+    """Return the same queries with nothing masked."""
+    none = np.empty(0, dtype=np.int64)
+    return replace(part, masked_offsets=np.zeros(len(part) + 1, dtype=np.int64), masked_rows=none)

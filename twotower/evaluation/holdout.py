@@ -7,6 +7,7 @@ Legend: Q test users, H history length.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,17 @@ def evaluation_queries(dataset: Dataset, repeats: Repeats, max_users: int, seed:
     if len(held) == 0:
         raise DataError(f"dataset {dataset.path}: {nothing_relevant('test', rules)}")
     return held
+
+
+def holdout_fingerprint(held: Holdout, vocabulary_hash: str) -> str:
+    """Return a hash of who is asked about what: users, masked and relevant items, by the ids' hash.
+
+    Models whose evaluations have it in common were measured on the same test.
+    """
+    digest = hashlib.sha256(vocabulary_hash.encode())
+    for name in _ARRAYS:
+        digest.update(np.ascontiguousarray(getattr(held, name), dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Legend: Q queries, K columns of a ranked list, k cut-off, N catalogue items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-TOP_LIST_LENGTH = 10
-"""Length of the lists that ``share_same_top10`` compares."""
+ACCURACY = ("recall", "ndcg", "mrr", "hit_rate", "map", "precision")
+"""Metrics of a list against a query's relevant items."""
 
 
 def hit_matrix(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints) -> tuple[NDArray[np.bool_], Ints]:
@@ -62,7 +62,7 @@ def hit_matrix(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints) -> tup
 
 def recall_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
     """Return per query the relevant items in the top k over all relevant items: [Q] float64 in [0, 1]."""
-    return _one(_recall, ranked, relevant_offsets, relevant_rows, k)
+    return _one("recall", ranked, relevant_offsets, relevant_rows, k)
 
 
 def ndcg_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
@@ -72,31 +72,68 @@ def ndcg_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int)
 
     Source: Jarvelin and Kekalainen (2002), "Cumulated gain-based evaluation of IR techniques".
     """
-    return _one(_ndcg, ranked, relevant_offsets, relevant_rows, k)
+    return _one("ndcg", ranked, relevant_offsets, relevant_rows, k)
 
 
 def mrr_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
     """Return per query 1 / rank of the first relevant item, 0 where the top k has none: [Q] float64."""
-    return _one(_mrr, ranked, relevant_offsets, relevant_rows, k)
+    return _one("mrr", ranked, relevant_offsets, relevant_rows, k)
 
 
 def hit_rate_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
     """Return per query 1 where a relevant item is in the top k, else 0: [Q] float64."""
-    return _one(_hit_rate, ranked, relevant_offsets, relevant_rows, k)
+    return _one("hit_rate", ranked, relevant_offsets, relevant_rows, k)
 
 
-def catalogue_coverage(ranked: Ints, num_items: int, k: int) -> float:
-    """Return the share of the ``num_items`` catalogue items that occur in any top k."""
-    stats = ListStats(num_items, [k])
-    stats.add(ranked)
-    return stats.result()[f"coverage@{k}"]
+def average_precision_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
+    """Return per query the precisions at the ranks of its hits in the top k over all relevant items.
+
+    Their mean is MAP: [Q] float64 in [0, 1].
+
+    Source: Buckley and Voorhees (2000), "Evaluating evaluation measure stability"; trec_eval's ``map_cut``.
+    """
+    return _one("map", ranked, relevant_offsets, relevant_rows, k)
 
 
-def share_same_top10(ranked: Ints) -> float:
-    """Return the share of lists whose ten items, in order, are the most common ones; NaN without lists."""
-    stats = ListStats(int(np.max(ranked, initial=-1)) + 1, [])
-    stats.add(ranked)
-    return stats.result()["same_top10"]
+def precision_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
+    """Return per query the relevant items in the top k over k, also where a list is shorter: [Q] float64."""
+    return _one("precision", ranked, relevant_offsets, relevant_rows, k)
+
+
+def per_query(hits: NDArray[np.bool_], num_relevant: Ints, ks: Sequence[int]) -> Floats:
+    """Return the metrics of ``ACCURACY`` by cut-off, [Q, metrics, cut-offs] float64.
+
+    Args:
+        hits: [Q, K] bool, of ``hit_matrix``.
+        num_relevant: [Q] int64; 0 gives NaN.
+        ks: cut-offs; ranks behind the K-th have no hit.
+    """
+    num_queries, width = hits.shape
+    cuts = np.asarray(ks, dtype=np.int64)
+    values = np.zeros((num_queries, len(ACCURACY), len(cuts)))
+    if width:
+        at = np.minimum(cuts, width) - 1
+        ranks = np.arange(1, width + 1)
+        discounts = 1.0 / np.log2(np.arange(2, max(width, int(cuts.max())) + 2))
+        total = np.maximum(num_relevant, 1)
+        found = np.cumsum(hits, axis=1)
+        # Gains are summed in the same order as the ideal, so that a perfect list scores exactly 1.
+        gains = np.cumsum(hits * discounts[:width], axis=1)
+        ideal = np.cumsum(discounts)[np.minimum(total[:, None], cuts) - 1]
+        first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, width + 1)[:, None]
+        values[:, 0] = found[:, at] / total[:, None]
+        values[:, 1] = gains[:, at] / ideal
+        values[:, 2] = np.where(first <= at + 1, 1.0 / first, 0.0)
+        values[:, 3] = found[:, at] > 0
+        values[:, 4] = np.cumsum(hits * found / ranks, axis=1)[:, at] / total[:, None]
+        values[:, 5] = found[:, at] / cuts
+    values[num_relevant == 0] = np.nan
+    return values
+
+
+def metric_names(ks: Sequence[int]) -> list[str]:
+    """Return the names of what ``per_query`` measures, such as ``recall@10``, cut-offs changing fastest."""
+    return [f"{name}@{k}" for name in ACCURACY for k in ks]
 
 
 class MetricSums:
@@ -110,7 +147,7 @@ class MetricSums:
         if not ks or min(ks) < 1:
             raise ValueError(f"ks is {list(ks)}; give at least one cut-off, each at least 1")
         self.ks = sorted(set(int(k) for k in ks))
-        self._sums = np.zeros((len(_METRICS), len(self.ks)))
+        self._sums = np.zeros((len(ACCURACY), len(self.ks)))
         self._count = 0.0
 
     @property
@@ -131,16 +168,18 @@ class MetricSums:
             raise ValueError(
                 f"ranked has {ranked.shape[1]} columns; the cut-off {self.ks[-1]} needs as many (pad with -1)"
             )
-        hits, num_relevant = hit_matrix(ranked, relevant_offsets, relevant_rows)
+        self.add_hits(*hit_matrix(ranked, relevant_offsets, relevant_rows))
+
+    def add_hits(self, hits: NDArray[np.bool_], num_relevant: Ints) -> Floats:
+        """Add what ``hit_matrix`` found, and return the metrics by query [Q, metrics, cut-offs]."""
+        values = per_query(hits, num_relevant, self.ks)
         counted = num_relevant > 0
-        hits, num_relevant = hits[counted], num_relevant[counted]
-        self._count += len(num_relevant)
-        for row, metric in enumerate(_METRICS.values()):
-            for column, k in enumerate(self.ks):
-                self._sums[row, column] += metric(hits[:, :k], num_relevant, k).sum()
+        self._count += int(counted.sum())
+        self._sums += values[counted].sum(axis=0)
+        return values
 
     def state(self) -> Floats:
-        """Return [1 + 4 * cut-offs] float64: the count and the sums. States of parts may be added up."""
+        """Return [1 + metrics * cut-offs] float64: the count and the sums. States of parts add up."""
         return np.concatenate([[self._count], self._sums.ravel()])
 
     def merge(self, state: Floats) -> None:
@@ -156,79 +195,7 @@ class MetricSums:
     def result(self) -> dict[str, float]:
         """Return the means by name, such as ``recall@10``; NaN where no query was counted."""
         count = self._count or float("nan")
-        return {
-            f"{name}@{k}": float(self._sums[row, column] / count)
-            for row, name in enumerate(_METRICS)
-            for column, k in enumerate(self.ks)
-        }
-
-
-class ListStats:
-    """What the lists of all queries look like together: catalogue coverage, and how many are the same.
-
-    Args:
-        num_items: catalogue items N.
-        ks: cut-offs of the coverage.
-    """
-
-    def __init__(self, num_items: int, ks: Sequence[int]) -> None:
-        self.num_items = num_items
-        self.ks = sorted(set(int(k) for k in ks))
-        self.covered = np.zeros((len(self.ks), num_items), dtype=bool)
-        self._digests: list[NDArray[np.uint64]] = []
-
-    def add(self, ranked: Ints) -> None:
-        """Add lists [Q, K] int64, best first, -1 padded."""
-        ranked = np.asarray(ranked, dtype=np.int64)
-        if ranked.max(initial=-1) >= self.num_items:
-            raise ValueError(
-                f"ranked names item row {ranked.max()}; the catalogue has {self.num_items} items"
-            )
-        for row, k in enumerate(self.ks):
-            top = ranked[:, :k]
-            self.covered[row, top[top >= 0]] = True
-        self._digests.append(_digest(ranked[:, :TOP_LIST_LENGTH]))
-
-    def state(self) -> dict[str, bytes]:
-        """Return what ``merge`` takes, small: N bits a cut-off and 8 bytes a list."""
-        return {"covered": np.packbits(self.covered).tobytes(), "digests": self._all_digests().tobytes()}
-
-    def merge(self, state: dict[str, bytes]) -> None:
-        """Add the state of another part with the same catalogue and cut-offs."""
-        bits = np.frombuffer(state["covered"], dtype=np.uint8)
-        if len(bits) != (self.covered.size + 7) // 8:
-            raise ValueError(
-                f"the state covers {len(bits) * 8} bits; this catalogue and cut-offs need {self.covered.size}"
-            )
-        self.covered |= np.unpackbits(bits, count=self.covered.size).reshape(self.covered.shape).astype(bool)
-        self._digests.append(np.frombuffer(state["digests"], dtype=np.uint64))
-
-    def result(self) -> dict[str, float]:
-        """Return ``coverage@k`` for each cut-off and ``same_top10``; NaN without items or lists."""
-        shares = {
-            f"coverage@{k}": float(row.mean()) if self.num_items else float("nan")
-            for k, row in zip(self.ks, self.covered, strict=True)
-        }
-        digests = self._all_digests()
-        counts = np.unique(digests, return_counts=True)[1]
-        shares["same_top10"] = float(counts.max() / len(digests)) if len(digests) else float("nan")
-        return shares
-
-    def _all_digests(self) -> NDArray[np.uint64]:
-        return np.concatenate([np.empty(0, dtype=np.uint64), *self._digests])
-
-
-def _digest(lists: Ints) -> NDArray[np.uint64]:
-    """[Q] uint64: equal lists have equal digests, others differ but for a chance of 2**-64 a pair."""
-    digest = np.full(len(lists), lists.shape[1], dtype=np.uint64)
-    for column in lists.T:
-        # The finaliser of splitmix64 after each item, so that the order counts.
-        digest ^= column.astype(np.uint64)
-        digest += np.uint64(0x9E3779B97F4A7C15)
-        digest = (digest ^ (digest >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        digest = (digest ^ (digest >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        digest ^= digest >> np.uint64(31)
-    return digest
+        return dict(zip(metric_names(self.ks), (self._sums / count).ravel().tolist(), strict=True))
 
 
 def _refuse_repeats(ranked: Ints) -> None:
@@ -238,38 +205,8 @@ def _refuse_repeats(ranked: Ints) -> None:
         raise ValueError(f"list {int(repeated.argmax())} names an item twice; a ranking names each item once")
 
 
-_Metric = Callable[[NDArray[np.bool_], Ints, int], Floats]
-
-
-def _one(metric: _Metric, ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
+def _one(metric: str, ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k: int) -> Floats:
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    hits, num_relevant = hit_matrix(ranked, relevant_offsets, relevant_rows)
-    values = metric(hits[:, :k], np.maximum(num_relevant, 1), k)
-    return np.where(num_relevant > 0, values, np.nan)
-
-
-def _recall(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    return np.asarray(hits.sum(axis=1) / num_relevant, dtype=np.float64)
-
-
-def _ndcg(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    discounts: Floats = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal: Floats = np.cumsum(discounts)[np.minimum(num_relevant, k) - 1]
-    # Summed in the same order as the ideal, so that a perfect list scores exactly 1.
-    gains = np.cumsum(hits * discounts[: hits.shape[1]], axis=1)
-    found: Floats = gains[:, -1] if hits.shape[1] else np.zeros(len(hits))
-    return found / ideal
-
-
-def _mrr(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    if not hits.shape[1]:
-        return np.zeros(len(hits))
-    return np.asarray(hits.any(axis=1) / (hits.argmax(axis=1) + 1), dtype=np.float64)
-
-
-def _hit_rate(hits: NDArray[np.bool_], num_relevant: Ints, k: int) -> Floats:
-    return np.asarray(hits.any(axis=1), dtype=np.float64)
-
-
-_METRICS: dict[str, _Metric] = {"recall": _recall, "ndcg": _ndcg, "mrr": _mrr, "hit_rate": _hit_rate}
+    values = per_query(*hit_matrix(ranked, relevant_offsets, relevant_rows), [k])
+    return np.ascontiguousarray(values[:, ACCURACY.index(metric), 0])

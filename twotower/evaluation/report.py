@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,12 @@ from pydantic import BaseModel
 from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
 from twotower.evaluation import plots
+from twotower.evaluation.outcomes import column_name
+from twotower.evaluation.report_text import markdown
 from twotower.listing import STORED
 from twotower.model.features import split_values
 from twotower.schema import CategoricalFeature, MultiHotFeature
 from twotower.values import as_categories
-
-TITLES = {"model": "model", "popularity": "popularity", "true_model": "true model"}
-_NAMES = {
-    "recall": "Recall",
-    "ndcg": "NDCG",
-    "mrr": "MRR",
-    "hit_rate": "Hit rate",
-    "coverage": "Catalogue coverage",
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Results:
     counts: dict[str, int]
     """Users, from ``Holdout.counts``, and ``items`` of the catalogue."""
     metrics: dict[str, dict[str, float]]
-    """By ranker (keys of ``TITLES``), then by metric."""
+    """By ranker (keys of ``report_text.TITLES``), then by metric."""
     history: list[dict[str, Any]]
     """Of the training, one mapping an epoch."""
     best_epoch: int | None
@@ -67,9 +59,26 @@ class Results:
     """Items asked for by those requests."""
     map: ItemMap | None
     """None where the catalogue is too small for one."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """By ranker that is not measured, the reason."""
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By baseline, what it was fitted with."""
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By ranker and metric, the 95% interval of the mean."""
+    differences: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """By ranker and metric, what the model is better by: ``intervals.differences``."""
+    slices: list[dict[str, Any]] = field(default_factory=list)
+    """``by``, ``value``, ``users`` and ``metrics`` by ranker of each slice."""
+    collapse: str | None = None
+    """A sentence where the model gives most users the same answer."""
 
 
 KIND = "report"
+_PICTURES = {
+    "training.png": "Loss and validation metrics by epoch",
+    "latency.png": "Retrieval latency",
+    "item_map.png": "Map of the item vectors",
+}
 
 
 class ReportManifest(BaseModel):
@@ -100,7 +109,7 @@ def latency_facts(milliseconds: NDArray[np.float64], k: int) -> dict[str, float]
 def flat_metrics(results: Results) -> dict[str, float]:
     """Return all numbers by one name: ``recall@10`` (model), ``popularity_recall@10``, ``latency_p50_ms``."""
     flat = {
-        (name if ranker == "model" else f"{ranker}_{name}"): value
+        column_name(ranker, name): value
         for ranker, values in results.metrics.items()
         for name, value in values.items()
     }
@@ -112,19 +121,19 @@ def flat_metrics(results: Results) -> dict[str, float]:
 
 def write_report(directory: Path, results: Results) -> None:
     """Write report.json, report.md and the pictures into an existing directory."""
-    pictures: list[tuple[str, str]] = []
+    pictures: list[str] = []
     if results.history:
-        pictures.append(("training.png", "Loss and validation metrics by epoch"))
+        pictures.append("training.png")
         plots.training_curves(
             directory / "training.png", results.history, results.validation_k, results.best_epoch
         )
     latency = None
     if results.latencies_ms is not None and len(results.latencies_ms):
         latency = latency_facts(results.latencies_ms, results.latency_k)
-        pictures.append(("latency.png", "Retrieval latency"))
+        pictures.append("latency.png")
         plots.latency_histogram(directory / "latency.png", results.latencies_ms, latency)
     if results.map is not None:
-        pictures.append(("item_map.png", "Map of the item vectors"))
+        pictures.append("item_map.png")
         plots.item_map(
             directory / "item_map.png",
             results.map.points,
@@ -136,73 +145,26 @@ def write_report(directory: Path, results: Results) -> None:
         "inputs": results.inputs,
         "counts": results.counts,
         "metrics": results.metrics,
+        "left_out": results.left_out,
+        "baselines": results.baselines,
+        "intervals": results.intervals,
+        "differences": results.differences,
+        "slices": results.slices,
+        "collapse": results.collapse,
         "latency": latency,
         "best_epoch": results.best_epoch,
         "validation_k": results.validation_k,
         "history": results.history,
-        "pictures": [name for name, _ in pictures],
+        "pictures": pictures,
     }
-    write_json(directory / "report.json", _finite(content))
-    write_bytes(directory / "report.md", _markdown(results, latency, pictures).encode())
+    write_content(directory, finite(content))
 
 
-def metric_table(metrics: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """Return the rows of the comparison, the heading first: metric, then each ranker's value."""
-    rankers = [name for name in TITLES if name in metrics]
-    rows = [["metric", *(TITLES[name] for name in rankers)]]
-    for name in metrics[rankers[0]]:
-        rows.append([_label(name), *(_number(metrics[ranker].get(name)) for ranker in rankers)])
-    return rows
-
-
-def _label(name: str) -> str:
-    if name == "same_top10":
-        return "Users with the most common top 10"
-    metric, _, k = name.partition("@")
-    return f"{_NAMES.get(metric, metric)}@{k}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
-
-
-def _markdown(results: Results, latency: dict[str, float] | None, pictures: Sequence[tuple[str, str]]) -> str:
-    counts = results.counts
-    drawn = f" {counts['not_drawn']:,} more were not drawn." if counts["not_drawn"] else ""
-    heading, *rows = metric_table(results.metrics)
-    lines = [
-        f"# Evaluation of {results.inputs['name']}",
-        "",
-        f"{counts['evaluated']:,} test users, each with the whole catalogue of {counts['items']:,} items "
-        "ranked. The items of a user's train and validation interactions are left out of the list; the "
-        f"positive test items are relevant. {counts['without_relevant']:,} of {counts['users']:,} users have "
-        f"no relevant item and are left out.{drawn}",
-        "",
-        f"| {' | '.join(heading)} |",
-        f"|---|{'---:|' * (len(heading) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "Recall is hits over all relevant items; NDCG is binary, its ideal over min(k, relevant items). "
-        "Popularity ranks by positives in train and validation.",
-    ]
-    if "true_model" in results.metrics:
-        lines += [
-            "The true model ranks by the probabilities that the data was drawn from, the best that a model "
-            "can be expected to do.",
-        ]
-    if latency is not None:
-        lines += [
-            "",
-            f"Retrieval, {latency['requests']:,.0f} single requests of k = {latency['k']:.0f}, one after the "
-            f"other and without HTTP: mean {latency['mean_ms']:.2f} ms, p50 {latency['p50_ms']:.2f} ms, p95 "
-            f"{latency['p95_ms']:.2f} ms, p99 {latency['p99_ms']:.2f} ms, {latency['qps']:,.0f} requests per "
-            f"second; {latency['share_within_10_ms']:.1%} within 10 ms.",
-        ]
-    for name, title in pictures:
-        lines += ["", f"## {title}", "", f"![{title}]({name})"]
-    named = {key: value for key, value in results.inputs.items() if key != "name"}
-    lines += ["", "## What was evaluated", "", *(f"- {key}: `{value}`" for key, value in named.items()), ""]
-    return "\n".join(lines)
+def write_content(directory: Path, content: dict[str, Any]) -> None:
+    """Write report.json and the pages made of it."""
+    write_json(directory / "report.json", content)
+    pictures = [(name, _PICTURES[name]) for name in content["pictures"]]
+    write_bytes(directory / "report.md", markdown(content, pictures).encode())
 
 
 def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], str]:
@@ -245,12 +207,12 @@ def place_items(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
     return np.asarray(tsne.fit_transform(np.asarray(vectors)), dtype=np.float64)
 
 
-def _finite(value: Any) -> Any:
-    """The value with None in place of every NaN and infinity, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """Return the value with None in place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -47,7 +47,7 @@ def problems(config: Config, dataset: Dataset, step: Step) -> Iterator[TwotowerE
         "train": (_sizes, _times, _validation_users, _start),
         "index": (_attributes, _index),
         "recommend": (_fields, _filter),
-        "evaluate": (_test_users,),
+        "evaluate": (_test_users, _slices),
     }
     for check in checks[step]:
         try:
@@ -142,6 +142,12 @@ def _validation_users(config: Config, dataset: Dataset) -> None:
 
 def _test_users(config: Config, dataset: Dataset) -> None:
     _users(config, dataset, "test")
+
+
+def _slices(config: Config, dataset: Dataset) -> None:
+    from twotower.evaluation.slices import check_slices
+
+    check_slices(config.evaluation.slices, dataset, config.index.attributes)
 
 
 def _users(config: Config, dataset: Dataset, part: Part) -> None:
