@@ -24,6 +24,7 @@ def test_every_scenario_has_a_file():
         "movielens",
         "gowalla",
         "own-data",
+        "tafeng",
         "gpu-cluster",
     }
 
