@@ -26,8 +26,10 @@ from pathlib import Path
 
 from benchmarks import measure
 from twotower.config import Config, load_config
+from twotower.data.prepare import prepare
 from twotower.errors import TwotowerError
 from twotower.progress import say
+from twotower.training import preflight
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SEEDS = (42, 43, 44)
@@ -168,12 +170,11 @@ def _unpacked(data: Path, root: Path, source: str) -> Path:
 
 def measured(config: Config) -> tuple[Metrics, dict[str, object]]:
     """Train on the train split, rank the test split once; return metrics by ranker and facts of the run."""
-    from jobs import stages
     from twotower.cluster.evaluate import evaluate
     from twotower.cluster.train import train
 
-    dataset = stages.dataset_for(config)
-    stages.require(config, dataset, "train", "evaluate")
+    dataset = prepare(config)
+    preflight.require(config, dataset, ("train", "evaluate"))
     began = time.perf_counter()
     checkpoint = train(config, dataset, fit="train")
     seconds = time.perf_counter() - began
@@ -247,10 +248,10 @@ def main() -> None:
 def _runs(
     path: str, overrides: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[Metrics], list[dict[str, object]]]:
-    from jobs import stages
+    from twotower.cluster.session import session
 
     runs, facts = [], []
-    with stages.on_ray(load_config(path, list(overrides))):
+    with session(load_config(path, list(overrides))):
         for seed in seeds:
             say(f"seed {seed}")
             metrics, fact = measured(load_config(path, [*overrides, f"seed={seed}"]))

@@ -149,7 +149,7 @@ class HistoryFeature(_Feature):
     learned weights of items and of steps before the latest; or a causal transformer's output at the latest
     item."""
     decay: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Weight of an item relative to the next later one, for ``recency``."""
+    """Weight of an item relative to the next later one, for ``recency``, and for ``attention`` at first."""
     transformer: TransformerSpec = TransformerSpec()
     """Sizes of the transformer."""
 

@@ -333,3 +333,18 @@ def test_every_size_of_the_transformer_matters(other: dict[str, Any]) -> None:
     plain = TransformerSpec(blocks=2, heads=3, feed_forward=2, dropout=0.4)
     assert torch.equal(outcome(plain), outcome(plain))
     assert not torch.allclose(outcome(plain), outcome(plain.model_copy(update=other)))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.6])
+def test_attention_pooling_begins_as_recency(decay: float) -> None:
+    stretches = random_stretches(20)
+    spec = HistoryFeature(name="h", dim=WIDTH, max_length=LENGTH, pooling="attention", decay=decay)
+    found = encode(make_encoder(spec, 0.3), make_sequences(stretches, LENGTH, None))
+    begins = np.cumsum(stretches.lengths) - stretches.lengths
+    for query, (stretch, known) in enumerate(zip(stretches.of_query, stretches.known, strict=True)):
+        items = stretches.item_rows[begins[stretch] : begins[stretch] + known]
+        weights = torch.tensor([decay**back for back in range(known)][::-1])
+        expected = torch.zeros(WIDTH)
+        if known:
+            expected = (weights[:, None] * table()[items + 1]).sum(0) / weights.sum()
+        torch.testing.assert_close(found[query], expected, rtol=1e-4, atol=1e-5)

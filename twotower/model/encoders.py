@@ -30,7 +30,7 @@ def make_encoder(spec: HistoryFeature, std: float) -> nn.Module:
         std: standard deviation of its initial weights.
     """
     if spec.pooling == "attention":
-        return AttentionPooling(spec.dim, spec.max_length)
+        return AttentionPooling(spec.dim, spec.max_length, spec.decay)
     return Transformer(
         spec.dim,
         spec.max_length,
@@ -66,17 +66,23 @@ class AttentionPooling(nn.Module):
     """The weighted mean of a history's items, with weights that are learned: softmax(q . item + b[distance]).
 
     q is a learned vector over items scaled to one length, and b a learned number for each distance from the
-    latest item. It begins as the mean.
+    latest item. It begins as the pooling ``recency``.
 
     Source: Yang et al.: Hierarchical attention networks for document classification (NAACL 2016), equations
         8 to 10, without their inner layer and with a bias by distance.
     """
 
-    def __init__(self, width: int, length: int) -> None:
-        """Build it for E = ``width`` and L = ``length``."""
+    def __init__(self, width: int, length: int, decay: float) -> None:
+        """Build it.
+
+        Args:
+            width: E.
+            length: L.
+            decay: initial weight of an item relative to the next later one, in (0, 1].
+        """
         super().__init__()
         self.query = nn.Parameter(torch.zeros(width))
-        self.distance = nn.Parameter(torch.zeros(length))
+        self.distance = nn.Parameter(torch.arange(length) * math.log(decay))
         self.nothing = nn.Parameter(torch.zeros(width))
 
     def forward(self, items_NE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
