@@ -328,9 +328,7 @@ def test_what_is_left_out_is_said(ray_local, fewer, small_dataset, checkpoint, c
     assert "EASE^R is left out: its weights" in capsys.readouterr().err
 
 
-def test_reports_of_other_splits_are_not_compared(
-    report, fewer, config, small_dataset, checkpoint, tmp_path
-):
+def test_reports_of_other_splits_are_not_compared(report, fewer, config, small_dataset, checkpoint, tmp_path):
     other = evaluate(fewer, small_dataset, checkpoint, None)
     splits = [read_manifest(path, "report")["split"] for path in (report, other)]
     assert splits[0] != splits[1]
