@@ -12,6 +12,7 @@ from scipy import sparse
 from twotower.config.evaluation import EaseConfig, EvaluationConfig, IalsConfig, ItemKnnConfig
 from twotower.data.interactions import Interactions
 from twotower.data.knowledge import Rules, holdout
+from twotower.errors import ConfigError
 from twotower.evaluation.baselines import fit as module
 from twotower.evaluation.baselines import popular_order, recent_order
 from twotower.evaluation.baselines.ease import EaseScores, fit_ease, size
@@ -189,12 +190,21 @@ def slow_ease(matrix, l2):
 def test_ease_equals_the_closed_form(tmp_path, rows, num_users):
     """With more users than items by the items' inverse, with fewer by the users'."""
     matrix = slow_matrix(rows, (0, 1))[:num_users]
+    # What was fitted there before does not matter.
+    fit_ease(tmp_path, sparse.csr_matrix(slow_matrix(rows, (0,))[: 40 - num_users]), 1.0)
+    assert (tmp_path / "users").is_dir() == (num_users > NUM_ITEMS)
     fit_ease(tmp_path, sparse.csr_matrix(matrix), 7.5)
     assert (tmp_path / "users").is_dir() == (num_users < NUM_ITEMS)
     known = slow_matrix(rows, (0, 1))
     scores = EaseScores(tmp_path)(sparse.csr_matrix(known, dtype=np.float32))
     np.testing.assert_allclose(scores, known @ slow_ease(matrix, 7.5), rtol=1e-4, atol=1e-5)
     assert np.abs(scores).max() > 0.05
+
+
+def test_ease_without_an_inverse_says_what_to_raise(tmp_path):
+    twice = sparse.csr_matrix(np.ones((4, 2)))
+    with pytest.raises(ConfigError, match=r"evaluation.ease.l2 \(1e-30\) is too small"):
+        fit_ease(tmp_path, twice, 1e-30)
 
 
 def test_ease_of_items_that_nobody_has_is_zero(tmp_path, rows):

@@ -137,9 +137,9 @@ def attribute_vectors(dataset: Dataset) -> sparse.csr_matrix | None:
     pieces = []
     for ids in encode_columns(features, table).values():
         # Row 0 is every value that is not in the vocabulary, which need not be the same one.
-        rows, columns = np.nonzero(ids > 0)
+        rows, places = np.nonzero(ids > 0)
         width = int(ids.max(initial=0)) + 1
-        cells = (np.ones(len(rows)), (rows, ids[rows, columns]))
+        cells = (np.ones(len(rows)), (rows, ids[rows, places]))
         pieces.append(sparse.csr_matrix(cells, shape=(len(ids), width)))
     joined = sparse.csr_matrix(sparse.hstack(pieces))
     lengths = np.sqrt(np.asarray(joined.multiply(joined).sum(axis=1)).ravel())

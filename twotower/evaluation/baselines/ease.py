@@ -11,6 +11,7 @@ Legend: U users with a positive, N items, A items with a positive, n the fewer o
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.linalg import lapack
 
+from twotower.errors import ConfigError
 from twotower.evaluation.baselines.matrix import Csr, open_matrix, write_matrix
 
 Floats = NDArray[np.float64]
@@ -42,8 +44,14 @@ def needed_bytes(matrix: Csr) -> int:
 
 
 def fit_ease(folder: Path, matrix: Csr, l2: float) -> None:
-    """Fit the weights of positives [U, N] and write them into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Fit the weights of positives [U, N] and write them into a folder of their own.
+
+    Raises:
+        ConfigError: ``l2`` is so small that the positives have no inverse in 64 bits.
+    """
+    # Weights of another fit may be mapped, and be of the other form.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     items = np.unique(matrix.indices).astype(np.int64)
     active = matrix[:, items][np.diff(matrix.indptr) > 0]
     np.save(folder / "items.npy", items)
@@ -111,9 +119,13 @@ def _inverse(rows: Csr, l2: float) -> Floats:
         dense[first:last] = (rows[first:last] @ columns).toarray()
     np.einsum("ii->i", dense)[:] += l2
     dense, fault = lapack.dpotrf(dense, lower=1, overwrite_a=1)
-    assert fault == 0, f"positive definite by construction, and dpotrf says {fault}"
-    dense, fault = lapack.dpotri(dense, lower=1, overwrite_c=1)
-    assert fault == 0, f"dpotri says {fault}"
+    if not fault:
+        dense, fault = lapack.dpotri(dense, lower=1, overwrite_c=1)
+    if fault:
+        raise ConfigError(
+            f"evaluation.ease.l2 ({l2:g}) is too small: the matrix it is added to has no inverse in 64 bits; "
+            "raise it, 100 to 1000 is usual"
+        )
     for first in range(0, len(dense), _ROWS_AT_ONCE):
         # Only the lower triangle was filled.
         last = min(first + _ROWS_AT_ONCE, len(dense))

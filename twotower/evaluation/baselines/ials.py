@@ -6,6 +6,7 @@ Legend: U users, Q queries, N items, F factors.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ def fit_ials(
     """
     from implicit.cpu.als import AlternatingLeastSquares
 
-    folder.mkdir(parents=True, exist_ok=True)
+    # Factors of another fit may be mapped.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     # implicit starts its own threads, and BLAS would start as many in each.
     with threadpool_limits(1):
         model = AlternatingLeastSquares(
