@@ -63,8 +63,11 @@ def uniform(keys: torch.Tensor, columns: int, stream: int = 0, bits: int = 24) -
         stream: keeps uses apart that share a key.
         bits: the numbers are multiples of 2**-bits; at most 24, which float32 holds.
     """
-    counter = torch.arange(1, columns + 1, device=keys.device, dtype=torch.int64) + stream * (1 << 32)
-    random = mix(keys[:, None] + counter * _GOLDEN)
+    counter = torch.arange(1, columns + 1, device=keys.device, dtype=torch.int64)
+    # Wrapped here: a compiler multiplies constants without a limit, and then has no 64-bit number.
+    offset = stream * (1 << 32) * _GOLDEN & _ONES
+    offset -= (offset >> 63) << 64
+    random = mix(keys[:, None] + (counter * _GOLDEN + offset))
     return _shift(random, 64 - bits).to(torch.float32) * 2.0**-bits
 
 
