@@ -1,4 +1,4 @@
-"""Remove users from datasets, checkpoints, recommendations and every kept generation, for good.
+"""Remove users from datasets, checkpoints, recommendations, reports and every kept generation, for good.
 
 python -m jobs.forget --config configs/own-data.yaml --user-id 4711 4712
 python -m jobs.forget --config configs/own-data.yaml --users gone.csv --dry-run

@@ -63,7 +63,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     say("the service is stopped")
 
     stage(f"done in {time.monotonic() - begin:.0f} s")
-    say(f"report      {Path(result.details['report']) / 'report.md'}")
+    say(f"report      {Path(result.details['report']) / 'report.html'}")
     say(f"generation  {result.path}")
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     same = " ".join([f"--config {shown}", *(["--set", *overrides] if overrides else [])])

@@ -13,6 +13,7 @@ from scipy import stats
 
 from tests import oracles
 from tests.generations import plain_generation
+from tests.report_content import Page
 from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster import evaluate as module
 from twotower.cluster.evaluate import evaluate, set_beside
@@ -84,7 +85,7 @@ def report(ray_local, config, small_dataset, checkpoint, generation):
     return evaluate(config, small_dataset, checkpoint, generation)
 
 
-def expected_metrics(dataset, checkpoint_dir, ks):
+def expected_metrics(dataset, checkpoint_dir, ks, lists=False):
     """The protocol again, user by user, from the interactions."""
     log, num_items = dataset.interactions, dataset.num_catalogue_items
     test = log.split == 2
@@ -109,15 +110,17 @@ def expected_metrics(dataset, checkpoint_dir, ks):
     queries = checkpoint.model.encode_queries(batch).numpy()
     counts = np.bincount(log.item_row[~test & (log.kind == 0)], minlength=num_items)[:num_items]
     ones = np.ones((len(users), 1))
-    lists = {
+    ranked_by = {
         "model": oracles.top_k(queries, items, masked, max(ks)),
         "popularity": oracles.top_k(ones, counts[:, None], masked, max(ks)),
     }
     scores = true_scores(dataset.source, dataset.user_ids.ids(users))
-    lists["true_model"] = [
+    ranked_by["true_model"] = [
         oracles.top_k(np.ones((1, 1)), row[:, None], [m], max(ks))[0]
         for row, m in zip(scores, masked, strict=True)
     ]
+    if lists:
+        return users, ranked_by
     return users, {
         ranker: {
             **{
@@ -131,8 +134,14 @@ def expected_metrics(dataset, checkpoint_dir, ks):
             **{f"mean_popularity@{k}": np.mean([counts[row[:k]].mean() for row in ranked]) for k in ks},
             "same_top10": oracles.share_same_top10(ranked),
         }
-        for ranker, ranked in lists.items()
+        for ranker, ranked in ranked_by.items()
     }
+
+
+def recommended(dataset, checkpoint_dir):
+    """Users and what the model recommends to them, by the slow loops."""
+    users, expected = expected_metrics(dataset, checkpoint_dir, [10], lists=True)
+    return [int(user) for user in users], expected["model"]
 
 
 def test_every_number_equals_the_slow_loops(report, config, small_dataset, checkpoint):
@@ -163,6 +172,7 @@ def test_report_holds_its_files_and_nothing_of_the_work(report):
     assert {p.name for p in report.iterdir()} == {
         "manifest.json",
         "config.json",
+        "report.html",
         "report.json",
         "report.md",
         "users.parquet",
@@ -171,6 +181,48 @@ def test_report_holds_its_files_and_nothing_of_the_work(report):
         "item_map.png",
     }
     assert not [p for p in report.parent.iterdir() if p.name.endswith(".partial")]
+
+
+def test_the_page_shows_what_was_measured(report, config, small_dataset, checkpoint):
+    content = json.loads((report / "report.json").read_text())
+    page = Page((report / "report.html").read_text())
+    tables = page.tables()
+    for k in config.evaluation.ks:
+        rows = {row[0]: row for row in tables[f"Accuracy at {k}"]}
+        recall = rows["ranker"].index("Recall")
+        assert rows["Two towers"][recall] == f"{content['metrics']['model'][f'recall@{k}']:.4f}"
+        # The curve is of the same lists as the table.
+        by_k = content["recall_by_k"]
+        assert k in by_k["ks"]
+        for ranker, metrics in content["metrics"].items():
+            assert by_k["rankers"][ranker][by_k["ks"].index(k)] == pytest.approx(metrics[f"recall@{k}"])
+    data = dict(tables["Data"])
+    assert data["users"] == str(small_dataset.num_users)
+    assert data["items of the catalogue"] == str(small_dataset.num_catalogue_items)
+    assert small_dataset.fingerprint in dict(tables["Lineage"]).values()
+    assert sum(content["latency"]["histogram"]["counts"]) + content["latency"]["histogram"]["beyond"] == (
+        config.evaluation.latency_requests
+    )
+    assert len(page.all("use")) == len(content["map"]["x"]) > 50
+
+
+def test_what_is_shown_of_the_lists_is_that_of_all_users(report, config, small_dataset, checkpoint):
+    content = json.loads((report / "report.json").read_text())
+    bands = content["exposure"]["bands"]
+    assert sum(band["items"] for band in bands) == small_dataset.num_catalogue_items
+    assert sum(band["recommended"] for band in bands) == pytest.approx(1.0)
+    assert sum(band["consumed"] for band in bands) == pytest.approx(1.0)
+    examples = content["examples"]
+    assert len({example["user_id"] for example in examples}) == config.evaluation.examples == 4
+    # What the model recommends to one of them, by the slow loops.
+    users, lists = recommended(small_dataset, checkpoint)
+    for example in examples:
+        place = users.index(small_dataset.user_ids.rows([example["user_id"]])[0])
+        expected = [small_dataset.item_ids.id(row) for row in lists[place][:10]]
+        found = [item["item_id"] for item in example["recommended"]]
+        # Rounding may swap two items of nearly equal scores.
+        assert len(found) == 10
+        assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 2
 
 
 def test_latency_is_of_single_requests_on_the_generation(report, config):

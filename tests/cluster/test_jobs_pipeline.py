@@ -60,7 +60,7 @@ def test_the_pipeline_publishes_what_it_made(published, file):
     assert 0 < published["metrics"]["recall@10"] <= 1
     assert "popularity_recall@10" in published["metrics"]
     assert published["metrics"]["index_recall@20"] == 1.0
-    assert (Path(published["report"]) / "report.md").is_file()
+    assert (Path(published["report"]) / "report.html").is_file()
 
 
 def test_jobs_find_finished_work(published, file):

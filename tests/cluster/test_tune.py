@@ -21,6 +21,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from jobs import train as train_job
 from jobs import tune as tune_job
+from tests.report_content import Page
 from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster.tune import _Records, _room, _scheduler, tune
 from twotower.config import Config, parse_config
@@ -81,6 +82,10 @@ def test_a_sweep_ends_in_a_table_with_the_stopped_and_the_failed_in_it(ray_local
     assert result["metrics"]["validation_recall@100"] == max(recalls[0])
     assert result["best_parameters"] == good["parameters"] == {RATE: 0.01, BATCH: 256}
     assert (path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "report.html" in {p.name for p in path.iterdir()}
+    page = Page((path / "report.html").read_text())
+    trials = json.loads((path / "sweep.json").read_text())["trials"]
+    assert [row[0] for row in page.tables()["All trials"][1:]] == [trial["name"] for trial in trials]
     captured = capsys.readouterr()
     printed = captured.out.splitlines()
     assert printed[:4] == (path / "sweep.txt").read_text().splitlines()

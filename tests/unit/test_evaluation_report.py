@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from matplotlib.image import imread
 
+from tests.report_content import Page
 from twotower.evaluation import plots, report
 from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, IdFeature, MultiHotFeature
 
@@ -58,6 +59,7 @@ def drawn(path):
 def test_report_files(tmp_path, results):
     report.write_report(tmp_path, results)
     assert {p.name for p in tmp_path.iterdir()} == {
+        "report.html",
         "report.json",
         "report.md",
         "training.png",
@@ -71,6 +73,33 @@ def test_report_files(tmp_path, results):
     assert content["metrics"]["popularity"]["coverage@10"] is None
     assert content["latency"]["requests"] == 4
     assert content["pictures"] == ["training.png", "latency.png", "item_map.png"]
+    assert sum(content["latency"]["histogram"]["counts"]) == 4
+    assert content["map"]["titles"] == results.map.titles
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tables()["Accuracy at 10"][1:] == [["Two towers", "0.2500"], ["Popularity", "0.0625"]]
+    assert len(page.all("use")) == 40
+
+
+def test_a_map_keeps_its_shape(rng):
+    points = rng.normal(size=(30, 2)) * [5.0, 2.0]
+    found = report.map_items(report.ItemMap(points, ["a"] * 30, [None] * 30, "g"))
+    drawn = np.stack([found["x"], found["y"]], axis=1)
+    assert (drawn.min(), drawn.max()) == (0, 1000)
+    scale = 1000 / np.ptp(points[:, 0])
+    np.testing.assert_allclose(drawn - drawn[0], (points - points[0]) * scale, atol=1.01)
+    same = report.map_items(report.ItemMap(np.ones((3, 2)), ["a"] * 3, [None] * 3, "g"))
+    assert same["x"] == same["y"] == [0, 0, 0]
+
+
+def test_bins_end_behind_the_goal_and_p99():
+    quick, slow = np.full(200, 2.0), np.linspace(1.0, 40.0, 200)
+    found = report.latency_bins(quick, 2.0)
+    assert (found["edges_ms"][0], found["edges_ms"][-1]) == (0.0, pytest.approx(11.0))
+    assert (sum(found["counts"]), found["beyond"]) == (200, 0)
+    found = report.latency_bins(slow, 20.0)
+    assert found["edges_ms"][-1] == pytest.approx(28.0)
+    assert found["beyond"] == int((slow > 28.0).sum()) > 0
+    assert np.histogram(slow, found["edges_ms"])[0].tolist() == found["counts"]
 
 
 def test_page_has_popularity_beside_the_model(tmp_path, results):
@@ -98,7 +127,7 @@ def test_without_generation_history_and_map_there_are_no_pictures(tmp_path, resu
         **{**results.__dict__, "latencies_ms": None, "history": [], "best_epoch": None, "map": None}
     )
     report.write_report(tmp_path, bare)
-    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "report.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "report.json", "report.md"}
     assert json.loads((tmp_path / "report.json").read_text())["latency"] is None
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from twotower.artefacts import building, fingerprint, finished, read_manifest, write_json, write_manifest
 from twotower.cluster.baselines import Fits
 from twotower.cluster.encode import encode_catalogue
+from twotower.cluster.examples import ShownExamples
 from twotower.cluster.native_log import without_native_log
 from twotower.cluster.pool import pin_threads, ranges, work_through
 from twotower.cluster.priority import giving_way
@@ -29,11 +30,12 @@ from twotower.config import Config, GeneratedSource
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactMismatchError, ConfigError
+from twotower.evaluation.about import about
 from twotower.evaluation.baselines import TrueRanker, popularity_counts
 from twotower.evaluation.baselines.fit import Fitted
 from twotower.evaluation.baselines.matrix import open_matrix
 from twotower.evaluation.baselines.rankers import KNOWN, POPULAR, open_ranker
-from twotower.evaluation.comparison import Measure, ModelRanker, Ranker, compare
+from twotower.evaluation.comparison import Measure, ModelRanker, Outcome, Ranker, compare
 from twotower.evaluation.holdout import (
     evaluation_queries,
     holdout_fingerprint,
@@ -42,9 +44,11 @@ from twotower.evaluation.holdout import (
     write_arrays,
 )
 from twotower.evaluation.intervals import differences, intervals
-from twotower.evaluation.lists import ItemFacts
+from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts
 from twotower.evaluation.metrics import metric_names
 from twotower.evaluation.outcomes import USERS, Outcomes, write_outcomes
+from twotower.evaluation.page.render import NAME as PAGE
+from twotower.evaluation.portrait import exposure, recall_by_k
 from twotower.evaluation.report import (
     KIND,
     ItemMap,
@@ -69,7 +73,7 @@ from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 from twotower.schema import KINDS, SPLITS
 
-_VERSION = 3
+_VERSION = 4
 """Changes whenever the same inputs give another report."""
 
 _WARM_UP = 20
@@ -110,22 +114,23 @@ def evaluate(config: Config, dataset: Dataset, checkpoint_dir: Path, generation_
     section = config.evaluation.model_dump(mode="json")
     directory = config.reports / fingerprint({**inputs, "evaluation": section, "version": _VERSION})
     if known := finished(directory, KIND, ReportManifest):
-        say(f"report {directory.name} is there already")
+        say(f"report {directory.name} is there already: {directory / PAGE}")
         show(known["by_ranker"], known.get("said", []))
         return directory
     with building(directory) as partial, session(config):
         scratch = partial / "scratch"
         try:
-            results = _measure(config, dataset, checkpoint, generation_dir, inputs, partial)
+            results = _measure(config, dataset, checkpoint, generation_dir, generation, inputs, partial)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        write_report(partial, results)
         write_json(partial / "config.json", config.to_stored())
+        write_report(partial, results)
         said = list(sentences({"collapse": results.collapse, "left_out": results.left_out}))
         facts = {**results.inputs, "metrics": flat_metrics(results), "by_ranker": finite(results.metrics)}
         content = {"id": directory.name, **facts, "counts": results.counts, "said": said}
         write_manifest(partial, KIND, content)
     show(results.metrics, said)
+    say(f"the report: {directory / PAGE}")
     return directory
 
 
@@ -189,6 +194,7 @@ def _measure(
     dataset: Dataset,
     checkpoint: Checkpoint,
     generation_dir: Path | None,
+    generation: dict[str, Any] | None,
     inputs: dict[str, Any],
     partial: Path,
 ) -> Results:
@@ -209,6 +215,7 @@ def _measure(
     points = None
     if len(shown) >= _FEWEST_ON_MAP:
         points = task(giving_way(_place)).remote(vectors, shown, config.seed)
+    examples = ShownExamples(config, dataset, held, checkpoint.path, scratch)
     outcomes = _rank(config, dataset, checkpoint.path, setup, held, fitted)
     merged = outcomes.merged()
     for name, outcome in merged.items():
@@ -240,6 +247,12 @@ def _measure(
         differences=differences(model, outcomes.values, others, names, config.seed),
         slices=slice_tables(outcomes.values, merged, names, setup.users, setup.items),
         collapse=collapse_of(outcomes.overlap(), len(held)),
+        shown={
+            "about": about(config, dataset, checkpoint, generation),
+            "recall_by_k": recall_by_k({n: each.found for n, each in merged.items()}, setup.measure.ks),
+            "exposure": _exposure(setup.measure, held, merged["model"]),
+            "examples": examples.result(),
+        },
     )
 
 
@@ -261,6 +274,12 @@ def _active_users(dataset: Dataset) -> int:
     log = dataset.interactions
     before = (log.split != SPLITS["test"]) & (log.kind == KINDS["positive"])
     return len(np.unique(log.user_row[before]))
+
+
+def _exposure(measure: Measure, held: Holdout, model: Outcome) -> dict[str, Any]:
+    consumed = np.bincount(held.relevant_rows, minlength=measure.num_items).astype(np.int64)
+    place = measure.ks.index(TOP_LIST_LENGTH) if TOP_LIST_LENGTH in measure.ks else 0
+    return exposure(measure.facts.counts, consumed, model.lists.shown[place], measure.ks[place])
 
 
 def join_vectors(parts: list[Part], num_items: int, path: str) -> None:

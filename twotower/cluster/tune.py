@@ -36,6 +36,8 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, StoppedError, TrainingError, TwotowerError
+from twotower.evaluation.page.render import NAME as PAGE
+from twotower.evaluation.page.sweep import write_sweep_page
 from twotower.evaluation.sweep import Trial, TrialResult, carry_over, ranked, set_line, trials_of, write_sweep
 from twotower.listing import STORED, Count
 from twotower.model.checkpoint import TrainedManifest
@@ -117,6 +119,7 @@ def tune(config: Config, dataset: Dataset) -> Path:
                 shutil.rmtree(result.run, ignore_errors=True)
                 stop_file(Path(result.run)).unlink(missing_ok=True)
         _write(partial, config, dataset, records.results)
+    say(f"the sweep: {directory / PAGE}")
     return directory
 
 
@@ -401,6 +404,7 @@ def _write(partial: Path, config: Config, dataset: Dataset, results: Sequence[Tr
         first = next((f"{r.name}: {r.error}" for r in results if r.error), "no epoch was validated")
         raise TrainingError(f"none of {len(results)} trials was measured; the first error is that of {first}")
     write_sweep(partial, results, config.tune, metric, k)
+    write_sweep_page(partial, config, {"dataset": dataset.fingerprint, "seed": config.seed}, results)
     write_json(partial / "config.json", config.to_stored())
     statuses = [result.status for result in results]
     write_manifest(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from twotower.config.section import PositiveInt, Section
+from twotower.config.section import NonNegativeInt, PositiveInt, Section
 
 BaselineName = Literal[
     "auto", "popularity", "recent_popularity", "item_knn_cosine", "item_knn_tfidf", "ease", "ials"
@@ -77,3 +77,5 @@ class EvaluationConfig(Section):
     """Single requests timed for the latency histogram."""
     map_items: Annotated[int, Field(ge=10)] = 2_000
     """Most popular items drawn in the t-SNE map."""
+    examples: NonNegativeInt = 4
+    """Test users shown with ids, histories and recommendations; 0 keeps users out of the report."""

@@ -21,6 +21,7 @@ from twotower.evaluation.baselines.matrix import open_matrix, write_matrix
 from twotower.evaluation.holdout import QueryInputs
 from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts, ListStats, Overlap
 from twotower.evaluation.metrics import MetricSums, hit_matrix
+from twotower.evaluation.portrait import Found
 from twotower.evaluation.ranking import rank_block
 from twotower.model.batch import to_device
 from twotower.model.checkpoint import Checkpoint
@@ -115,6 +116,7 @@ class Outcome:
         self.sums = MetricSums(measure.ks)
         self.lists = ListStats(measure.num_items, measure.ks, measure.facts)
         self.slices = [MetricSums(measure.ks) for _ in measure.item_slices]
+        self.found = Found(max(measure.ks))
 
     def add(self, ranked: Ints, part: Holdout) -> Values:
         """Add the lists [Q, K] int64 of the users of ``part``; K is at least the largest cut-off.
@@ -124,6 +126,7 @@ class Outcome:
         """
         hits, num_relevant = hit_matrix(ranked, part.relevant_offsets, part.relevant_rows)
         values = self.sums.add_hits(hits, num_relevant)
+        self.found.add(hits, num_relevant)
         self.lists.add(ranked)
         owner = np.repeat(np.arange(len(part)), np.diff(part.relevant_offsets))
         for members, sums in zip(self._measure.item_slices, self.slices, strict=True):
@@ -135,11 +138,13 @@ class Outcome:
     def state(self) -> dict[str, NDArray[Any]]:
         """Return what ``merge`` takes."""
         slices = np.array([sums.state() for sums in self.slices])
-        return {"sums": self.sums.state(), "slices": slices, **self.lists.state()}
+        own = {"sums": self.sums.state(), "found": self.found.state(), "slices": slices}
+        return {**own, **self.lists.state()}
 
     def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Add the outcome of other users."""
         self.sums.merge(state["sums"])
+        self.found.merge(state["found"])
         for sums, numbers in zip(self.slices, state["slices"], strict=True):
             sums.merge(numbers)
         self.lists.merge(state)

@@ -16,6 +16,7 @@ from twotower.artefacts import write_bytes, write_json
 from twotower.data.dataset import Dataset
 from twotower.evaluation import plots
 from twotower.evaluation.outcomes import column_name
+from twotower.evaluation.page.render import write_page
 from twotower.evaluation.report_text import markdown
 from twotower.listing import STORED
 from twotower.model.features import split_values
@@ -71,9 +72,14 @@ class Results:
     """``by``, ``value``, ``users`` and ``metrics`` by ranker of each slice."""
     collapse: str | None = None
     """A sentence where the model gives most users the same answer."""
+    shown: dict[str, Any] = field(default_factory=dict)
+    """What the page shows beside them: ``about``, ``recall_by_k``, ``exposure`` and ``examples``."""
 
 
 KIND = "report"
+_BINS = 55
+"""Bars of the histogram of requests in the page."""
+_MAP_SIDE = 1000
 _PICTURES = {
     "training.png": "Loss and validation metrics by epoch",
     "latency.png": "Retrieval latency",
@@ -120,18 +126,22 @@ def flat_metrics(results: Results) -> dict[str, float]:
 
 
 def write_report(directory: Path, results: Results) -> None:
-    """Write report.json, report.md and the pictures into an existing directory."""
+    """Write report.html, report.json, report.md and the pictures into an existing directory.
+
+    The page shows the configuration that is there already, as config.json.
+    """
     pictures: list[str] = []
     if results.history:
         pictures.append("training.png")
         plots.training_curves(
             directory / "training.png", results.history, results.validation_k, results.best_epoch
         )
-    latency = None
+    latency: dict[str, Any] | None = None
     if results.latencies_ms is not None and len(results.latencies_ms):
         latency = latency_facts(results.latencies_ms, results.latency_k)
         pictures.append("latency.png")
         plots.latency_histogram(directory / "latency.png", results.latencies_ms, latency)
+        latency = {**latency, "histogram": latency_bins(results.latencies_ms, latency["p99_ms"])}
     if results.map is not None:
         pictures.append("item_map.png")
         plots.item_map(
@@ -156,6 +166,8 @@ def write_report(directory: Path, results: Results) -> None:
         "validation_k": results.validation_k,
         "history": results.history,
         "pictures": pictures,
+        "map": None if results.map is None else map_items(results.map),
+        **results.shown,
     }
     write_content(directory, finite(content))
 
@@ -163,8 +175,29 @@ def write_report(directory: Path, results: Results) -> None:
 def write_content(directory: Path, content: dict[str, Any]) -> None:
     """Write report.json and the pages made of it."""
     write_json(directory / "report.json", content)
+    write_page(directory, content)
     pictures = [(name, _PICTURES[name]) for name in content["pictures"]]
     write_bytes(directory / "report.md", markdown(content, pictures).encode())
+
+
+def latency_bins(milliseconds: NDArray[np.float64], p99_ms: float) -> dict[str, Any]:
+    """Return the histogram of single requests: ``edges_ms``, ``counts``, and how many are ``beyond``.
+
+    A few stragglers would squeeze everything else into one bar, so it ends a little behind p99 and the goal.
+    """
+    limit = max(plots.LATENCY_GOAL_MS * 1.1, p99_ms * 1.4)
+    counts, edges = np.histogram(milliseconds, bins=_BINS, range=(0.0, limit))
+    beyond = len(milliseconds) - int(counts.sum())
+    return {"edges_ms": edges.round(6).tolist(), "counts": counts.tolist(), "beyond": beyond}
+
+
+def map_items(items: ItemMap) -> dict[str, Any]:
+    """Return a map in columns: ``x`` and ``y`` (whole numbers, 0 to 1000), ``groups``, ``titles``."""
+    low = items.points.min(axis=0)
+    # One factor for both axes, which keeps the shape.
+    places = (items.points - low) * (_MAP_SIDE / max(float(np.ptp(items.points, axis=0).max()), 1e-9))
+    x, y = places.round().astype(int).T.tolist()
+    return {"group_name": items.group_name, "x": x, "y": y, "groups": items.groups, "titles": items.titles}
 
 
 def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], str]:

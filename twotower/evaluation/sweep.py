@@ -255,23 +255,25 @@ def write_sweep(
     csv.writer(buffer).writerows([[rows[0][0], *keys, *rows[0][1 + len(keys) :]], *rows[1:]])
     write_bytes(directory / "sweep.csv", buffer.getvalue().encode())
     write_bytes(directory / "sweep.txt", "\n".join([*text_table(rows), ""]).encode())
-    effect_plot(directory / "sweep.png", _panels(results, found, metric), f"{metric}@{k}")
+    effect_plot(directory / "sweep.png", panels(results, found, metric), f"{metric}@{k}")
     write_bytes(directory / "sweep.md", _markdown(rows, found, results, metric, k).encode())
 
 
-def _panels(
+def panels(
     results: Sequence[TrialResult], found: Mapping[str, list[dict[str, Any]]], metric: str
 ) -> list[Panel]:
+    """Return what each parameter did, by ``effects``; trials that were not measured are left out."""
     measured = [result for result in results if math.isfinite(result.score(metric))]
-    panels = []
+    drawn = []
     for key in measured[0].parameters:
         values = [result.parameters[key] for result in measured]
         means = [
             (text_of(row["value"]), row["mean"]) for row in found.get(key, []) if row["mean"] is not None
         ]
-        panels.append(
+        drawn.append(
             Panel(
                 title=key,
+                names=[result.name for result in measured],
                 values=values,
                 texts=[text_of(value) for value in values],
                 scores=[result.score(metric) for result in measured],
@@ -279,7 +281,7 @@ def _panels(
                 means=means,
             )
         )
-    return panels
+    return drawn
 
 
 def _markdown(

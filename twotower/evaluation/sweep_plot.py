@@ -24,6 +24,8 @@ class Panel:
 
     title: str
     """Dotted key of the parameter."""
+    names: Sequence[str]
+    """[T], of the trials."""
     values: Sequence[Any]
     """[T], of each trial."""
     texts: Sequence[str]

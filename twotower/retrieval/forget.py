@@ -1,4 +1,4 @@
-"""Users out of everything below a storage root: datasets, checkpoints, generations, lists, what kills left.
+"""Users out of all below a storage root: datasets, checkpoints, generations, lists, reports, what kills left.
 
 Datasets are replaced last, since only they say which rows of a checkpoint were whose. What is asked for is
 written down first and removed last: a run that was killed is finished by the next one, whatever that is asked
@@ -35,6 +35,7 @@ from twotower.model.forget import forget_in_checkpoint, knows_users
 from twotower.progress import say
 from twotower.retrieval.forget_generation import Successors, blank_items, erasure_of
 from twotower.retrieval.forget_lists import Lists
+from twotower.retrieval.forget_reports import ShownUsers
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import WORK
 from twotower.retrieval.store import Store
@@ -87,6 +88,7 @@ class _Plan:
     """Hashes of all that is there, with and without the users."""
     checkpoints: dict[Path, Erasure] = dataclasses.field(default_factory=dict)
     lists: list[Lists] = dataclasses.field(default_factory=list)
+    reports: list[ShownUsers] = dataclasses.field(default_factory=list)
     changes: list[Change] = dataclasses.field(default_factory=list)
     found: set[str] = dataclasses.field(default_factory=set)
     left: list[str] = dataclasses.field(default_factory=list)
@@ -199,6 +201,10 @@ def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             say(f"recommendations {lists.path.name}: {lists.num_rows:,} rows")
             with building(lists.path) as partial:
                 lists.write(partial)
+        for report in plan.reports:
+            say(f"report {report.path.name}: {len(report.found):,} example users")
+            with building(report.path) as partial:
+                report.write(partial)
     return plan
 
 
@@ -284,6 +290,11 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             plan.found |= lists.found
             counts = {"users": len(lists.found), "rows": lists.num_rows}
             plan.changes.append(Change("recommendations", path.name, counts))
+    for path, report in _opened(config.reports, lambda path: ShownUsers.of(path, ids), plan):
+        if report.found:
+            plan.reports.append(report)
+            plan.found |= report.found
+            plan.changes.append(Change("report", path.name, {"users": len(report.found)}))
     return plan
 
 
