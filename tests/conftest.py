@@ -26,6 +26,8 @@ TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
 """Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
 two cores make each other time out. Of other files any process runs the next."""
+NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
+"""Files of these folders that ask the application without a server, and start no Ray."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,7 +82,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return LANES.get(file.split("/")[1], file)
+            return file if file in NO_SERVER else LANES.get(file.split("/")[1], file)
 
     # In the order of ``_longest_first``.
     config.option.loadscopereorder = False
@@ -236,27 +238,32 @@ def ray_local() -> Iterator[None]:
     import ray
     from ray._private import parameter
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Every Ray wants the same port for its agent and tries for more than three seconds where it is taken.
-        # This one takes any other, for the sake of those that tests start beside it.
-        any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
-        patch.setattr(parameter, "RayParams", any_port)
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    try:
-        yield
-    finally:
-        if "ray.serve" in sys.modules:
-            from ray import serve
+    from tests.apart import preload_ray
+    from tests.warm import forking
 
-            serve.shutdown()
-        ray.shutdown()
+    preload_ray()
+    with forking():
+        with pytest.MonkeyPatch.context() as patch:
+            # Every Ray wants the same port for its agent and tries for more than three seconds where it is
+            # taken. This one takes any other, for the sake of those that tests start beside it.
+            any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
+            patch.setattr(parameter, "RayParams", any_port)
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                object_store_memory=200_000_000,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        try:
+            yield
+        finally:
+            if "ray.serve" in sys.modules:
+                from ray import serve
+
+                serve.shutdown()
+            ray.shutdown()
 
 
 @pytest.fixture
