@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,20 +67,18 @@ def warm_ray() -> Iterator[None]:
         yield
 
 
-def in_group(group: int) -> set[Process]:
-    """Return the processes of a group, which forks belong to as those do that asked for them."""
-    paths = Path("/proc").glob("[0-9]*")
-    return {process for path in paths if (process := _of_group(path, group))}
+def forks_for(askers: Iterable[Process]) -> set[Process]:
+    """Return the forks that processes have asked for: of their process groups, and not below them."""
+    asked = {_group(process.pid) for process in askers} - {None, os.getpgrp()}
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {process for pid in pids if _group(pid) in asked and (process := Process.of(pid))}
 
 
-def _of_group(path: Path, group: int) -> Process | None:
+def _group(pid: int) -> int | None:
     try:
-        # The fifth field; the second is the program's name in parentheses and may hold blanks.
-        if int((path / "stat").read_text().rpartition(")")[2].split()[2]) != group:
-            return None
-    except OSError:
+        return os.getpgid(pid)
+    except ProcessLookupError:
         return None
-    return Process.of(int(path.name))
 
 
 _PATHS = ("worker_path", "setup_worker_path")
