@@ -24,10 +24,19 @@ from tests.sockets import NoSockets
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
-"""Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
-two cores make each other time out. Of other files any process runs the next."""
-NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
-"""Files of these folders that ask the application without a server, and start no Ray."""
+"""Folders that one process of pytest-xdist runs one after the other, on one Ray; two on two cores would make
+each other time out. Of other files any process runs the next."""
+FILES = {
+    f"tests/http/test_serve_{name}.py": lane
+    for lane, names in {
+        # They start the service as a command, with a Ray of its own.
+        "commands": ("hardened", "sharded", "stop"),
+        # They ask the application without a server.
+        None: ("limits", "secrets", "workers"),
+    }.items()
+    for name in names
+}
+"""Files of these folders that have another lane, or none."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,7 +91,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file in NO_SERVER else LANES.get(file.split("/")[1], file)
+            return FILES.get(file, LANES.get(file.split("/")[1])) or file
 
     # In the order of ``_longest_first``.
     config.option.loadscopereorder = False
@@ -113,10 +122,15 @@ def _folder(item: pytest.Item) -> str:
 
 
 def _longest_first(items: list[pytest.Item]) -> None:
-    """Let what runs on Ray begin first, since it takes longest; while the one service of HTTP's and the
-    browser's tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
+    """Let the lanes begin first, since they take longest; while the one service of HTTP's and the browser's
+    tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
     first = ("cluster", "http", "browser")
-    items.sort(key=lambda item: first.index(_folder(item)) if _folder(item) in first else len(first))
+
+    def place(item: pytest.Item) -> int:
+        folder, file = _folder(item), item.nodeid.partition("::")[0]
+        return first.index(folder) if folder in first and FILES.get(file, folder) else len(first)
+
+    items.sort(key=place)
 
 
 def _gpu_missing() -> str | None:
