@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.linalg import lapack
 
 from twotower.errors import ConfigError
 from twotower.evaluation.baselines.matrix import Csr, open_matrix, write_matrix
@@ -110,27 +109,45 @@ def _fit_dual(folder: Path, active: Csr, l2: float) -> None:
 
 
 def _inverse(rows: Csr, l2: float) -> Floats:
-    """The inverse of the inner products of rows [n, m] plus l2 on the diagonal: [n, n], by Cholesky."""
+    """The inverse of the inner products of rows [n, m] plus l2 on the diagonal: [n, n] float64.
+
+    By blocks and in place, with products of matrices only: OpenBLAS 0.3's own Cholesky decomposition ends the
+    process at n = 22,000 on two threads. Of the matrix the blocks up to the diagonal are kept up to date.
+
+    Source: Goodnight (1979), "A tutorial on the SWEEP operator": swept on every block, A becomes -A^-1.
+    """
     count = rows.shape[0]
-    dense = np.zeros((count, count), dtype=np.float64, order="F")
+    dense = np.zeros((count, count), dtype=np.float64)
     columns = sparse.csr_matrix(rows.T, dtype=np.float64)
-    for first in range(0, count, _ROWS_AT_ONCE):
-        last = min(first + _ROWS_AT_ONCE, count)
-        dense[first:last] = (rows[first:last] @ columns).toarray()
+    spans = [slice(first, min(first + _ROWS_AT_ONCE, count)) for first in range(0, count, _ROWS_AT_ONCE)]
+    for span in spans:
+        dense[span] = (rows[span] @ columns).toarray()
     np.einsum("ii->i", dense)[:] += l2
-    dense, fault = lapack.dpotrf(dense, lower=1, overwrite_a=1)
-    if not fault:
-        dense, fault = lapack.dpotri(dense, lower=1, overwrite_c=1)
-    if fault:
+    for span in spans:
+        pivot = _small_inverse(dense[span, span], l2)
+        panel = np.zeros((count, span.stop - span.start))
+        panel[: span.start] = dense[span, : span.start].T
+        panel[span.stop :] = dense[span.stop :, span]
+        swept = panel @ pivot
+        for other in spans:
+            # Rows and columns of the block itself are 0 in both.
+            dense[other, : other.stop] -= swept[other] @ panel[: other.stop].T
+        dense[span, : span.start] = swept[: span.start].T
+        dense[span.stop :, span] = swept[span.stop :]
+        dense[span, span] = -pivot
+    np.negative(dense, out=dense)
+    for span in spans:
+        dense[span, span.stop :] = dense[span.stop :, span].T
+    return dense
+
+
+def _small_inverse(block: Floats, l2: float) -> Floats:
+    try:
+        np.linalg.cholesky(block)
+        inverse: Floats = np.asarray(np.linalg.inv(block), dtype=np.float64)
+    except np.linalg.LinAlgError:
         raise ConfigError(
             f"evaluation.ease.l2 ({l2:g}) is too small: the matrix it is added to has no inverse in 64 bits; "
             "raise it, 100 to 1000 is usual"
-        )
-    for first in range(0, len(dense), _ROWS_AT_ONCE):
-        # Only the lower triangle was filled.
-        last = min(first + _ROWS_AT_ONCE, len(dense))
-        dense[first:last, last:] = dense[last:, first:last].T
-        square = dense[first:last, first:last]
-        dense[first:last, first:last] = np.tril(square) + np.tril(square, -1).T
-    inverse: Floats = dense
+        ) from None
     return inverse
