@@ -55,10 +55,10 @@ SETTINGS: dict[str, list[str]] = {
     "symmetric loss": ["train.loss.symmetric=true"],
     "bilateral softmax, power 1.1": [*BSL, "train.loss.bsl.negative_power=1.1"],
     "bilateral softmax, power 1.3": [*BSL, "train.loss.bsl.negative_power=1.3"],
-    "bilateral softmax, positive side twice as warm": [
+    "bilateral softmax, power 1.1, positive side 10 times as warm": [
         *BSL,
         "train.loss.bsl.negative_power=1.1",
-        "train.loss.bsl.positive_temperature=2",
+        "train.loss.bsl.positive_temperature=10",
     ],
     "binary cross-entropy": ["train.loss.kind=bce", "train.loss.bce.offset=-9"],
     "binary cross-entropy, not calibrated": [

@@ -133,7 +133,7 @@ def test_bilateral_lets_a_users_unlikely_positive_go() -> None:
     case["known"] = Known(torch.tensor([0, 5, 10, 15]), torch.arange(5).repeat(3), torch.arange(5))
     pulls = {}
     for users in ([0, 1, 2], [7, 7, 7]):
-        _, _, candidates = value_and_gradients("bsl", case, users)
+        _, _, candidates = value_and_gradients("bsl", case, users, positive_temperature=1.0)
         pulls[tuple(users)] = candidates.norm(dim=1)[:3]
     assert pulls[0, 1, 2].tolist() == pytest.approx([5.0] * 3)
     together = pulls[7, 7, 7]

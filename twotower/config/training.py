@@ -12,9 +12,9 @@ from twotower.config.section import NonNegativeInt, PositiveInt, Section
 class BilateralConfig(Section):
     """Settings of ``kind: bsl``: loss = -r log E[exp(positive / (r t))] + p log sum of exp(negative / t)."""
 
-    positive_temperature: Annotated[float, Field(gt=0)] = 1.0
+    positive_temperature: Annotated[float, Field(gt=0)] = 100.0
     """r: temperature of the positive side over ``temperature``. The expectation runs over the user's examples
-    in the batch; it matters for users with several."""
+    in the batch: a high one weighs them alike, with a low one only the likeliest of them is learned."""
     negative_power: Annotated[float, Field(gt=0)] = 1.1
     """p: power of the negative side; published with 1.06 to 1.32."""
 
