@@ -15,36 +15,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.warm.modules import PLAIN, WITH_RAY
-
 START = "forkserver"
 """How processes of tests start; torch.multiprocessing takes it too."""
 context = multiprocessing.get_context(START)
-PRELOADED = (
-    "tests.apart",
-    "tests.parity.workers",
-    "twotower.data.prepare",
-    "twotower.retrieval.forget",
-    "twotower.retrieval.remote",
-    "twotower.retrieval.update",
+context.set_forkserver_preload(
+    [
+        "tests.apart",
+        "tests.parity.workers",
+        "twotower.data.prepare",
+        "twotower.retrieval.forget",
+        "twotower.retrieval.remote",
+        "twotower.retrieval.update",
+    ]
 )
-context.set_forkserver_preload(list(PRELOADED))
-
-
-_JOB = """
-import importlib, os, sys
-from tests.warm import warm_ray
-
-os.setpgid(0, 0)
-_, name, *arguments = sys.argv
-with warm_ray():
-    sys.exit(importlib.import_module(f"jobs.{name}").main(arguments))
-"""
-
-
-def preload_ray() -> None:
-    """Let programs have Ray and what uses it imported too, if none has begun yet."""
-    context.set_forkserver_preload([*PRELOADED, *PLAIN, *WITH_RAY])
 
 
 class Apart:
@@ -61,12 +44,6 @@ class Apart:
         words = [str(argument) for argument in arguments]
         self._process = context.Process(target=_run, args=(code, words, variables, *self._printed))
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        """Its number, and where it is a job that of its process group too."""
-        assert self._process.pid is not None
-        return self._process.pid
 
     def poll(self) -> int | None:
         """Return the exit status, or None while it runs."""
@@ -95,14 +72,6 @@ class Apart:
         if not in_time:
             raise subprocess.TimeoutExpired("python", timeout, out, err)
         return out, err
-
-
-def start_job(name: str, *arguments: object, **environment: str) -> Apart:
-    """Start a job as ``python -m jobs.NAME`` does, in a process group of its own.
-
-    A Ray that it starts forks its workers as that of this process does.
-    """
-    return Apart(_JOB, name, *arguments, **environment)
 
 
 def run_apart(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -24,19 +24,8 @@ from tests.sockets import NoSockets
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
-"""Folders that one process of pytest-xdist runs one after the other, on one Ray; two on two cores would make
-each other time out. Of other files any process runs the next."""
-FILES = {
-    f"tests/http/test_serve_{name}.py": lane
-    for lane, names in {
-        # They start the service as a command, with a Ray of its own.
-        "commands": ("hardened", "sharded", "stop"),
-        # They ask the application without a server.
-        None: ("limits", "secrets", "workers"),
-    }.items()
-    for name in names
-}
-"""Files of these folders that have another lane, or none."""
+"""Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
+two cores make each other time out. Of other files any process runs the next."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,7 +80,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return FILES.get(file, LANES.get(file.split("/")[1])) or file
+            return LANES.get(file.split("/")[1], file)
 
     # In the order of ``_longest_first``.
     config.option.loadscopereorder = False
@@ -122,15 +111,10 @@ def _folder(item: pytest.Item) -> str:
 
 
 def _longest_first(items: list[pytest.Item]) -> None:
-    """Let the lanes begin first, since they take longest; while the one service of HTTP's and the browser's
-    tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
+    """Let what runs on Ray begin first, since it takes longest; while the one service of HTTP's and the
+    browser's tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
     first = ("cluster", "http", "browser")
-
-    def place(item: pytest.Item) -> int:
-        folder, file = _folder(item), item.nodeid.partition("::")[0]
-        return first.index(folder) if folder in first and FILES.get(file, folder) else len(first)
-
-    items.sort(key=place)
+    items.sort(key=lambda item: first.index(_folder(item)) if _folder(item) in first else len(first))
 
 
 def _gpu_missing() -> str | None:
@@ -252,32 +236,27 @@ def ray_local() -> Iterator[None]:
     import ray
     from ray._private import parameter
 
-    from tests.apart import preload_ray
-    from tests.warm import forking
+    with pytest.MonkeyPatch.context() as patch:
+        # Every Ray wants the same port for its agent and tries for more than three seconds where it is taken.
+        # This one takes any other, for the sake of those that tests start beside it.
+        any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
+        patch.setattr(parameter, "RayParams", any_port)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    try:
+        yield
+    finally:
+        if "ray.serve" in sys.modules:
+            from ray import serve
 
-    preload_ray()
-    with forking():
-        with pytest.MonkeyPatch.context() as patch:
-            # Every Ray wants the same port for its agent and tries for more than three seconds where it is
-            # taken. This one takes any other, for the sake of those that tests start beside it.
-            any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
-            patch.setattr(parameter, "RayParams", any_port)
-            ray.init(
-                address="local",
-                num_cpus=4,
-                include_dashboard=False,
-                object_store_memory=200_000_000,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        try:
-            yield
-        finally:
-            if "ray.serve" in sys.modules:
-                from ray import serve
-
-                serve.shutdown()
-            ray.shutdown()
+            serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def metrics_of(name: str, root: Path, *overrides: str) -> dict[str, float]:
     small = ["train.fit=train", "train.epochs=3", "evaluation.map_items=10", "cluster.num_encoders=1"]
-    # Popularity is there without being asked for; the others cost more than the training.
-    small.append("evaluation.baselines=[]")
     config = load_config(CONFIGS / name, [f"storage.root={root}", *small, *overrides])
     dataset = prepare(config)
     report = evaluate(config, dataset, train(config, dataset), None)

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 import safetensors.torch
 import torch
 import yaml
@@ -20,7 +21,6 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs import train as train_job
-from tests.apart import start_job
 from tests.parity.workers import assert_close, step_results
 from twotower.artefacts import has_manifest
 from twotower.cluster.processes import descendants
@@ -215,7 +215,13 @@ def test_sigterm_leaves_a_checkpoint_that_another_number_of_workers_goes_on_from
     config = variant(undisturbed[0], tmp_path, checkpoint_every_steps=None)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.to_json()))
-    job = start_job("train", "--config", file, "--dataset", small_dataset.path, RAY_ADDRESS="local")
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(file), "--dataset", str(small_dataset.path)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
     # The memory of negatives is full and others have been mined.
     wait_for_step(config, 32, lambda: job.poll() is None)
     # To the whole group, as `timeout` does: the workers are no part of it.
@@ -242,7 +248,13 @@ def test_ctrl_c_ends_a_training_that_can_go_on(
     config = variant(undisturbed[0], tmp_path, checkpoint_every_steps=8)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.to_json()))
-    job = start_job("train", "--config", file, "--dataset", small_dataset.path, RAY_ADDRESS="local")
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(file), "--dataset", str(small_dataset.path)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
     wait_for_step(config, 16, lambda: job.poll() is None)
     os.killpg(job.pid, signal.SIGINT)
     _, said = job.communicate(timeout=60)
@@ -294,24 +306,38 @@ def test_a_worker_s_own_error_reaches_the_person(
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_in_the_middle_and_after_its_last_epoch_ends_as_if_undisturbed(
-    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_training_goes_on_and_ends_as_if_undisturbed(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path
 ) -> None:
     config, undisturbed = trained
-    config = variant(config, tmp_path)
+    values = variant(config, tmp_path).to_json()
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config.to_json()))
-    job = start_job("train", "--config", file, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
-    runs = config.checkpoints / ".runs"
+    file.write_text(yaml.safe_dump(values))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(file)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    runs = tmp_path / "small" / "checkpoints" / ".runs"
     deadline = time.monotonic() + 120
     while not list(runs.glob("*/checkpoint_*/state.pt")):
-        assert job.poll() is None, job.communicate()
+        assert job.poll() is None, job.stderr.read().decode() if job.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
-    path = config.checkpoints / undisturbed.name
+    job.wait()
+    path = tmp_path / "small" / "checkpoints" / undisturbed.name
     assert not has_manifest(path)
+    assert train_job.main(["--config", str(file)]) == 0
+    assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed).fingerprint
+
+
+def test_a_run_killed_after_its_last_epoch_is_published_by_the_next_with_the_hash_of_its_seed_and_data(
+    trained: tuple[Config, Path], small_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = trained
+    config = variant(config, tmp_path)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -320,13 +346,12 @@ def test_a_training_that_is_killed_in_the_middle_and_after_its_last_epoch_ends_a
         patch.setattr("twotower.cluster.train._publish", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config, small_dataset)
-    assert not has_manifest(path)
-    assert list(runs.glob("train-*"))
+    assert list((config.checkpoints / ".runs").glob("train-*"))
     (logs,) = (config.home / "logs").iterdir()
     steps = (logs / "metrics.jsonl").read_text()
-
-    assert train_job.main(["--config", str(file)]) == 0
+    again = train(config, small_dataset)
+    assert again != path
     # The same seed, data and number of workers.
-    assert Checkpoint.open(path).fingerprint == Checkpoint.open(undisturbed).fingerprint
+    assert Checkpoint.open(again).fingerprint == Checkpoint.open(path).fingerprint
     assert (logs / "metrics.jsonl").read_text() == steps, "it was trained twice"
-    assert not list(runs.glob("train-*"))
+    assert not list((config.checkpoints / ".runs").glob("train-*"))

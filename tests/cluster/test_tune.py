@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from jobs import train as train_job
 from jobs import tune as tune_job
-from tests.apart import start_job
 from tests.report_content import Page
 from twotower.artefacts import has_manifest, read_manifest
 from twotower.cluster.tune import _Records, _room, _scheduler, tune
@@ -110,14 +111,21 @@ def test_a_sweep_ends_in_a_table_with_the_stopped_and_the_failed_in_it(ray_local
 def test_a_killed_sweep_goes_on_and_trains_nothing_twice(ray_local, write_config):
     # The second trial has sixteen times the steps, so that it is surely killed in the middle.
     file = write_config({BATCH: {"values": [256, 16]}}, max_concurrent=1, scheduler="none")
-    job = start_job("tune", "--config", file, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.tune", "--config", str(file)],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     home = file.parent / "runs" / "small"
     deadline = time.monotonic() + _DEADLINE_S
     while True:
         records = [json.loads(p.read_text()) for p in sorted(home.glob("sweeps/.*.partial/trials/*.json"))]
         if len(records) == 2 and records[1]["history"]:
             break
-        assert job.poll() is None, job.communicate()
+        assert job.poll() is None, job.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)

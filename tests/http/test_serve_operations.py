@@ -25,7 +25,6 @@ from serve.app import BuildArgs, build
 from serve.metrics import BUCKETS_MS, SPECS
 from tests.http.conftest import Client, Shop
 from tests.scraping import scrape
-from tests.warm import forks_for
 from twotower.cluster.processes import Process, descendants, free_port, port_is_free
 from twotower.config.service import ServeConfig
 from twotower.errors import ConfigError
@@ -38,10 +37,8 @@ PATIENCE_S = 240
 RAY = """
 import sys, ray
 from ray import serve
-from tests.warm import warm_ray
-with warm_ray():
-    context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=int(sys.argv[1]),
-                       object_store_memory=100_000_000, log_to_driver=False, logging_level="ERROR")
+context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=int(sys.argv[1]),
+                   object_store_memory=100_000_000, log_to_driver=False, logging_level="ERROR")
 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 print(ray.get_runtime_context().gcs_address, context.address_info["session_dir"], flush=True)
 sys.stdin.read()
@@ -69,8 +66,7 @@ class Cluster:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                # Of this session, as the processes are that its workers are forked from.
-                process_group=0,
+                start_new_session=True,
             )
         self.started: set[Process] = set()
 
@@ -107,7 +103,7 @@ class Cluster:
         return {f.name: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
 
     def close(self) -> None:
-        self._look()
+        self.started |= descendants(self.process.pid)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -121,13 +117,8 @@ class Cluster:
             time.sleep(0.1)
         return [command_line(p.pid) for p in self.started if p.alive]
 
-    def _look(self) -> None:
-        """Note the processes that run now; its workers are forks."""
-        below = descendants(self.process.pid)
-        self.started |= below | forks_for(below)
-
     def _alive(self, name: str) -> set[Process]:
-        self._look()
+        self.started |= descendants(self.process.pid)
         return {p for p in self.started if p.alive and name in command_line(p.pid)}
 
 
@@ -139,7 +130,7 @@ def command_line(pid: int) -> str:
 
 
 @pytest.fixture
-def cluster(ray_local: None, tmp_path: Path) -> Iterator[Cluster]:
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path)
     try:
         cluster.wait_until_started()

@@ -197,7 +197,6 @@ def test_more_groups_than_colours_are_other(monkeypatch, tmp_path, rng):
     assert len(labels) == 10
 
 
-@pytest.mark.slow
 def test_map_keeps_clusters_together_and_repeats_itself(rng):
     centres = rng.normal(size=(3, 11)) * 4
     member = np.arange(60) % 3
@@ -244,7 +243,6 @@ def test_main_group_without_multi_hot_features():
     )
 
 
-@pytest.mark.slow
 def test_drawing_leaves_pyplot_alone():
     code = "import sys, twotower.evaluation.report; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
