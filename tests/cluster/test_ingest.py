@@ -159,10 +159,16 @@ def test_the_choice_follows_the_memory_of_a_node(
     assert "mining hard negatives" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("length", [0, 50])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_the_estimate_of_memory_is_what_examples_take(rng: np.random.Generator, explicit: bool) -> None:
+def test_the_estimate_of_memory_is_what_examples_take(
+    rng: np.random.Generator, explicit: bool, length: int
+) -> None:
     n, users = 200_000, 4_000
-    inputs = SimpleNamespace(num_catalogue_items=500, num_items=500, has_times=True)
+    schema = SimpleNamespace(sequence_length=length)
+    inputs = SimpleNamespace(
+        num_catalogue_items=500, num_items=500, has_times=True, order="times", schema=schema
+    )
     tracemalloc.start()
     interactions = Interactions.of(
         users,
