@@ -1,6 +1,7 @@
 """The training loop of one process: it learns, resumes, repeats itself and refuses what can not work."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from tests.streams import with_weights
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules
+from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, TrainingError
-from twotower.model.batch import Bag
+from twotower.model.batch import Bag, forget
 from twotower.model.checkpoint import weights_of
 from twotower.schema import KINDS, SPLITS
 from twotower.training.checks import check_sizes
@@ -357,3 +359,27 @@ def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -
             expected = sorted(item for who, item in pairs if who == user and item in wanted)
             assert sorted(rows[offsets[q] : offsets[q + 1]].tolist()) == expected
         assert offsets[-1] == offsets[-2] == len(rows) > 5  # padding has none
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.0])
+def test_an_item_that_no_example_has_is_encoded_by_its_features(
+    rate: float, small_values: Callable[..., dict], tmp_path: Path
+) -> None:
+    values = small_values(tmp_path)
+    values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
+    values["features"]["item"][0]["unknown_rate"] = rate
+    config = parse_config(values)
+    dataset = prepare(config)
+    trainer = Trainer(config, dataset, World(), "train")
+    counts = trainer.source.item_counts()
+    assert 0 < (counts == 0).sum() < 300
+    trainer.run_epoch()
+
+    def vectors(forgotten: bool) -> torch.Tensor:
+        batch = trainer.inputs.items(np.arange(len(counts)))
+        if forgotten:
+            batch["item_id"] = forget(batch["item_id"], torch.ones(len(counts), dtype=torch.bool))
+        return trainer.model.encode_items(batch)
+
+    same = torch.isclose(vectors(False), vectors(True)).all(1).numpy()
+    np.testing.assert_array_equal(same, (counts == 0) & (rate > 0))

@@ -37,6 +37,9 @@ Side = Literal["query", "item"]
 Lookup = Callable[[str, Bag], torch.Tensor]
 """Turns (table name, bag) into pooled embeddings [B, E]."""
 
+ITEM_IDS = "id_of_item"
+"""Name of the table of item ids."""
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -229,9 +232,9 @@ def table_name(side: Side, feature: FittedFeature) -> str:
     """Return the name of the embedding table that a feature reads."""
     spec = feature.spec
     if isinstance(spec, HistoryFeature) and spec.share:
-        return "id_of_item"
+        return ITEM_IDS
     if isinstance(spec, IdFeature):
-        return "id_of_user" if side == "query" else "id_of_item"
+        return "id_of_user" if side == "query" else ITEM_IDS
     return f"{side}_{spec.name}"
 
 
