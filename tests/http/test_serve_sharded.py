@@ -42,6 +42,8 @@ def service(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     values["serve"] |= {"topology": "sharded", "groups": GROUPS, "replicas_per_group": REPLICAS}
     # A group that is late because the machine is busy is not what is asked for here.
     values["serve"]["group_deadline_ms"] = 5_000
+    # A machine on which replicas start may keep a request waiting for longer than the second of a service.
+    values["serve"]["limits"]["deadline_ms"] = 10_000
     values["serve"]["port"] = port = free_port()
     path = folder / "shop.yaml"
     path.write_text(yaml.safe_dump(values))
