@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from benchmarks import measure
@@ -37,7 +36,7 @@ from twotower.training.loop import Trainer
 from twotower.training.validation import encode_catalogue
 
 SHARE = 10
-"""One of so many items, or users, is new."""
+"""A share of 1 / SHARE of the items, or users, is new."""
 FIRST = 10
 """Items of a new user that the request knows."""
 
@@ -175,5 +174,4 @@ def _trained(config: Config, dataset: Dataset) -> Trainer:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

@@ -361,13 +361,17 @@ def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -
         assert offsets[-1] == offsets[-2] == len(rows) > 5  # padding has none
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.0])
+@pytest.mark.parametrize(("rate", "with_features"), [(0.05, True), (0.0, True), (0.05, False)])
 def test_an_item_that_no_example_has_is_encoded_by_its_features(
-    rate: float, small_values: Callable[..., dict], tmp_path: Path
+    rate: float, with_features: bool, small_values: Callable[..., dict], tmp_path: Path
 ) -> None:
     values = small_values(tmp_path)
     values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
     values["features"]["item"][0]["unknown_rate"] = rate
+    if not with_features:
+        # Their vectors would all be the same.
+        del values["features"]["item"][1:]
+        values["features"]["query"] = [f for f in values["features"]["query"] if f["type"] != "profile"]
     config = parse_config(values)
     dataset = prepare(config)
     trainer = Trainer(config, dataset, World(), "train")
@@ -382,4 +386,4 @@ def test_an_item_that_no_example_has_is_encoded_by_its_features(
         return trainer.model.encode_items(batch)
 
     same = torch.isclose(vectors(False), vectors(True)).all(1).numpy()
-    np.testing.assert_array_equal(same, (counts == 0) & (rate > 0))
+    np.testing.assert_array_equal(same, (counts == 0) & (rate > 0) & with_features)

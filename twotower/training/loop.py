@@ -354,8 +354,11 @@ class Trainer:
 def _untrained_rows(dataset: Dataset, item_counts: npt.NDArray[np.int64]) -> torch.Tensor:
     """Return the rows of the item id table whose items have no example, [n] int64; none where ids share rows.
 
-    None either where the unknown id is not trained (``unknown_rate: 0``).
+    None either where the unknown id is not trained (``unknown_rate: 0``), or where items have no feature
+    beside their id: they would all be the same vector, and fill each other's places in a list.
     """
+    if len(dataset.schema.item) == 1:
+        return torch.empty(0, dtype=torch.int64)
     specs = [f.spec for f in dataset.schema.item if isinstance(f.spec, IdFeature)]
     if not specs or specs[0].buckets is not None or specs[0].unknown_rate == 0:
         return torch.empty(0, dtype=torch.int64)

@@ -108,7 +108,7 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, most: int) -> list[float]:
-        """Return round values inside, at most so many (two or more), ascending."""
+        """Return round values inside, at most ``most`` (two or more), ascending."""
         return log_ticks(self.low, self.high, most) if self.log else ticks(self.low, self.high, most)
 
 
@@ -132,7 +132,7 @@ def logarithmic(values: Iterable[float | None], start: float, stop: float) -> Sc
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return multiples of 1, 2 or 5 times a power of ten between two values, at most so many."""
+    """Return multiples of 1, 2 or 5 times a power of ten between two values, at most ``most``."""
     power = 10.0 ** math.floor(math.log10((high - low) / max(most, 1)))
     for factor in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0):
         step = power * factor
@@ -143,7 +143,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten between two positive values, thinned to at most so many."""
+    """Return 1, 2 and 5 times powers of ten between two positive values, thinned to at most ``most``."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
         found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]

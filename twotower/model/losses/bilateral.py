@@ -88,15 +88,8 @@ class _LogSumExp:
     with_positive = False
 
     def __call__(self, block: Block) -> tuple[Tensor, Tensor]:
-        block_RC, own_RH, weight_R = block.logits_RC, block.own_RH, block.weight_R
-        peak_R1 = block_RC.amax(1, keepdim=True).clamp_(min=torch.finfo(block_RC.dtype).min)
-        if own_RH is not None:
-            peak_R1 = torch.maximum(peak_R1, own_RH.amax(1, keepdim=True))
-            own_RH.sub_(peak_R1).exp2_()
-        block_RC.sub_(peak_R1).exp2_()
-        total_R = block_RC.sum(1)
-        if own_RH is not None:
-            total_R += own_RH.sum(1)
+        weight_R = block.weight_R
+        total_R, peak_R1 = block.powers()
         nothing_R = (weight_R == 0) | (total_R == 0)
         bits_R = total_R.log2() + peak_R1[:, 0]
         loss = (bits_R * weight_R).masked_fill_(nothing_R, 0).sum() / LOG2_E

@@ -55,6 +55,23 @@ class Block:
     weight_R: Tensor
     """[R], 0 for padding queries."""
 
+    def powers(self) -> tuple[Tensor, Tensor]:
+        """Make all logits powers of 2 over their row's highest one, in place.
+
+        Returns:
+            sums of the rows' powers [R], and the highest logits [R, 1].
+        """
+        # A row in which everything is left out has weight 0; without the floor it would be NaN.
+        peak_R1 = self.logits_RC.amax(1, keepdim=True).clamp_(min=torch.finfo(self.logits_RC.dtype).min)
+        if self.own_RH is not None:
+            peak_R1 = torch.maximum(peak_R1, self.own_RH.amax(1, keepdim=True))
+            self.own_RH.sub_(peak_R1).exp2_()
+        self.logits_RC.sub_(peak_R1).exp2_()
+        total_R = self.logits_RC.sum(1)
+        if self.own_RH is not None:
+            total_R += self.own_RH.sum(1)
+        return total_R, peak_R1
+
 
 class Rows(Protocol):
     """What a loss makes of a block."""

@@ -91,16 +91,8 @@ class _CrossEntropy:
     with_positive = True
 
     def __call__(self, block: Block) -> tuple[Tensor, Tensor]:
-        block_RC, own_RH, weight_R = block.logits_RC, block.own_RH, block.weight_R
-        # A row in which everything is left out has weight 0; without the floor it would be NaN.
-        peak_R1 = block_RC.amax(1, keepdim=True).clamp_(min=torch.finfo(block_RC.dtype).min)
-        if own_RH is not None:
-            peak_R1 = torch.maximum(peak_R1, own_RH.amax(1, keepdim=True))
-            own_RH.sub_(peak_R1).exp2_()
-        block_RC.sub_(peak_R1).exp2_()
-        total_R = block_RC.sum(1)
-        if own_RH is not None:
-            total_R += own_RH.sum(1)
+        block_RC, weight_R = block.logits_RC, block.weight_R
+        total_R, peak_R1 = block.powers()
         bits_R = total_R.log2() + (peak_R1 - block.right_R1)[:, 0]
         loss = (bits_R * weight_R).masked_fill_(weight_R == 0, 0).sum() / LOG2_E
         block_RC.scatter_add_(1, block.positive_R1, -total_R[:, None])
