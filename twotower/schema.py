@@ -152,6 +152,9 @@ class HistoryFeature(_Feature):
     """Weight of an item relative to the next later one, for ``recency``, and for ``attention`` at first."""
     transformer: TransformerSpec = TransformerSpec()
     """Sizes of the transformer."""
+    item_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a training query's items that are left out of it, drawn anew in each step, so that no few of
+    them are learned by heart; a pooling's weights go to those that stay, an encoder reads zeros instead."""
 
     @property
     def encoded(self) -> bool:

@@ -44,7 +44,7 @@ def prepared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Config], Dataset]:
     """Users of up to 500 interactions, many at equal times, and a configuration for each variant."""
-    history = {"transformer": TRANSFORMER, "attention": ATTENTION}[request.param]
+    history = {"transformer": TRANSFORMER, "attention": ATTENTION}[request.param] | {"item_dropout": 0.2}
     config, dataset = uneven_dataset(tmp_path_factory.mktemp("sequences"), history)
     common: dict[str, Any] = {"global_batch_size": BATCH, "num_workers": 1}
     return {name: with_train(config, **common, **more) for name, more in VARIANTS.items()}, dataset

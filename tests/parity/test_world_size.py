@@ -99,6 +99,8 @@ def events(small_config: Config, folder: Path, **feature: Any) -> Config:
     }
     for side in ("query", "item"):
         values["features"][side][0] |= feature
+    for history in (f for f in values["features"]["query"] if f["type"] == "history"):
+        history["item_dropout"] = 0.3
     return parse_config(values)
 
 

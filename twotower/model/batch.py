@@ -153,3 +153,21 @@ def forget(bag: Bag, forgotten_B: torch.Tensor) -> Bag:
     rows_B1 = forgotten_B[:, None]
     weights_L = (ids_L >= 0).to(bag.weights.dtype)
     return Bag(torch.where(rows_B1, ids_L, bag.ids), torch.where(rows_B1, weights_L, bag.weights))
+
+
+def leave_out(bag: Bag, left_out: torch.Tensor, pooled: bool) -> Bag:
+    """Return the bags of a history feature without some of their items.
+
+    Args:
+        bag: [B, L], the H items of a history or the one of each place of a grid, each of them L / H rows.
+        left_out: [B, H] bool, which items.
+        pooled: give their weights to those that stay, in proportion, so that each bag's sum stays; of a bag
+            whose items are all left out nothing stays.
+    """
+    each = bag.weights.shape[1] // max(left_out.shape[1], 1)
+    left_out = left_out.repeat_interleave(each, dim=1)
+    weights = bag.weights.masked_fill(left_out, 0.0)
+    if pooled:
+        before, after = bag.weights.sum(1, keepdim=True), weights.sum(1, keepdim=True)
+        weights = weights * torch.where(after > 0, before / after, 0.0)
+    return Bag(bag.ids.masked_fill(left_out, -1), weights)

@@ -16,14 +16,15 @@ import numpy.typing as npt
 import torch
 
 from twotower.config import Config
-from twotower.model.batch import Bag, FeatureBatch, Sequences, forget, part_of, pinned, to_device
-from twotower.model.dropout import row_keys, uniform
-from twotower.schema import FittedFeature, IdFeature
+from twotower.model.batch import Bag, FeatureBatch, Sequences, forget, leave_out, part_of, pinned, to_device
+from twotower.model.dropout import column_keys, row_keys, uniform
+from twotower.schema import FeatureSchema, FittedFeature, HistoryFeature, IdFeature
 from twotower.training.batches import IntArray, Share
 from twotower.training.collectives import World
 from twotower.training.negatives import CandidateMemory, CandidateSampler
 
 _UNKNOWN_STREAM = 1 << 20
+_LEFT_OUT_STREAM = 1 << 21
 # Streams of row keys: dropout masks of equal row numbers differ between these.
 _QUERY, _POSITIVE, _DRAWN, _OWN, _WINDOW = range(5)
 
@@ -127,6 +128,7 @@ class Assembler:
         query_keys, item_keys = row_keys(self._seed, step, global_rows, _QUERY), torch.cat(keys)
         queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
         queries = self._keyed(queries, query_keys, step)
+        queries = _with_items_left_out(schema, queries, query_keys)
         items = _forgetful(schema.item, examples.inputs.items(rows), item_keys)
 
         in_use = self._memory_in_use(step)
@@ -216,4 +218,27 @@ def _forgetful(features: list[FittedFeature], batch: FeatureBatch, keys: torch.T
             value = batch[spec.name]
             assert isinstance(value, Bag)
             batch[spec.name] = forget(value, uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate)
+    return batch
+
+
+def _with_items_left_out(schema: FeatureSchema, batch: FeatureBatch, keys: torch.Tensor) -> FeatureBatch:
+    """Leave a share of the items out of the histories, each feature's by draws of its own."""
+    table = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
+    hashes = table.hashes if table is not None and table.buckets is not None else 1
+    for number, feature in enumerate(schema.query):
+        spec = feature.spec
+        if not isinstance(spec, HistoryFeature) or spec.item_dropout == 0:
+            continue
+        value, stream = batch[spec.name], _LEFT_OUT_STREAM + number
+        if isinstance(value, Sequences):
+            assert value.keys is not None
+            item_keys = column_keys(value.keys, value.position).flatten()
+            left_out = uniform(item_keys, 1, stream) < spec.item_dropout
+            batch[spec.name] = replace(value, items=leave_out(value.items, left_out, pooled=False))
+        else:
+            assert isinstance(value, Bag)
+            rows_of_item = hashes if spec.share else 1
+            items = value.ids.shape[1] // rows_of_item
+            left_out = uniform(keys, items, stream) < spec.item_dropout
+            batch[spec.name] = leave_out(value, left_out, pooled=True)
     return batch
