@@ -169,14 +169,19 @@ def _unpacked(data: Path, root: Path, source: str) -> Path:
 
 
 def measured(config: Config) -> tuple[Metrics, dict[str, object]]:
-    """Train on the train split, rank the test split once; return metrics by ranker and facts of the run."""
+    """Return metrics by ranker of the test split, ranked once, and facts of the run.
+
+    Validation chooses the epoch of a training on the train split; the model that is measured is fitted on
+    train and validation for as many, as the baselines are.
+    """
     from twotower.cluster.evaluate import evaluate
-    from twotower.cluster.train import train
+    from twotower.cluster.train import refit, train
 
     dataset = prepare(config)
     preflight.require(config, dataset, ("train", "evaluate"))
     began = time.perf_counter()
-    checkpoint = train(config, dataset, fit="train")
+    chosen = train(config, dataset, fit="train")
+    checkpoint = refit(config, dataset, chosen, "known")
     seconds = time.perf_counter() - began
     report = json.loads((evaluate(config, dataset, checkpoint, None) / "report.json").read_text())
     facts = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import command
-from twotower.artefacts import read_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -28,10 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoint whose quality is measured, and the one that is served; one for ``train.fit: train``."""
+    """Three fits of one model; one and the same for ``train.fit: train``."""
 
+    chosen: Path
+    """Of the train split: its epochs are compared on validation."""
     evaluated: Path
+    """Of train and validation, for as many epochs: its quality is measured on test."""
     served: Path
+    """Of every interaction, for as many epochs."""
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -75,16 +78,16 @@ def require(config: Config, dataset: Dataset, *steps: Step) -> None:
 
 def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
     """Return the checkpoints that the configuration makes, training those that are missing; needs Ray."""
-    from twotower.cluster.train import train
-    from twotower.model.checkpoint import KIND, TrainedManifest
+    from twotower.cluster.train import refit, train
 
     stage("train on the train split")
-    evaluated = train(config, dataset, fit="train")
+    chosen = train(config, dataset, fit="train")
     if config.train.fit == "train":
-        return Checkpoints(evaluated, evaluated)
-    epochs = int(read_manifest(evaluated, KIND, TrainedManifest)["best_epoch"])
-    stage(f"refit on every interaction for {epochs} epochs")
-    return Checkpoints(evaluated, train(config, dataset, fit="all", epochs=epochs))
+        return Checkpoints(chosen, chosen, chosen)
+    stage("refit on train and validation, to be measured on test")
+    evaluated = refit(config, dataset, chosen, "known")
+    stage("refit on every interaction, to be served")
+    return Checkpoints(chosen, evaluated, refit(config, dataset, chosen, "all"))
 
 
 def store_of(config: Config) -> Store:

@@ -21,7 +21,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     stages.require(config, dataset, "train", "index", "recommend")
     with stages.on_ray(config):
         checkpoints = stages.checkpoints_for(config, dataset)
-    manifest = read_manifest(checkpoints.evaluated, KIND, TrainedManifest)
+    manifest = read_manifest(checkpoints.chosen, KIND, TrainedManifest)
     k, best = config.train.validation.k, manifest["metrics"]
     metrics = {
         f"validation_recall@{k}": best["validation_recall"],
@@ -29,6 +29,7 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
         "loss": best["loss"],
     }
     details = {
+        "chosen_checkpoint": str(checkpoints.chosen),
         "evaluated_checkpoint": str(checkpoints.evaluated),
         "best_epoch": manifest["best_epoch"],
         "dataset": str(dataset.path),

@@ -20,6 +20,7 @@ from twotower.config import Config, parse_config
 from twotower.data.blocks import BlockIndex, read_blocks
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
+from twotower.schema import SPLITS
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs, fitted_part
 from twotower.training.loop import Trainer
@@ -125,7 +126,7 @@ def test_a_streamed_training_learns(ranks: list[dict[str, Any]]) -> None:
 
 def test_ray_data_reads_blocks_in_the_order_given(ray_local: None, uneven: tuple[Config, Dataset]) -> None:
     path = uneven[1].path / "interactions.parquet"
-    blocks = BlockIndex.scan(path, 30, uneven[1].num_catalogue_items, None).blocks
+    blocks = BlockIndex.scan(path, 30, uneven[1].num_catalogue_items, SPLITS["test"]).blocks
     some = [blocks[n] for n in (7, 2, len(blocks) - 1, 0, 3)]
     for found, expected in zip(block_reader(path)(some), read_blocks(path, some), strict=True):
         assert (rows_of(found) == rows_of(expected)).all()

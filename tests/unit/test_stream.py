@@ -104,7 +104,7 @@ def test_blocks_are_the_file_in_order_and_part_no_user(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 24])
 @pytest.mark.parametrize("buffer", [1, 90, 400, 100_000])
-@pytest.mark.parametrize("fit", ["train", "all"])
+@pytest.mark.parametrize("fit", ["train", "known", "all"])
 def test_every_example_is_in_an_epoch_once(
     uneven: tuple[Config, Dataset], size: int, buffer: int, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

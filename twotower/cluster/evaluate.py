@@ -163,7 +163,7 @@ def _check(dataset: Dataset, checkpoint: Checkpoint, generation: dict[str, Any] 
     if checkpoint.manifest.get("fit") == "all":
         raise ConfigError(
             f"checkpoint {checkpoint.path} is fitted on every interaction, the test split included; "
-            "evaluate one that is fitted on the train split"
+            "evaluate one that is fitted without it"
         )
     if generation is not None and generation["vocabulary_hash"] != dataset.vocabulary_hash:
         raise ArtefactMismatchError(
@@ -235,8 +235,8 @@ def _measure(
         inputs={**inputs, "split": holdout_fingerprint(held, dataset.vocabulary_hash)},
         counts={**held.counts, "items": dataset.num_catalogue_items},
         metrics={name: outcome.result() for name, outcome in merged.items()},
-        history=list(checkpoint.manifest.get("history", [])),
-        best_epoch=checkpoint.manifest.get("best_epoch"),
+        history=list(checkpoint.course.get("history", [])),
+        best_epoch=checkpoint.course.get("best_epoch"),
         validation_k=checkpoint.config.train.validation.k,
         latencies_ms=latencies,
         latency_k=k,

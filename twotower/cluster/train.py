@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import safetensors.torch
@@ -21,7 +22,7 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from twotower.artefacts import building, fingerprint, finished
+from twotower.artefacts import building, fingerprint, finished, read_manifest
 from twotower.cluster.ingest import choose_ingest
 from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.watch import Watch
@@ -66,15 +67,17 @@ def train(
     fit: Fit = "train",
     epochs: int | None = None,
     callbacks: Sequence[UserCallback] = (),
+    chosen: dict[str, Any] | None = None,
 ) -> Path:
     """Train by Ray Train and return the directory of the best checkpoint.
 
     Args:
         config: the configuration.
         dataset: prepared; its directory must be readable by all workers.
-        fit: the train split (the best epoch on validation is kept), or every interaction (the last epoch is).
+        fit: the train split (the best epoch on validation is kept), or more (the last epoch is).
         epochs: epochs to train; all of ``train.epochs`` when not given. The learning rate always follows
             the schedule of ``train.epochs``, so that a refit of fewer epochs repeats the run it refits.
+        chosen: kept in the manifest, see ``refit``.
         callbacks: told of each report; an epoch's has ``validation_recall``, one inside an epoch has not.
 
     Returns:
@@ -99,11 +102,28 @@ def train(
         Checkpoint.open(config.train.init_from).require_dataset(dataset)
     with session(config), _sigterm_makes(stop_file(_run_path(config) / name)) as asked:
         reported = _fit(config, dataset, fit, epochs, name, callbacks)
-        _publish(config, dataset, fit, reported, directory)
+        _publish(config, dataset, fit, reported, directory, chosen)
         shutil.rmtree(run, ignore_errors=True)
     if asked.is_set():
         raise StoppedError("stopped by SIGTERM at the end of a training; run it again to go on")
     return directory
+
+
+def refit(config: Config, dataset: Dataset, chosen: Path, fit: Fit) -> Path:
+    """Train once more with more of the data, for as many epochs as were best on validation.
+
+    Args:
+        config: the configuration.
+        dataset: prepared.
+        chosen: the checkpoint of the train split; the course of its training is kept in the new manifest.
+        fit: train and validation, or every interaction.
+
+    Raises:
+        TrainingError: as ``train``.
+    """
+    manifest = read_manifest(chosen, KIND, TrainedManifest)
+    course = {key: manifest[key] for key in ("history", "best_epoch")}
+    return train(config, dataset, fit, int(manifest["best_epoch"]), chosen=course)
 
 
 def stop_file(run: Path) -> Path:
@@ -198,7 +218,14 @@ def _sigterm_makes(flag: Path) -> Iterator[threading.Event]:
         flag.unlink(missing_ok=True)
 
 
-def _publish(config: Config, dataset: Dataset, fit: Fit, reported: Path, directory: Path) -> None:
+def _publish(
+    config: Config,
+    dataset: Dataset,
+    fit: Fit,
+    reported: Path,
+    directory: Path,
+    chosen: dict[str, Any] | None,
+) -> None:
     """Turn Ray's last checkpoint into the checkpoints of the best and the last epoch."""
     state = torch.load(reported / STATE, map_location="cpu", weights_only=True)
     history = state["history"]
@@ -218,6 +245,7 @@ def _publish(config: Config, dataset: Dataset, fit: Fit, reported: Path, directo
                     "best_epoch": state["best_epoch"],
                     "history": history,
                     "metrics": history[epoch - 1],
+                    **({} if chosen is None else {"chosen": chosen}),
                 },
             )
 

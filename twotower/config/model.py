@@ -75,9 +75,10 @@ class TowerConfig(Section):
     """Dropout after each activation."""
     input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the concatenated features."""
-    residual: Literal["none", "linear", "id"] = "none"
+    residual: Literal["auto", "none", "linear", "id"] = "auto"
     """Added to the output: nothing, a linear map of the input, or the embedding of the id feature (on the
-    query side the history's where there is one) times a learned number; it must be ``embedding_dim`` wide."""
+    query side the history's where there is one) times a learned number; it must be ``embedding_dim`` wide.
+    auto is id where there is such a feature of that width, and none elsewhere."""
 
 
 class ModelConfig(Section):

@@ -50,7 +50,7 @@ class BlockIndex:
 
     @classmethod
     def scan(
-        cls, path: Path, block_rows: int, num_catalogue_items: int, split: int | None, weighted: bool = True
+        cls, path: Path, block_rows: int, num_catalogue_items: int, last_split: int, weighted: bool = True
     ) -> BlockIndex:
         """Cut a file of interactions into blocks and count, in one pass over the columns that this needs.
 
@@ -58,7 +58,7 @@ class BlockIndex:
             path: what ``Interactions.write`` wrote.
             block_rows: the most rows of a block; one user with more rows is a block of its own.
             num_catalogue_items: examples are of item rows below it.
-            split: a code of ``schema.SPLITS``; examples are of every split when None.
+            last_split: a code of ``schema.SPLITS``; examples are of it and of those before it.
             weighted: as for ``is_example``.
         """
         blocks: list[Block] = []
@@ -66,8 +66,7 @@ class BlockIndex:
         start = 0
         for columns in whole_users(path, ["user_row", "item_row", "weight", "kind", "split"]):
             example = is_example(columns, num_catalogue_items, weighted)
-            if split is not None:
-                example &= columns["split"] == split
+            example &= columns["split"] <= last_split
             item_counts += np.bincount(columns["item_row"][example], minlength=num_catalogue_items)
             before = np.concatenate([[0], np.cumsum(example)])
             for part in user_blocks(columns["user_row"], block_rows):

@@ -51,7 +51,8 @@ def about(
         if key in ("kind", "name", "num_tastes") and value is not None
     }
     split = SplitConfig.model_validate(dataset.manifest["config"].get("split", {}))
-    history = checkpoint.manifest.get("history") or []
+    history = checkpoint.course.get("history") or []
+    fitted = {"train": "train", "known": "train and validation", "all": "every interaction"}
     tables: dict[str, dict[str, Any]] = {
         "Data": {
             "source": " ".join(str(value) for value in source.values()),
@@ -69,9 +70,9 @@ def about(
             "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
         },
         "Training": {
-            "fitted on": checkpoint.manifest.get("fit") or "unknown",
+            "fitted on": fitted.get(str(checkpoint.manifest.get("fit")), "unknown"),
             "epochs": f"{len(history)} of {trained.train.epochs}",
-            "kept epoch": checkpoint.manifest.get("best_epoch") or "unknown",
+            "kept epoch": checkpoint.course.get("best_epoch") or "unknown",
             "global batch": trained.train.global_batch_size,
             "workers": trained.train.num_workers,
             "temperature at first": f"{trained.train.loss.temperature:g}",

@@ -44,6 +44,8 @@ class CheckpointManifest(BaseModel):
     best_epoch: Count | None = None
     history: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}
+    chosen: dict[str, Any] | None = None
+    """History and best epoch of the training that a refit repeats with more of the data."""
 
 
 class TrainedManifest(CheckpointManifest):
@@ -90,6 +92,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the weights."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """``history`` and ``best_epoch`` of the training whose epochs were compared on validation."""
+        return self.manifest.get("chosen") or self.manifest
 
     @property
     def dataset_fingerprint(self) -> str:

@@ -67,7 +67,8 @@ class Tower(nn.Module):
             in_dim: width of the concatenated features.
             out_dim: D.
             config: sizes and kinds.
-            residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide.
+            residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide; None
+                where there is none.
             normalize: scale the output to length 1.
             encoders: of the features that are sequences, by name; ``TwoTower.inputs`` calls them.
         """
@@ -86,10 +87,10 @@ class Tower(nn.Module):
             width = size
         self.output = nn.Linear(width, out_dim)
         self.normalize = normalize
-        self.residual_columns = residual_columns if config.residual == "id" else None
+        self.residual_columns = residual_columns if config.residual in ("auto", "id") else None
         if config.residual == "linear":
             self.skip = nn.Linear(in_dim, out_dim, bias=False)
-        if config.residual == "id":
+        if self.residual_columns is not None:
             self.skip_scale = nn.Parameter(torch.ones(()))
         # A feature may have a name that a module's attribute has.
         self.encoders = nn.ModuleDict({f"of_{name}": module for name, module in (encoders or {}).items()})
@@ -276,7 +277,7 @@ def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelCo
             width += items[spec.of].profile_width
         else:
             width += spec.dim
-        if spec == added:
+        if spec == added and spec.dim == model.embedding_dim:
             columns = slice(start, width)
     specs = [f.spec for f in features]
     encoders = {

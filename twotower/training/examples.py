@@ -23,12 +23,14 @@ from twotower.data.windows import Stretches, Windows
 from twotower.errors import TrainingError
 from twotower.model.batch import FeatureBatch
 from twotower.model.features import Columns, QueryFeatures, encode_columns, item_batch, profile_values
-from twotower.schema import SPLITS
+from twotower.schema import SPLITS, SplitName
 from twotower.training.checks import check_times
 from twotower.training.explicit import ExplicitNegatives
 from twotower.training.weights import Factors
 
-Fit = Literal["train", "all"]
+Fit = Literal["train", "known", "all"]
+"""The splits that are fitted: train, what a query of the test split knows (train and validation), or all."""
+_LAST_SPLIT: dict[Fit, SplitName] = {"train": "train", "known": "validation", "all": "test"}
 IntArray = npt.NDArray[np.int64]
 
 
@@ -264,7 +266,12 @@ def fitted_part(interactions: Interactions, fit: Fit) -> Interactions:
     """Return the interactions that may be trained on."""
     if fit == "all":
         return interactions
-    return interactions.select(interactions.split == SPLITS["train"])
+    return interactions.select(interactions.split <= last_split(fit))
+
+
+def last_split(fit: Fit) -> int:
+    """Return the last code of ``schema.SPLITS`` that is fitted, which are in the order of time."""
+    return SPLITS[_LAST_SPLIT[fit]]
 
 
 def no_examples(dataset: Dataset, fit: Fit, weighted: bool) -> TrainingError:

@@ -153,7 +153,7 @@ def _slices(config: Config, dataset: Dataset) -> None:
 def _users(config: Config, dataset: Dataset, part: Part) -> None:
     rules = Rules.of(dataset, config.evaluation.repeats)
     path = dataset.path / "interactions.parquet"
-    blocks = BlockIndex.scan(path, _BLOCK_ROWS, dataset.num_catalogue_items, None).blocks
+    blocks = BlockIndex.scan(path, _BLOCK_ROWS, dataset.num_catalogue_items, SPLITS["test"]).blocks
     # The first block has one nearly always.
     if not any(len(holdout(block, part, rules)) for block in read_blocks(path, blocks)):
         raise DataError(f"dataset {dataset.path}: {nothing_relevant(part, rules)}")

@@ -28,10 +28,9 @@ from twotower.data.blocks import Block, BlockIndex, Columns, is_example, whole_u
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import COLUMNS, Interactions
 from twotower.errors import TrainingError
-from twotower.schema import SPLITS
 from twotower.training.batches import Share
 from twotower.training.collectives import World
-from twotower.training.examples import Examples, Fit, TowerInputs, fitted_part, no_examples
+from twotower.training.examples import Examples, Fit, TowerInputs, fitted_part, last_split, no_examples
 from twotower.training.weights import Factors
 
 IntArray = npt.NDArray[np.int64]
@@ -97,9 +96,8 @@ class StreamSource:
         self._factors = Factors.of(config.train.loss, dataset)
         self._buffer_rows = config.train.stream_buffer_rows
         block_rows = min(max(self._buffer_rows // _BLOCKS_OF_BUFFER, 1), _LARGEST_BLOCK)
-        split = None if fit == "all" else SPLITS["train"]
         self.index = BlockIndex.scan(
-            self._path, block_rows, inputs.num_catalogue_items, split, self._weighted
+            self._path, block_rows, inputs.num_catalogue_items, last_split(fit), self._weighted
         )
         self.rows_per_epoch = self.index.num_examples
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / (self._share_rows * world.size))
