@@ -144,17 +144,31 @@ class HistoryFeature(_Feature):
     """Width of the embedding; with ``share: true`` it must be that of the item id feature."""
     share: bool = True
     """Use the item tower's id embedding table (true) or a table of its own (false)."""
-    pooling: Literal["mean", "weighted", "recency", "attention", "transformer"] = "mean"
+    pooling: Literal["auto", "mean", "weighted", "recency", "attention", "transformer"] = "auto"
     """Mean; mean weighted by interaction weight; or by ``decay ** (steps before the latest)``; mean with
     learned weights of items and of steps before the latest; or a causal transformer's output at the latest
-    item."""
-    decay: Annotated[float, Field(gt=0, le=1)] = 0.95
+    item. auto is recency for data with times, and mean without."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Weight of an item relative to the next later one, for ``recency``, and for ``attention`` at first."""
     transformer: TransformerSpec = TransformerSpec()
     """Sizes of the transformer."""
-    item_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a training query's items that are left out of it, drawn anew in each step, so that no few of
-    them are learned by heart; a pooling's weights go to those that stay, an encoder reads zeros instead."""
+    item_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of a training query's items that are left out of it, drawn anew in each step, so that histories
+    are not learned by heart; a mean's weights go to those that stay, an encoder reads zeros instead. 0.5 for
+    means and 0 for encoders, which have dropout of their own, when not given."""
+
+    def fitted(self, has_times: bool) -> Self:
+        """Return the declaration for data with or without times."""
+        if self.pooling != "auto":
+            return self
+        return self.model_copy(update={"pooling": "recency" if has_times else "mean"})
+
+    @property
+    def left_out(self) -> float:
+        """Share of a training query's items that are left out of it."""
+        if self.item_dropout is None:
+            return 0.0 if self.encoded else 0.5
+        return self.item_dropout
 
     @property
     def encoded(self) -> bool:

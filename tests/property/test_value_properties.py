@@ -99,7 +99,7 @@ def fitted(specs: list[Any], table: pa.Table) -> tuple[FeatureSchema, pa.Table]:
     """Fit features of items, of which the query side has the same."""
     config = FeaturesConfig(query=[s for s in specs], item=[IdFeature(name="item_id"), *specs])
     size = table.num_rows
-    schema, items, _ = fit_features(config, table, table, size, size, size)
+    schema, items, _ = fit_features(config, table, table, size, size, size, True)
     return schema, items
 
 

@@ -175,7 +175,8 @@ def _fit(
     # Ray's handler would end the process with exit code 0 at Ctrl-C, and stay for the stages that follow.
     trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"
-    say(f"{config.train.num_workers} workers on {kind}, global batch {config.train.global_batch_size}")
+    batch = config.train.batch_size(dataset.train_positives)
+    say(f"{config.train.num_workers} workers on {kind}, global batch {batch}")
     with Watch(Path(settings.progress), epochs):
         try:
             result = trainer.fit()

@@ -68,10 +68,10 @@ class TowerConfig(Section):
     """Widths of the hidden layers; an empty list leaves one linear layer."""
     activation: Literal["relu", "gelu", "silu", "leaky_relu", "tanh"] = "gelu"
     """Activation after each hidden layer."""
-    norm: Literal["none", "layer", "batch"] = "layer"
+    norm: Literal["none", "layer", "batch"] = "none"
     """Normalisation before each activation; batch takes its statistics over the global batch, and is refused
     with ``train.tower_chunk_size``."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout after each activation."""
     input_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the concatenated features."""

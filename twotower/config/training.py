@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from twotower.config.section import NonNegativeInt, PositiveInt, Section
 
+_STEPS = 64
+_SMALLEST_BATCH, _LARGEST_BATCH = 32, 1_024
+"""Of a batch size that follows from the data, which is at most 1 / ``_STEPS`` of it."""
+
 
 class BilateralConfig(Section):
     """Settings of ``kind: bsl``: loss = -r log E[exp(positive / (r t))] + p log sum of exp(negative / t)."""
@@ -49,10 +53,10 @@ class LossConfig(Section):
     """The binary cross-entropy."""
     slatk: TopKConfig = TopKConfig()
     """The top-k softmax."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Initial temperature; divides the scores."""
-    learn_temperature: bool = True
-    """Learn the temperature."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Temperature, or the one that a learned one begins at; divides the scores."""
+    learn_temperature: bool = False
+    """Learn the temperature; it falls as the training set is fitted, with validation where that overfits."""
     min_temperature: Annotated[float, Field(gt=0)] = 0.01
     """Floor of the learned temperature."""
     temperature_learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -148,8 +152,8 @@ class NegativesConfig(Section):
 class EarlyStoppingConfig(Section):
     """Ends a training that no longer improves on validation."""
 
-    patience: PositiveInt | None = None
-    """Epochs without improvement after which training ends; never when not given."""
+    patience: PositiveInt | None = 3
+    """Epochs without improvement after which training ends; never when null."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """Smallest gain of the validation metric that counts as improvement."""
 
@@ -211,8 +215,9 @@ class TrainConfig(Section):
 
     epochs: PositiveInt = 10
     """Passes over the training interactions."""
-    global_batch_size: PositiveInt = 1024
-    """Pairs of an optimiser step, over all workers; every other candidate in it is a negative."""
+    global_batch_size: PositiveInt | None = None
+    """Pairs of an optimiser step, over all workers; every other candidate in it is a negative. When null it
+    is 1,024, and for less data the largest power of two up to 1/64 of the train split's positives."""
     num_workers: PositiveInt = 2
     """Ray Train workers; must divide the global batch size."""
     threads_per_worker: PositiveInt = 1
@@ -252,19 +257,40 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         batch, workers = self.global_batch_size, self.num_workers
+        if batch is None:
+            return self
         if batch % workers:
             lower, upper = batch - batch % workers, batch - batch % workers + workers
             fix = f"{lower} or {upper}" if lower else f"{upper}"
             raise ValueError(
                 f"global_batch_size ({batch}) must be divisible by num_workers ({workers}); use {fix}"
             )
-        self._check_negatives()
+        self.check_negatives(batch)
         return self
 
-    def _check_negatives(self) -> None:
-        """Refuse a loss that the candidates of a step leave nothing to do."""
+    def batch_size(self, train_positives: int) -> int:
+        """Return ``global_batch_size``, or the one that suits the data where it is null.
+
+        An epoch wants steps more than it wants negatives: with 14,000 examples 128 ends 10 to 30% above
+        1,024 (``docs/choosing.md``). A refit has more examples, and the batch of what it refits.
+
+        Args:
+            train_positives: positive interactions of the train split.
+        """
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        size = 1 << max(train_positives // _STEPS, 1).bit_length() - 1
+        size = min(max(size, _SMALLEST_BATCH), _LARGEST_BATCH, max(train_positives, 1))
+        return max(size // self.num_workers, 1) * self.num_workers
+
+    def check_negatives(self, batch: int) -> None:
+        """Refuse a loss that the candidates of a step leave nothing to do.
+
+        Raises:
+            ValueError: there are none, or too few.
+        """
         own = self.negatives
-        others = self.global_batch_size - 1 + own.uniform + own.popular + own.memory
+        others = batch - 1 + own.uniform + own.popular + own.memory
         per_query = own.explicit + own.mined.per_query
         kind, k = self.loss.kind, self.loss.slatk.k
         if kind in ("bsl", "bce") and not others + per_query:

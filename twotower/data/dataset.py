@@ -132,6 +132,11 @@ class Dataset:
         return self.schema.num_catalogue_items
 
     @property
+    def train_positives(self) -> int:
+        """Positive interactions of the train split."""
+        return int(self.counts["splits"]["train"])
+
+    @property
     def has_times(self) -> bool:
         """Whether interactions have times; without them every time is 0."""
         return bool(self.manifest["has_times"])

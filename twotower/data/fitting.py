@@ -20,6 +20,7 @@ from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,
     FittedFeature,
+    HistoryFeature,
     MultiHotFeature,
     NumericFeature,
     ProfileFeature,
@@ -48,6 +49,7 @@ def fit_features(
     num_users: int,
     num_items: int,
     num_catalogue_items: int,
+    has_times: bool,
 ) -> tuple[FeatureSchema, pa.Table, pa.Table | None]:
     """Fit all features on the catalogue and the user table.
 
@@ -62,7 +64,8 @@ def fit_features(
     items = stored_columns("item", config.item, items)
     if users is not None:
         users = stored_columns("query", config.query, users)
-    query = [_fit("query", spec, users, _precision(spec, raw["query"])) for spec in config.query]
+    specs = [s.fitted(has_times) if isinstance(s, HistoryFeature) else s for s in config.query]
+    query = [_fit("query", spec, users, _precision(spec, raw["query"])) for spec in specs]
     item = [_fit("item", spec, items, _precision(spec, raw["item"])) for spec in config.item]
     check_profiles(query, item)
     schema = FeatureSchema(

@@ -172,6 +172,7 @@ def _build(config: Config, source: RawSource, directory: Path) -> None:
         num_users=len(user_ids),
         num_items=len(item_ids),
         num_catalogue_items=num_catalogue,
+        has_times=source.has_times,
     )
     user_table = _align_users(user_ids, user_columns)
     counts |= counted(interactions, schema)

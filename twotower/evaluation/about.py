@@ -73,7 +73,7 @@ def about(
             "fitted on": fitted.get(str(checkpoint.manifest.get("fit")), "unknown"),
             "epochs": f"{len(history)} of {trained.train.epochs}",
             "kept epoch": checkpoint.course.get("best_epoch") or "unknown",
-            "global batch": trained.train.global_batch_size,
+            "global batch": trained.train.batch_size(dataset.train_positives),
             "workers": trained.train.num_workers,
             "temperature at first": f"{trained.train.loss.temperature:g}",
             "seed": trained.seed,

@@ -227,18 +227,18 @@ def _with_items_left_out(schema: FeatureSchema, batch: FeatureBatch, keys: torch
     hashes = table.hashes if table is not None and table.buckets is not None else 1
     for number, feature in enumerate(schema.query):
         spec = feature.spec
-        if not isinstance(spec, HistoryFeature) or spec.item_dropout == 0:
+        if not isinstance(spec, HistoryFeature) or spec.left_out == 0:
             continue
         value, stream = batch[spec.name], _LEFT_OUT_STREAM + number
         if isinstance(value, Sequences):
             assert value.keys is not None
             item_keys = column_keys(value.keys, value.position).flatten()
-            left_out = uniform(item_keys, 1, stream) < spec.item_dropout
+            left_out = uniform(item_keys, 1, stream) < spec.left_out
             batch[spec.name] = replace(value, items=leave_out(value.items, left_out, pooled=False))
         else:
             assert isinstance(value, Bag)
             rows_of_item = hashes if spec.share else 1
             items = value.ids.shape[1] // rows_of_item
-            left_out = uniform(keys, items, stream) < spec.item_dropout
+            left_out = uniform(keys, items, stream) < spec.left_out
             batch[spec.name] = leave_out(value, left_out, pooled=True)
     return batch

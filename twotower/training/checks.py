@@ -54,7 +54,7 @@ def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
             window.
     """
     num_items = dataset.num_catalogue_items
-    batch, workers = config.train.global_batch_size, config.train.num_workers
+    batch, workers = config.train.batch_size(dataset.train_positives), config.train.num_workers
     if batch > num_examples:
         most = num_examples // workers * workers
         remedy = f"use at most {most}" if most else f"use at most {num_examples} and as few train.num_workers"
@@ -63,6 +63,10 @@ def check_sizes(config: Config, dataset: Dataset, num_examples: int) -> None:
         raise TrainingError(
             f"train.global_batch_size ({batch}) is above the {num_examples} training interactions; {remedy}"
         )
+    try:
+        config.train.check_negatives(batch)
+    except ValueError as error:
+        raise TrainingError(f"train.{error}") from None
     half_life = config.train.loss.recency_half_life_days
     if half_life is not None and not dataset.has_times:
         raise TrainingError(

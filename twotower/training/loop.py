@@ -372,4 +372,5 @@ def memory_source(
     weighted = config.train.loss.weights == "interaction"
     factors = Factors.of(config.train.loss, dataset)
     examples = Examples.of(dataset, inputs, fit, config.train.negatives.explicit > 0, weighted, factors)
-    return MemorySource(examples, dataset.interactions, config.train.global_batch_size, world, config.seed)
+    size = config.train.batch_size(dataset.train_positives)
+    return MemorySource(examples, dataset.interactions, size, world, config.seed)

@@ -90,7 +90,7 @@ class StreamSource:
         self._fit = fit
         self._read_blocks = read_blocks
         self._seed = config.seed
-        self._share_rows = config.train.global_batch_size // world.size
+        self._share_rows = config.train.batch_size(dataset.train_positives) // world.size
         self._with_explicit = config.train.negatives.explicit > 0
         self._weighted = config.train.loss.weights == "interaction"
         self._factors = Factors.of(config.train.loss, dataset)
