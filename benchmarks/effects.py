@@ -1,28 +1,32 @@
-"""What each choice of the training does to quality on ml-latest-small: validation and test, three seeds.
+"""What each choice of the training does to quality: validation and test, three seeds.
 
-    TWOTOWER_MIRROR=/data/movielens python -m benchmarks.effects [--quick]
+    python -m benchmarks.effects --set data.mirror=/data/movielens
+    python -m benchmarks.effects --config configs/beauty.yaml --set data.source.interactions=... --seeds 42
 
-Every setting changes the one that is committed (configs/movielens.yaml), trains its six epochs in one process
-and keeps the epoch that is best on validation. A difference is that of the mean over seeds; its deviation is
-that of the difference over seeds, which share data, split and order of batches with the base.
+Every setting changes the one that is committed (configs/movielens.yaml where nothing else is named), trains
+its epochs in one process and keeps the epoch that is best on validation. A difference is that of the mean
+over seeds; its deviation is that of the difference over seeds, which share data, split and order of batches
+with the base.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import measure
-from twotower.config import load_config
-from twotower.data.dataset import Dataset
+from twotower.config import Config, load_config, parse_config
 from twotower.data.prepare import prepare
+from twotower.errors import TwotowerError
 from twotower.evaluation.holdout import evaluation_queries, query_inputs
 from twotower.evaluation.metrics import MetricSums
 from twotower.evaluation.ranking import rank_block
@@ -31,11 +35,10 @@ from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 from twotower.training.validation import encode_catalogue
 
-BASE = "configs/movielens.yaml"
+BASE = Path(__file__).parents[1] / "configs" / "movielens.yaml"
 SEEDS = (42, 43, 44)
-PROCESSES = 2
 MINED = "train.negatives.mined"
-BSL = ["train.loss.kind=bsl", "train.loss.learn_temperature=false"]
+BSL = ["train.loss.kind=bsl"]
 SETTINGS: dict[str, list[str]] = {
     "base": [],
     "logQ off": ["train.loss.log_q=0"],
@@ -44,10 +47,21 @@ SETTINGS: dict[str, list[str]] = {
     "embeddings not normalised": ["model.normalize=false", "train.loss.temperature=1.0"],
     "layer norm in the towers": ["model.query_tower.norm=layer", "model.item_tower.norm=layer"],
     "batch norm in the towers": ["model.query_tower.norm=batch", "model.item_tower.norm=batch"],
-    "temperature .05, fixed": ["train.loss.temperature=0.05", "train.loss.learn_temperature=false"],
-    "temperature .1, fixed": ["train.loss.temperature=0.1", "train.loss.learn_temperature=false"],
-    "temperature .2, fixed": ["train.loss.temperature=0.2", "train.loss.learn_temperature=false"],
-    "temperature .5, fixed": ["train.loss.temperature=0.5", "train.loss.learn_temperature=false"],
+    "no residual": ["model.query_tower.residual=none", "model.item_tower.residual=none"],
+    "linear towers": ["model.query_tower.hidden=[]", "model.item_tower.hidden=[]"],
+    "history: every item": ["history.item_dropout=0"],
+    "history: 80% of the items left out": ["history.item_dropout=0.8"],
+    "history: mean": ["history.pooling=mean"],
+    "history: recency, decay .95": ["history.pooling=recency", "history.decay=0.95"],
+    "history: recency, decay .8": ["history.pooling=recency", "history.decay=0.8"],
+    "history: attention": ["history.pooling=attention"],
+    "history: transformer": ["history.pooling=transformer"],
+    "a user id beside the history": ["user_id"],
+    "temperature .05": ["train.loss.temperature=0.05"],
+    "temperature .07": ["train.loss.temperature=0.07"],
+    "temperature .14": ["train.loss.temperature=0.14"],
+    "temperature .2": ["train.loss.temperature=0.2"],
+    "temperature learned": ["train.loss.learn_temperature=true"],
     "batch 256": ["train.global_batch_size=256"],
     "batch 4096": ["train.global_batch_size=4096"],
     "1,024 uniform negatives more": ["train.negatives.uniform=1024"],
@@ -67,9 +81,11 @@ SETTINGS: dict[str, list[str]] = {
         "train.loss.bce.calibration=0",
     ],
     "top-k softmax": ["train.loss.kind=slatk", "train.loss.slatk.k=5", "train.loss.slatk.width=0.3"],
-    "temperature's learning rate 1e-4": ["train.loss.temperature_learning_rate=1e-4"],
+    "temperature learned at a rate of 1e-4": [
+        "train.loss.learn_temperature=true",
+        "train.loss.temperature_learning_rate=1e-4",
+    ],
     "temperature .2 down to .07": [
-        "train.loss.learn_temperature=false",
         "train.loss.temperature=0.2",
         "train.loss.final_temperature=0.07",
     ],
@@ -87,13 +103,33 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
-def quality(dataset: str, overrides: list[str], seed: int) -> dict[str, float]:
-    """Return validation and test metrics of one training."""
+def changed(path: str, overrides: Sequence[str], setting: Sequence[str]) -> Config:
+    """Return a configuration with a setting.
+
+    Args:
+        path: the file.
+        overrides: of its keys.
+        setting: overrides too, of which ``history.KEY`` is of every history feature and ``user_id`` adds one.
+    """
+    ours = [change for change in setting if change.startswith(("history.", "user_id"))]
+    values = load_config(path, [*overrides, *(c for c in setting if c not in ours)]).to_json()
+    for change in ours:
+        key, _, value = change.removeprefix("history.").partition("=")
+        if key == "user_id":
+            values["features"]["query"].append({"name": "user_id", "type": "id", "dim": 32})
+            continue
+        for feature in values["features"]["query"]:
+            if feature["type"] == "history":
+                feature[key] = value if key == "pooling" else float(value)
+    return parse_config(values)
+
+
+def quality(config: Config) -> dict[str, float]:
+    """Return validation and test metrics of one training in this process."""
     torch.set_num_threads(1)
-    config = load_config(BASE, [*overrides, f"seed={seed}", "train.num_workers=1"])
-    opened = Dataset.open(dataset)
+    opened = prepare(config)
     trainer = Trainer(config, opened, World(), "train")
-    while trainer.epoch < config.train.epochs:
+    while trainer.epoch < config.train.epochs and not trainer.finished:
         trainer.run_epoch()
     best = trainer.history[trainer.best_epoch - 1]
     trainer.model.load_state_dict(trainer.best_weights)
@@ -116,16 +152,24 @@ def quality(dataset: str, overrides: list[str], seed: int) -> dict[str, float]:
     )
     test = sums.result()
     assert best.validation_recall is not None
+    assert best.validation_ndcg is not None
+    k = config.train.validation.k
     return {
-        "validation recall@100": best.validation_recall,
+        f"validation recall@{k}": best.validation_recall,
+        f"validation ndcg@{k}": best.validation_ndcg,
+        "test recall@10": test["recall@10"],
         "test recall@100": test["recall@100"],
         "test ndcg@10": test["ndcg@10"],
     }
 
 
-def _job(arguments: tuple[str, str, list[str], int]) -> tuple[str, int, dict[str, float]]:
-    name, dataset, overrides, seed = arguments
-    return name, seed, quality(dataset, overrides, seed)
+def _job(arguments: tuple[str, int, dict[str, Any]]) -> tuple[str, int, dict[str, float] | None]:
+    name, seed, values = arguments
+    try:
+        return name, seed, quality(parse_config(values))
+    except TwotowerError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return name, seed, None
 
 
 def compared(values: Sequence[float], base: Sequence[float]) -> str:
@@ -137,18 +181,34 @@ def compared(values: Sequence[float], base: Sequence[float]) -> str:
 
 def main() -> None:
     """Train every setting with every seed."""
-    quick = measure.start("The effect of each choice on quality, on ml-latest-small.", 1)
+    parser = argparse.ArgumentParser(description="The effect of each choice on quality.")
+    parser.add_argument("--config", default=str(BASE), help="the base (configs/movielens.yaml)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the base")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
+    options = measure.options(parser)
+    quick, seeds = options.quick, options.seeds[:1] if options.quick else options.seeds
     names = list(SETTINGS)[:2] if quick else list(SETTINGS)
-    seeds = SEEDS[:1] if quick else SEEDS
-    extra = ["train.epochs=1"] if quick else []
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as root:
-        dataset = str(prepare(load_config(BASE, [f"storage.root={root}"])).path)
-        work = [(name, dataset, [*SETTINGS[name], *extra], seed) for seed in seeds for name in names]
-        with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        own = [f"storage.root={root}", "train.num_workers=1", *(["train.epochs=1"] if quick else [])]
+        base = load_config(options.config, [*options.set, *own])
+        prepare(base)
+        work = [
+            (
+                name,
+                seed,
+                changed(options.config, [*options.set, *own, f"seed={seed}"], SETTINGS[name]).to_json(),
+            )
+            for seed in seeds
+            for name in names
+        ]
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             for name, seed, metrics in pool.imap_unordered(_job, work):
-                found[name][seed] = metrics
                 print(f"{name}, seed {seed}: {metrics}", file=sys.stderr, flush=True)
+                if metrics is not None:
+                    found.setdefault(name, {})[seed] = metrics
+    names = [name for name in names if len(found.get(name, {})) == len(seeds)]
     metrics = list(found["base"][seeds[0]])
 
     def of(name: str, metric: str) -> list[float]:
@@ -161,7 +221,7 @@ def main() -> None:
         for name in names[1:]
         for m in metrics
     }
-    measure.finish("effects", figures, table, quick)
+    measure.finish(f"effects-{base.name}", figures, table, quick)
 
 
 if __name__ == "__main__":
