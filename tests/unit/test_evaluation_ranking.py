@@ -40,6 +40,19 @@ def test_rank_block_equals_sorting(rng, masked, spread, k, block_scores, block_i
     np.testing.assert_array_equal(ranked, oracles.pad(oracles.top_k(queries, items, masked, k), k))
 
 
+@pytest.mark.parametrize("spread", [1, 50])
+@pytest.mark.parametrize(("num_items", "k"), [(1024, 2), (1061, 3), (2000, 1), (2001, 6)])
+def test_the_best_of_groups_of_items_equal_sorting(rng, spread, num_items, k):
+    queries, items = vectors(rng, NUM_QUERIES, spread), vectors(rng, num_items, spread)
+    # The best items of some queries are in one group, and its neighbours tie with them.
+    items[num_items - 40 : num_items - 30] = spread + 1
+    items[64:128] = -spread - 1
+    sizes = [0, num_items - 2, num_items, *rng.integers(1, num_items, NUM_QUERIES - 3)]
+    masked = [set(rng.permutation(num_items)[:size].tolist()) for size in sizes]
+    ranked = ranking.rank_block(queries, items, *oracles.csr(masked), k)
+    np.testing.assert_array_equal(ranked, oracles.pad(oracles.top_k(queries, items, masked, k), k))
+
+
 def test_fewer_where_fewer_are_allowed(rng, masked):
     ranked = ranking.rank_block(
         vectors(rng, NUM_QUERIES, 9), vectors(rng, NUM_ITEMS, 9), *oracles.csr(masked), NUM_ITEMS
@@ -103,6 +116,14 @@ def test_scores_that_are_not_finite_are_refused():
 def test_large_finite_scores_are_ranked():
     scores = np.array([[3e38, 2e38, 3.1e38]], dtype=np.float32)
     assert ranking.rank_scores(scores, *oracles.csr([set()]), 3).tolist() == [[2, 0, 1]]
+
+
+def test_products_that_overflow_are_refused_and_those_that_do_not_are_ranked():
+    items = np.array([[1e19, 0], [2e19, 0]], dtype=np.float32)
+    large, larger = np.array([[1e19, 0]], np.float32), np.array([[3e19, 0]], np.float32)
+    assert ranking.rank_block(large, items, *oracles.csr([set()]), 2).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match="not finite"):
+        ranking.rank_block(larger, items, *oracles.csr([set()]), 2)
 
 
 def test_shapes_that_do_not_fit_are_refused(rng):

@@ -19,8 +19,14 @@ Floats = NDArray[np.float32]
 BLOCK_SCORES = 1 << 24
 """Scores held at once: 64 MiB of float32, and a few times that while the best are picked."""
 
+CPU_BLOCK_SCORES = 1 << 22
+"""Scores that ``rank_block`` holds on a CPU: 16 MiB, of which a good part stays in its caches."""
+
 BLOCK_ITEMS = 1 << 17
 """Most items of a block; a larger catalogue is ranked block by block and merged."""
+
+_GROUP = 64
+"""Neighbouring scores of which the best are picked by their maximum first."""
 
 
 def rank_block(
@@ -29,7 +35,7 @@ def rank_block(
     masked_offsets: Ints,
     masked_rows: Ints,
     k: int,
-    block_scores: int = BLOCK_SCORES,
+    block_scores: int | None = None,
     block_items: int = BLOCK_ITEMS,
 ) -> Ints:
     """Return the top k items of each query by dot product.
@@ -43,7 +49,7 @@ def rank_block(
         masked_offsets: [Q + 1] int64.
         masked_rows: int64 item rows that are left out of each query's list.
         k: length of a list, at least 1.
-        block_scores: scores held at once.
+        block_scores: scores held at once; as many as suit the device when not given.
         block_items: most items of a block.
 
     Returns:
@@ -63,23 +69,27 @@ def rank_block(
     _check_k(k)
     if not bool(torch.isfinite(query_tensor).all()):
         raise ValueError("a query vector is not finite; the model that made it has diverged")
-    ranked = np.full((num_queries, k), -1, dtype=np.int64)
+    if block_scores is None:
+        block_scores = CPU_BLOCK_SCORES if query_tensor.device.type == "cpu" else BLOCK_SCORES
     item_step = max(1, min(num_items, block_items))
     query_step = max(1, block_scores // item_step)
+    parts = [
+        slice(start, min(start + query_step, num_queries)) for start in range(0, num_queries, query_step)
+    ]
+    best = [_Best(part.stop - part.start, k) for part in parts]
     with torch.inference_mode():
-        for start in range(0, num_queries, query_step):
-            stop = min(start + query_step, num_queries)
-            block = query_tensor[start:stop].to(torch.float32)
-            best = _Best(stop - start, k)
-            for first in range(0, num_items, item_step):
-                last = min(first + item_step, num_items)
-                vectors = _tensor(item_vectors[first:last]).to(block.device, torch.float32)
-                scores = block @ vectors.T
-                _refuse_not_finite(scores)
-                _mask(scores, offsets[start : stop + 1], rows, first, last)
-                best.add(scores, first)
-            ranked[start:stop] = best.rows
-    return ranked
+        query_tensor = query_tensor.to(torch.float32)
+        for first in range(0, num_items, item_step):
+            last = min(first + item_step, num_items)
+            vectors = _tensor(item_vectors[first:last]).to(query_tensor.device, torch.float32)
+            safe = _products_are_finite(query_tensor, vectors)
+            for part, its in zip(parts, best, strict=True):
+                scores = query_tensor[part] @ vectors.T
+                if not safe:
+                    _refuse_not_finite(scores)
+                _mask(scores, offsets[part.start : part.stop + 1], rows, first, last)
+                its.add(scores, first)
+    return np.concatenate([np.empty((0, k), np.int64), *(its.rows for its in best)])
 
 
 def rank_scores(scores: Floats, masked_offsets: Ints, masked_rows: Ints, k: int) -> Ints:
@@ -152,8 +162,8 @@ class _Best:
 def _top(scores: torch.Tensor, k: int) -> tuple[Floats, Ints]:
     """The k best columns of each row, ties at the cut resolved in favour of the smaller column."""
     num_columns = scores.shape[1]
-    # torch.topk picks any of several equal scores. One more than k shows where that would matter.
-    values, columns = torch.topk(scores, min(k + 1, num_columns), dim=1)
+    # Which of several equal scores are picked is chance. One more than k shows where that would matter.
+    values, columns = _largest(scores, min(k + 1, num_columns))
     if num_columns > k:
         tied = (values[:, k - 1] == values[:, k]) & ~torch.isneginf(values[:, k])
         values, columns = values[:, :k], columns[:, :k].clone()
@@ -164,6 +174,28 @@ def _top(scores: torch.Tensor, k: int) -> tuple[Floats, Ints]:
             columns[row] = torch.cat([above, equal])
         values = torch.gather(scores, 1, columns)
     return values.cpu().numpy(), columns.cpu().numpy()
+
+
+def _largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values and columns that torch.topk gives, any of those that tie at the cut.
+
+    A row's ``count`` largest scores are in the ``count`` groups of neighbours with the largest maxima: each
+    other group has no score above any of these maxima. A maximum reads a group faster than a sort does.
+    """
+    num_columns = scores.shape[1]
+    groups = num_columns // _GROUP
+    if groups < 4 * count:
+        return torch.topk(scores, count, dim=1)
+    even = groups * _GROUP
+    maxima = scores[:, :even].unflatten(1, (groups, _GROUP)).amax(2)
+    chosen = torch.topk(maxima, count, dim=1, sorted=False).indices
+    places = torch.arange(_GROUP, device=scores.device)
+    columns = (chosen[:, :, None] * _GROUP + places).flatten(1)
+    if even < num_columns:
+        rest = torch.arange(even, num_columns, device=scores.device)
+        columns = torch.cat([columns, rest.expand(len(scores), -1)], dim=1)
+    values, found = torch.topk(scores.gather(1, columns), count, dim=1)
+    return values, columns.gather(1, found)
 
 
 def _mask(scores: torch.Tensor, offsets: Ints, rows: Ints, first: int, last: int) -> None:
@@ -192,6 +224,14 @@ def _masks(masked_offsets: Ints, masked_rows: Ints, num_queries: int, num_items:
         offsets = np.concatenate([[0], np.cumsum(inside)])[offsets]
         rows = rows[inside]
     return offsets, rows
+
+
+def _products_are_finite(queries: torch.Tensor, vectors: torch.Tensor) -> bool:
+    """Whether no dot product can overflow, by the largest elements; false where an element is not finite."""
+    if not queries.numel() or not vectors.numel():
+        return True
+    bound = float(queries.abs().max()) * float(vectors.abs().max()) * queries.shape[1]
+    return bound < torch.finfo(torch.float32).max / 2
 
 
 def _refuse_not_finite(scores: torch.Tensor) -> None:
