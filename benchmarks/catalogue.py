@@ -7,6 +7,7 @@ result also changes the name; what is there already is taken as it is.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from twotower.retrieval.store import Store
 
 WORK = Path(__file__).parents[1] / "runs" / "benchmarks"
 _HISTORY = 20
+SEQUENCE_DIM, SEQUENCE_LENGTH = 64, 50
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,21 @@ class Catalogue:
         return dict(Generation.open(self.generation, verify=False).manifest["index"])
 
 
-def catalogue(name: str, num_items: int, factory: str) -> Catalogue:
+def catalogue(
+    name: str,
+    num_items: int,
+    factory: str,
+    configured: Callable[[Path, int], Config] = configuration,
+) -> Catalogue:
     """Return a catalogue that is built and published, building what is not there yet.
 
     Args:
         name: of the folder below the work folder.
         num_items: items; there are as many interactions and a fortieth of the users.
         factory: FAISS factory string of each shard.
+        configured: makes the configuration from the folder and the number of items.
     """
-    values = configuration(WORK / name, num_items).to_json()
+    values = configured(WORK / name, num_items).to_json()
     values["name"] = f"items-{num_items}"
     values["index"]["factory"] = factory
     config = parse_config(values)
@@ -107,13 +115,43 @@ def _with_other_ids(dataset: Dataset, folder: Path, prefix: str) -> dict[str, An
     }
 
 
-def chosen_factory(num_items: int) -> str:
-    """Return the factory string that auto picks for a catalogue of these vectors."""
-    return choose(configuration(WORK, num_items).index, num_items, DIM).factory
+def chosen_factory(num_items: int, dim: int = DIM) -> str:
+    """Return the factory string that auto picks for a catalogue of vectors of a width."""
+    return choose(configuration(WORK, num_items).index, num_items, dim).factory
 
 
-def requests(dataset: Dataset, k: int, count: int = 1_000, seed: int = 0) -> list[dict[str, Any]]:
-    """Return requests of users drawn at random: half name the user, half bring his latest items instead."""
+def sequence_configuration(root: Path, num_items: int) -> Config:
+    """Return a catalogue whose queries are histories read by a transformer, most of them of full length."""
+    values = configuration(root, num_items).to_json()
+    values["data"]["source"]["num_users"] = num_items // 80
+    values["features"]["query"] = [
+        {
+            "name": "history",
+            "type": "history",
+            "dim": SEQUENCE_DIM,
+            "max_length": SEQUENCE_LENGTH,
+            "pooling": "transformer",
+            "transformer": {"blocks": 2},
+        }
+    ]
+    values["features"]["item"][0]["dim"] = SEQUENCE_DIM
+    tower = {"hidden": [], "norm": "none", "dropout": 0.0, "residual": "id"}
+    values["model"] = {"embedding_dim": SEQUENCE_DIM, "query_tower": tower, "item_tower": tower}
+    return parse_config(values)
+
+
+def requests(
+    dataset: Dataset, k: int, count: int = 1_000, seed: int = 0, length: int = _HISTORY
+) -> list[dict[str, Any]]:
+    """Return requests of users drawn at random: half name the user, half bring his latest items instead.
+
+    Args:
+        dataset: of the users.
+        k: items wanted.
+        count: of requests.
+        seed: of the draw.
+        length: most items that a request brings.
+    """
     rng = np.random.default_rng(seed)
     log = dataset.interactions
     found: list[dict[str, Any]] = []
@@ -122,7 +160,7 @@ def requests(dataset: Dataset, k: int, count: int = 1_000, seed: int = 0) -> lis
             found.append({"user_id": dataset.user_ids.id(row), "k": k})
             continue
         end = int(log.user_offsets[row + 1])
-        begin = max(int(log.user_offsets[row]), end - _HISTORY)
+        begin = max(int(log.user_offsets[row]), end - length)
         found.append({"history": dataset.item_ids.ids(log.item_row[begin:end]), "k": k})
     return found
 

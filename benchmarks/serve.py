@@ -10,7 +10,10 @@ is half of the rate that was measured just before.
 eight connections just reached. ``p50_over_uvicorn``, ``p99_over_uvicorn``, ``qps_over_uvicorn`` (eight
 connections): over plain uvicorn. ``p50_minus_inprocess_ms``: over the library from the same request to the
 same JSON. ``serve_p50_10x_items``: ten times as many items, the same factory. ``sharded_minus_fused_p50_ms``:
-two shard groups behind a gateway.
+two shard groups behind a gateway. ``sequence_p50_ms``, ``sequence_p99_ms``: one connection to 1M items of
+64 dimensions whose queries are histories of 50 items read by a causal transformer of two blocks;
+``sequence_encode_ms`` is what the library takes from a request's values to its vector. ``--only sequence``
+measures these alone, into results/serve-sequence.json.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fused-only", action="store_true", help="leave out the sharded topology")
+    parser.add_argument("--only", choices=["sequence"], help="measure the sequence encoder and nothing else")
     options = measure.options(parser)
     require_wrk()
     torch.set_num_threads(THREADS)
@@ -75,6 +79,11 @@ def main() -> None:
     from twotower.retrieval.retriever import Retriever
 
     size = QUICK if options.quick else FULL
+    heading = ["what", "p50 ms", "spread", "p99 ms", "spread", "requests/s", "spread", "client CPU"]
+    if options.only == "sequence":
+        figures, rows = _sequence(size)
+        measure.finish("serve-sequence", figures, [heading, *rows], options.quick)
+        return
     factory = chosen_factory(size.num_items)
     large, small = (catalogue("serve", n, factory) for n in (size.num_items, size.num_items // 10))
     bodies = requests(large.dataset, K)
@@ -103,11 +112,13 @@ def main() -> None:
     }
     if "serve, sharded" in others:
         figures["sharded_minus_fused_p50_ms"] = _minus(others["serve, sharded"], others["serve"])
-    heading = ["what", "p50 ms", "spread", "p99 ms", "spread", "requests/s", "spread", "client CPU"]
     table = [heading, *_rows(fused), *_rows({f"beside others: {n}": r for n, r in others.items()})]
     for made in (large, small):
         facts = f"{made.dataset.num_catalogue_items:,} items, {made.index['factory']}"
         table.append([f"{facts}: index recall {made.index['index_recall']:.4f}"])
+    sequence_figures, rows = _sequence(size)
+    figures |= sequence_figures
+    table += rows
     measure.finish("serve", figures, [row + [""] * (len(heading) - len(row)) for row in table], options.quick)
 
 
@@ -171,6 +182,53 @@ def _serve(
         return fused, _rounds(clients, size.short_rounds)
 
 
+def _sequence(size: Size) -> tuple[dict[str, float], list[list[object]]]:
+    """Return figures and rows of the service whose queries are sequences."""
+    from benchmarks.catalogue import (
+        SEQUENCE_DIM,
+        SEQUENCE_LENGTH,
+        catalogue,
+        chosen_factory,
+        requests,
+        sequence_configuration,
+        write_bodies,
+    )
+    from serve.app import BuildArgs, build
+    from twotower.cluster.processes import free_port
+    from twotower.cluster.service import serving
+    from twotower.retrieval.retriever import Retriever
+
+    factory = chosen_factory(size.num_items, SEQUENCE_DIM)
+    made = catalogue("serve-sequence", size.num_items, factory, sequence_configuration)
+    bodies = requests(made.dataset, K, length=SEQUENCE_LENGTH)
+    path = write_bodies(made.config.home / "bodies.jsonl", bodies)
+    library = Retriever.open(made.generation, threads=THREADS)
+    short = 0.4 * size.seconds
+    config = made.config.model_copy(
+        update={"serve": made.config.serve.model_copy(update={"port": free_port()})}
+    )
+    arguments = BuildArgs(store=str(made.config.store), threads=THREADS, workers=WORKERS, max_k=MAX_K)
+    with serving(lambda: build(arguments), config) as url:
+        _check_same([url], library, bodies)
+        clients: dict[str, Run] = {
+            "serve": lambda _: closed_loop(url, path, 1, short),
+            "in process": lambda _: _in_process(library, bodies, short),
+            "encode in process": lambda _: _in_process(library, bodies, short, _encode),
+        }
+        found = _rounds(clients, size.short_rounds)
+    figures = {
+        "sequence_p50_ms": _median(found["serve"], "p50_ms"),
+        "sequence_p99_ms": _median(found["serve"], "p99_ms"),
+        "sequence_encode_ms": _median(found["encode in process"], "p50_ms"),
+    }
+    facts = f"{made.dataset.num_catalogue_items:,} items, {made.index['factory']}, d = {SEQUENCE_DIM}"
+    rows = [
+        *_rows({f"sequence: {name}": runs for name, runs in found.items()}),
+        [f"{facts}: index recall {made.index['index_recall']:.4f}", *[""] * 7],
+    ]
+    return figures, rows
+
+
 def _add(name: str, application: Any, url: str) -> str:
     """Run one more application beside the first, below a path of its own, and return its address."""
     from ray import serve
@@ -201,12 +259,18 @@ def _rounds(clients: Mapping[str, Run], rounds: int, turning: bool = True) -> Ro
     return found
 
 
-def _in_process(retriever: Retriever, bodies: list[dict[str, Any]], seconds: float) -> Measured:
-    """Answer requests one by one with the library: from the request's values to the answer's JSON."""
+def _in_process(
+    retriever: Retriever,
+    bodies: list[dict[str, Any]],
+    seconds: float,
+    work: Callable[[Retriever, dict[str, Any]], object] | None = None,
+) -> Measured:
+    """Work on requests one by one with the library: from their values to the answer's JSON, or ``work``."""
+    work = work or _answer
     times = []
     begin, cpu = time.perf_counter(), time.process_time()
     while (start := time.perf_counter()) < begin + seconds:
-        _answer(retriever, bodies[len(times) % len(bodies)])
+        work(retriever, bodies[len(times) % len(bodies)])
         times.append(time.perf_counter() - start)
     wall = time.perf_counter() - begin
     cuts = statistics.quantiles(times, n=100)
@@ -219,6 +283,12 @@ def _answer(retriever: Retriever, body: dict[str, Any]) -> bytes:
     from twotower.retrieval.request import RetrieveRequest, parse, query_of
 
     return to_json(retriever.retrieve(query_of(parse(body, MAX_K, RetrieveRequest))))
+
+
+def _encode(retriever: Retriever, body: dict[str, Any]) -> object:
+    from twotower.retrieval.request import RetrieveRequest, parse, query_of
+
+    return retriever.encode([query_of(parse(body, MAX_K, RetrieveRequest))])
 
 
 def _check_same(urls: list[str], retriever: Retriever, bodies: list[dict[str, Any]]) -> None:
