@@ -56,9 +56,10 @@ def catalogue(
 
     Args:
         name: of the folder below the work folder.
-        num_items: items; there are as many interactions and a fortieth of the users.
+        num_items: items.
         factory: FAISS factory string of each shard.
-        configured: makes the configuration from the folder and the number of items.
+        configured: makes the configuration from the folder and the number of items; by default there are as
+            many interactions as items, and a fortieth of the users.
     """
     values = configured(WORK / name, num_items).to_json()
     values["name"] = f"items-{num_items}"
@@ -121,9 +122,13 @@ def chosen_factory(num_items: int, dim: int = DIM) -> str:
 
 
 def sequence_configuration(root: Path, num_items: int) -> Config:
-    """Return a catalogue whose queries are histories read by a transformer, most of them of full length."""
+    """Return a catalogue whose queries are histories read by a transformer, most of them of full length.
+
+    Its users have 80 items each on average, and a quarter as many in all as there are items: what is trained
+    matters little to what a request takes.
+    """
     values = configuration(root, num_items).to_json()
-    values["data"]["source"]["num_users"] = num_items // 80
+    values["data"]["source"] |= {"num_interactions": num_items // 4, "num_users": num_items // 320}
     values["features"]["query"] = [
         {
             "name": "history",
