@@ -35,7 +35,7 @@ FEWEST, MOST, SPREAD = 8, 811, 1.3
 """Fewest and most train items of a user, and the standard deviation of the logarithm of how many he has
 beside the fewest: half of Gowalla's users have up to 16, a tenth over 53."""
 PROBES = 1_000
-BLOCKS = (64, 256, 1_024)
+BLOCKS = (64, 256)
 """Queries that the bare product and top-k take at once."""
 TASTE = 0.35
 """Length of what a user has in common with the items he takes, so that lists hold some of them."""
@@ -145,7 +145,7 @@ def main() -> None:
         "its ranking": lambda: task.rank(0, held, K),
         **{name: lambda block=block: bare(queries, vectors, block) for name, block in limits.items()},
     }
-    samples = measure.times(callables, 2 if quick else 5)
+    samples = measure.times(callables, 2 if quick else 4)
     fastest = min(limits, key=lambda name: samples[name].median)
     result = evaluate(task)[0].result()
     figures = {
