@@ -109,7 +109,12 @@ def make_config(root: Path) -> Config:
                     {"name": "year", "type": "numeric"},
                 ],
             },
-            "model": {"embedding_dim": 11, "query_tower": {"hidden": [23]}, "item_tower": {"hidden": [19]}},
+            "model": {
+                "embedding_dim": 11,
+                "query_tower": {"hidden": [23], "norm": "layer", "dropout": 0.1},
+                "item_tower": {"hidden": [19], "norm": "layer", "dropout": 0.1},
+            },
+            "train": {"loss": {"temperature": 0.07, "learn_temperature": True}},
             "index": {
                 "num_shards": 3,
                 "max_delta_share": None,

@@ -53,7 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss": {"kind": "bce", "log_q": 0.7, "activity_power": 0.5, "bce": {"offset": -1.0}},
         "negatives": OWN,
     },
-    "top k": {"loss": {"kind": "slatk", "slatk": {"k": 15, "width": 0.3}}, "negatives": OWN},
+    "top k": {
+        "loss": {"kind": "slatk", "temperature": 0.07, "slatk": {"k": 15, "width": 0.3}},
+        "negatives": OWN,
+    },
 }
 
 

@@ -243,7 +243,11 @@ def test_padding_takes_part_in_nothing(kind: str) -> None:
     ("train", "model", "message"),
     [
         ({"loss": {"kind": "bce", "symmetric": True}}, {}, "symmetric: true is a softmax .* kind is bce"),
-        ({"loss": {"kind": "bsl"}}, {}, "kind: bsl falls without end .* learn_temperature: false"),
+        (
+            {"loss": {"kind": "bsl", "learn_temperature": True}},
+            {},
+            "kind: bsl falls without end .* learn_temperature: false",
+        ),
         (
             {"loss": {"kind": "bsl", "learn_temperature": False}},
             {"normalize": False},

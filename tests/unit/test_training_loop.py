@@ -236,7 +236,7 @@ def test_the_learned_temperature_stays_above_its_floor(small_config: Config, sma
 def test_the_temperature_has_a_learning_rate_of_its_own(small_config: Config, small_dataset: Dataset) -> None:
     moved, towers = {}, {}
     for rate in (None, 1e-3, 1e-5, 1e-2):
-        loss = {"temperature": 0.1, "temperature_learning_rate": rate}
+        loss = {"temperature": 0.1, "learn_temperature": True, "temperature_learning_rate": rate}
         config = with_train(small_config, loss=loss, optimizer={"learning_rate": 1e-3})
         trainer = Trainer(config, small_dataset, World(), "train")
         gradients = trainer.compute.gradients(trainer.assemble(next(trainer.source.shares(0)), 0))
@@ -293,7 +293,10 @@ def test_resuming_with_all_guards_equals_not_stopping(
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ({"final_temperature": 0.1}, "final_temperature .* is a schedule, and the temperature is learned"),
+        (
+            {"learn_temperature": True, "final_temperature": 0.1},
+            "final_temperature .* is a schedule, and the temperature is learned",
+        ),
         (
             {"learn_temperature": False, "temperature_learning_rate": 0.1},
             "temperature_learning_rate .* has no effect",
