@@ -35,7 +35,7 @@ test: $(STAMP)  ## Run all tests (tests that need a GPU or the MovieLens mirror 
 	@$(PYTEST) -n 2
 
 test-fast: $(STAMP)  ## Run the tests that take no Ray, no sockets and little time
-	@$(PYTEST) -n 2 -m "not (cluster or http or browser or parity or sockets or slow)"
+	@$(PYTEST) -n 2 -m "not (sockets or slow)" tests/property tests/unit
 
 lint: $(STAMP)  ## Check style, types and the floors of the house
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
 """Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
 two cores make each other time out. Of other files any process runs the next."""
+NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
+"""Files of these folders that ask the application without a server, and start no Ray."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         # How often Ray Train looks after its workers (seconds): its default of 2 is most of a tiny run.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+        # Most of what tests do with Ray has variables of its own, for which the workers that Ray starts ahead
+        # of the first call are of no use.
+        RAY_prestart_worker_first_driver="0",
         # No test takes a node away, so no process need look out for that in each training.
         RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
         # How often processes hand their metrics to the endpoint (milliseconds): its default is 10,000.
@@ -58,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Child processes and Ray workers import the tests' modules too.
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(ROOT / "tests" / "startup"), str(ROOT), *filter(None, before)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     from twotower.environment import apply_environment
 
@@ -80,7 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return LANES.get(file.split("/")[1], file)
+            return file if file in NO_SERVER else LANES.get(file.split("/")[1], file)
 
     # In the order of ``_longest_first``.
     config.option.loadscopereorder = False

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +140,36 @@ def make_config(root: Path) -> Config:
 def build_store(
     root: Path, kept_history: int | None = None, history: dict[str, Any] | None = None
 ) -> tuple[Config, Dataset, Path]:
-    """Prepare, initialise a model, build and publish; ``history`` has other values of that feature."""
+    """Prepare, initialise a model, build and publish; ``history`` has other values of that feature.
+
+    It is made once by this process, and copied.
+    """
+    settings = json.dumps([kept_history, history or {}])
+    original, dataset = _build_once(settings)
+    shutil.copytree(original, root, dirs_exist_ok=True)
+    config = _config(root, settings)
+    return config, Dataset.open(root / dataset), Store(config.store).path("g1")
+
+
+@functools.cache
+def _build_once(settings: str) -> tuple[Path, Path]:
+    """Return a folder with a store that nobody changes, and in it the path of the dataset."""
+    root = Path(tempfile.mkdtemp(prefix="shop"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     write_files(root / "files")
-    values = with_history(make_config(root), **(history or {})).to_json()
-    values["index"]["kept_history"] = kept_history
-    config = parse_config(values)
+    config = _config(root, settings)
     dataset = prepare(config)
     checkpoint = fresh_checkpoint(config, dataset, root / "checkpoint")
-    path = plain_generation(config, dataset, checkpoint, "g1")
+    plain_generation(config, dataset, checkpoint, "g1")
     Store(config.store).publish("g1")
-    return config, dataset, path
+    return root, dataset.path.relative_to(root)
+
+
+def _config(root: Path, settings: str) -> Config:
+    kept_history, history = json.loads(settings)
+    values = with_history(make_config(root), **history).to_json()
+    values["index"]["kept_history"] = kept_history
+    return parse_config(values)
 
 
 def fresh_checkpoint(config: Config, dataset: Dataset, path: Path, seed: int = 3) -> Checkpoint:

@@ -65,6 +65,7 @@ def kill_when(process: Apart, appeared: Callable[[], bool]) -> None:
     while not appeared():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "what should appear did not"
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

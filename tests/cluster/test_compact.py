@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,7 @@ def test_a_killed_compaction_is_finished_by_the_next_one(
             # Ray's workers write shards: the driver is killed when the first file is there.
             while not any(work.glob(f"*/shards/*/{fatal}")):
                 assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
             process.kill()
         _, shown = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == -signal.SIGKILL, shown

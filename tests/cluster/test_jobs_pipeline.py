@@ -25,7 +25,7 @@ _DEADLINE_S = 120.0
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, small_values) -> Path:
     root = tmp_path_factory.mktemp("jobs")
-    values = small_values(root / "runs", train={"epochs": 2, "global_batch_size": 256, "num_workers": 2})
+    values = small_values(root / "runs", train={"epochs": 2, "global_batch_size": 256, "num_workers": 1})
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -159,11 +159,8 @@ def test_a_gate_that_refuses_exits_3_and_leaves_the_pointer(published, file, cap
     assert (store / "CURRENT").read_text() == before
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "says"),
-    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
-)
-def test_a_signal_to_the_whole_group_during_a_call_of_ray_leaves_no_process(tmp_path, number, code, says):
+def test_a_signal_to_the_whole_group_during_a_call_of_ray_leaves_no_process(tmp_path):
+    # Ctrl-C is tested where a training is interrupted.
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -193,11 +190,11 @@ def test_a_signal_to_the_whole_group_during_a_call_of_ray_leaves_no_process(tmp_
     started = descendants(process.pid)
     assert started, "Ray was not started by the job"
     # As a terminal's Ctrl-C, or `timeout`, does.
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=_DEADLINE_S)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert out == ""
-    assert says in err
+    assert "stopped by SIGTERM" in err
     assert "Traceback" not in err
     while any(child.alive for child in started):
         assert time.monotonic() < deadline, "processes of Ray outlived the job"

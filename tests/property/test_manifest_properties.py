@@ -133,6 +133,7 @@ def shop(made: tuple[Config, Path], tmp_path: Path) -> tuple[Store, Path, Path]:
     return Store(tmp_path / "store"), tmp_path / "dataset", tmp_path / "checkpoint"
 
 
+@pytest.mark.slow
 def test_dataset(shop: Any) -> None:
     dataset = shop[1]
 
@@ -146,6 +147,7 @@ def test_dataset(shop: Any) -> None:
     check(dataset / "features.json", opens, 7, dataset)
 
 
+@pytest.mark.slow
 def test_checkpoint(shop: Any) -> None:
     checkpoint = shop[2]
     check(checkpoint / MANIFEST, lambda: Checkpoint.open(checkpoint), every=5)
@@ -164,6 +166,7 @@ def use(path: Path) -> None:
     generation.searcher()
 
 
+@pytest.mark.slow
 def test_generation(shop: Any) -> None:
     store = shop[0]
     path = store.path("g1")

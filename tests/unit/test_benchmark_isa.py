@@ -34,6 +34,7 @@ def isa_of(script: Path, *arguments: str) -> str:
     return named
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="needs AVX2")
 def test_every_library_keeps_to_the_set_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -114,6 +114,7 @@ def test_too_few_users_say_so(store: Store, small_dataset: Dataset) -> None:
     assert "20 are needed" in said
 
 
+@pytest.mark.slow
 def test_the_jobs_gate_refuses_and_force_is_recorded(
     store: Store, small_dataset: Dataset, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,6 +193,7 @@ def start(config: Config, step: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["read_interactions", "write_items", "write_manifest"])
 def test_a_killed_prepare_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, step: str) -> None:
     source = {"kind": "generated", "num_users": 200, "num_items": 300, "num_interactions": 4_000}

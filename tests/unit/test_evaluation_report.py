@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from matplotlib.image import imread
 
+from tests.apart import run_apart
 from tests.report_content import Page
 from twotower.evaluation import plots, report
 from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, IdFeature, MultiHotFeature
@@ -197,6 +198,7 @@ def test_more_groups_than_colours_are_other(monkeypatch, tmp_path, rng):
     assert len(labels) == 10
 
 
+@pytest.mark.slow
 def test_map_keeps_clusters_together_and_repeats_itself(rng):
     centres = rng.normal(size=(3, 11)) * 4
     member = np.arange(60) % 3
@@ -243,6 +245,21 @@ def test_main_group_without_multi_hot_features():
     )
 
 
-def test_drawing_leaves_pyplot_alone():
-    code = "import sys, twotower.evaluation.report; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+@pytest.mark.slow
+def test_drawing_leaves_pyplot_alone(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from twotower.evaluation import plots\n"
+        "plots.training_curves(Path(sys.argv[1]), [{'epoch': 1, 'loss': 2.0}], 10, 1)\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    path = tmp_path / "training.png"
+    assert subprocess.run([sys.executable, "-c", code, path], timeout=120, check=False).returncode == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_what_ranks_and_trains_imports_nothing_to_draw_with():
+    code = "import sys, twotower.cluster.evaluate, twotower.evaluation.sweep; print(*sys.modules)"
+    done = run_apart(code)
+    assert done.returncode == 0, done.stderr
+    assert {"matplotlib", "scipy.stats", "tensorboardX"}.isdisjoint(done.stdout.split())

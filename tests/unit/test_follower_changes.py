@@ -36,6 +36,7 @@ def held_up(names: list[str]) -> tuple[Callable[[Generation], Retriever], dict[s
     return load, may
 
 
+@pytest.mark.slow
 def test_the_newest_wins(store: Store, make: Make) -> None:
     store.publish("b")
     load, may = held_up(["a"])

@@ -130,6 +130,7 @@ def test_nothing_of_the_user_is_left(made: Any, shop: Config, store: Store) -> N
     assert part.schema_arrow.metadata[b"num_users"] == b"20"
 
 
+@pytest.mark.slow
 def test_everybody_else_is_answered_as_before(made: Any, shop: Config, store: Store) -> None:
     everybody = others(dataset_of(shop))
     names = list(made[1].values())
@@ -170,6 +171,7 @@ def test_what_generations_share_stays_shared(made: Any, shop: Config, store: Sto
     assert update["delta"]["base"] == to["build"]
 
 
+@pytest.mark.slow
 def test_everything_still_fits_together(made: Any, shop: Config, store: Store) -> None:
     names = made[1]
     forget_users(shop, store, [GONE])
@@ -293,6 +295,7 @@ def test_what_was_made_before_is_not_published_again(made: Any, shop: Config, st
     assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
 
 
+@pytest.mark.slow
 def test_a_publisher_in_between_is_seen_or_refused(
     shop: Config, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

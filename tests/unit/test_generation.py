@@ -224,6 +224,7 @@ def test_towers_and_shards_of_different_trainings_do_not_mix(
         assert other.fingerprint in str(error.value)
 
 
+@pytest.mark.slow
 def test_more_shards_than_items_leave_empty_ones(
     small_values: Callable[..., dict[str, Any]], small_dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -244,12 +244,15 @@ def test_ray_that_does_not_start_is_tried_once_more(monkeypatch, capsys, failure
             raise RuntimeError("The current node timed out during startup.\n  This could happen because")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
     monkeypatch.setattr("twotower.cluster.session._running_cluster", lambda: None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.init", init)
     if failures == 1:
         assert connect(load_config())
+        # One machine that is this one: no process need look out for nodes that are taken away.
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
     else:
         with pytest.raises(SystemFaultError, match="Ray did not start .*timed out during startup") as caught:
             connect(load_config())

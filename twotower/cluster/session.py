@@ -116,6 +116,8 @@ def _start(cpus: int) -> None:
         Exception: whatever Ray says when it does not start.
     """
     _check_folder()
+    # Nobody takes this machine away from under a training; what would watch for it is a process of its own.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with _without_words(), apart():
             ray.init(

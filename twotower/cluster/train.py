@@ -172,6 +172,11 @@ def _fit(
             worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
         ),
     )
+    # The workers read the data themselves, and what manages Ray Train's datasets would be a process more.
+    defaults = trainer._create_default_callbacks  # type: ignore[attr-defined]
+    trainer._create_default_callbacks = lambda: [  # type: ignore[attr-defined]
+        callback for callback in defaults() if type(callback).__name__ != "DatasetsCallback"
+    ]
     # Ray's handler would end the process with exit code 0 at Ctrl-C, and stay for the stages that follow.
     trainer._register_sigint_handler = lambda controller: None  # type: ignore[attr-defined]
     kind = "gpu (nccl)" if use_gpu else "cpu (gloo)"

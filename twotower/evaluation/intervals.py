@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 Values = NDArray[np.float32]
@@ -109,5 +109,5 @@ def paired_p(gain: Floats) -> Floats:
     # Rounding of equal differences is no deviation.
     constant = deviations <= 1e-12 * np.abs(means)
     t = np.divide(means, deviations / np.sqrt(count), out=np.zeros_like(means), where=~constant)
-    p = 2.0 * stats.t.sf(np.abs(t), count - 1)
+    p = 2.0 * special.stdtr(count - 1, -np.abs(t))
     return np.where(constant, np.where(means == 0.0, 1.0, 0.0), p)

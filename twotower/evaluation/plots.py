@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+# What ranks and trains imports this module too, and draws nothing: matplotlib is imported by what draws.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 150
 _INK = "#222222"
@@ -43,6 +43,8 @@ def training_curves(path: Path, history: Sequence[Mapping[str, Any]], k: int, be
         k: cut-off of the validation metrics.
         best_epoch: the epoch whose weights are kept.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -174,6 +176,8 @@ def _write_titles(
     figure: Figure, axes: Axes, points: NDArray[np.float64], titles: Sequence[str | None], most: int
 ) -> None:
     """Write titles beside their points, leaving out those that would cover another or leave the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     figure.draw(renderer)
     frame = axes.get_window_extent(renderer)
@@ -205,6 +209,9 @@ def _short(text: str, length: int) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
     return Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
 
@@ -219,5 +226,7 @@ def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", metadata={"Software": None})

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullLocator
+# Every trial of a sweep imports this module too, and draws nothing: matplotlib is imported by what draws.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _INK, _BLUE, _ORANGE, _GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"
 _COLUMNS = 3
@@ -46,6 +44,10 @@ def effect_plot(path: Path, panels: Sequence[Panel], metric: str) -> None:
         panels: at least one; all with the same trials in the same order.
         metric: name of the metric, such as ``recall@100``.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
     figure = Figure(
@@ -68,6 +70,8 @@ def effect_plot(path: Path, panels: Sequence[Panel], metric: str) -> None:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import NullLocator
+
     numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in panel.values)
     texts = list(dict.fromkeys(panel.texts))
     places = list(panel.values) if numeric else [texts.index(text) for text in panel.texts]

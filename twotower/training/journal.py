@@ -17,9 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
-
 from twotower.artefacts import write_bytes
 from twotower.config.training import MetricsConfig, MlflowConfig
 from twotower.errors import ArtefactError, ConfigError
@@ -28,6 +25,7 @@ from twotower.progress import say
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+    from tensorboardX.proto import event_pb2
 
 LINES = "metrics.jsonl"
 
@@ -180,6 +178,10 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
+        # It imports the clients of clouds where they are there, for every worker of every training.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
         # Names have the second in them. Two starts within one second, from the same step: the second file
         # replaces one of which nothing was kept anyway.
         self._writer = EventsWriter(str(folder / "events"), f".{resume_step}")
@@ -188,6 +190,8 @@ class _TensorBoard:
         self._add(event_pb2.Event(step=resume_step + 1, session_log=start))
 
     def write(self, global_step: int, epoch: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.proto import event_pb2, summary_pb2
+
         values = [summary_pb2.Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
         self._add(event_pb2.Event(step=global_step, summary=summary_pb2.Summary(value=values)))
 
