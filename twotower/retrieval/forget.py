@@ -296,7 +296,9 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             counts = {"users": len(lists.found), "rows": lists.num_rows}
             plan.changes.append(Change("recommendations", path.name, counts))
     plan.fingerprints |= {erasure.new_dataset for erasure in plan.erasures}
-    for path, report in _opened(config.reports, lambda path: ReportedUsers.of(path, ids, plan.erasures), plan):
+    for path, report in _opened(
+        config.reports, lambda path: ReportedUsers.of(path, ids, plan.erasures), plan
+    ):
         if report.found or report.erasure is not None:
             plan.reports.append(report)
             plan.found |= report.found
