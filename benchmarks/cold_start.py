@@ -7,6 +7,10 @@ who had some of them are asked for, and the whole catalogue is ranked. Random is
 user has not had. ``new_user_recall_at_20_over_warm``: a tenth of the users, by a hash, has no interaction in
 training; their first ten items are the history of a request, the others are the targets. Warm users, whom the
 training knows, are asked in the same way.
+
+``only_new_recall_at_100`` is of requests whose history has nothing but new items, those that the user had
+before the validation split, whose items are the targets; ``..._ignored`` is where they count for nothing.
+``validation_...`` are of the same training, of all users and items.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from twotower.evaluation.holdout import evaluation_queries, query_inputs
 from twotower.evaluation.metrics import MetricSums
 from twotower.evaluation.ranking import rank_block
 from twotower.model.features import QueryFeatures
+from twotower.schema import SPLITS
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 from twotower.training.validation import encode_catalogue
@@ -61,7 +66,7 @@ def main() -> None:
 
 
 def _new_items(base: Config, plain: Dataset, root: Path, seed: int) -> dict[str, float]:
-    new = _drawn(plain.item_ids.ids(np.arange(plain.num_items)), seed)
+    new = _drawn(_ids(plain), seed)
     rows = plain.interactions
     config, dataset = _held_out(base, plain, root / f"items-{seed}", new[rows.item_row], seed)
     trainer = _trained(config, dataset)
@@ -76,10 +81,56 @@ def _new_items(base: Config, plain: Dataset, root: Path, seed: int) -> dict[str,
     sums.add(ranked, held.relevant_offsets, held.relevant_rows)
     recall = sums.result()["recall@100"]
     allowed = dataset.num_catalogue_items - np.diff(held.masked_offsets)
+    read, ignored = _only_new(trainer, dataset, vectors, _drawn(_ids(dataset), seed))
+    best = trainer.history[trainer.best_epoch - 1]
+    assert best.validation_recall is not None
+    assert best.validation_ndcg is not None
     return {
         "new_item_recall_at_100": recall,
         "new_item_recall_at_100_over_random": recall / float(np.mean(100 / allowed)),
+        "only_new_recall_at_100": read,
+        "only_new_recall_at_100_ignored": ignored,
+        "validation_recall_at_100": best.validation_recall,
+        "validation_ndcg_at_100": best.validation_ndcg,
     }
+
+
+def _only_new(
+    trainer: Trainer, dataset: Dataset, vectors: NDArray[np.float32], new: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Return recall@100 of the validation items by two new items or more before them, and by nothing."""
+    log, length = dataset.interactions, dataset.schema.max_history
+    users, histories, had, relevant = [], [], [], []
+    for user in range(dataset.num_users):
+        part = slice(int(log.user_offsets[user]), int(log.user_offsets[user + 1]))
+        items, times = log.item_row[part].astype(np.int64), log.time[part]
+        held = log.split[part] == SPLITS["validation"]
+        if not held.any():
+            continue
+        before = items[(times < times[held].min()) & new[items]][::-1][:length]
+        if len(before) >= 2:
+            users.append(user)
+            histories.append(np.append(before, np.full(length - len(before), -1)))
+            had.append(np.unique(items[~held]))
+            relevant.append(np.setdiff1d(items[held], had[-1]))
+    inputs = query_inputs(dataset, np.array(users))
+    features, nobody = QueryFeatures(dataset.schema, inputs.profiles), np.full(len(users), -1)
+    masked, sizes = np.cumsum([0, *map(len, had)]), np.cumsum([0, *map(len, relevant)])
+    found = []
+    for history in (np.stack(histories), np.full((len(users), length), -1)):
+        batch = features(nobody, inputs.columns, history, np.ones(history.shape, np.float32))
+        queries = trainer.model.encode_queries(batch).numpy()
+        sums = MetricSums([100])
+        sums.add(
+            rank_block(queries, vectors, masked, np.concatenate(had), 100), sizes, np.concatenate(relevant)
+        )
+        found.append(sums.result()["recall@100"])
+    return found[0], found[1]
+
+
+def _ids(dataset: Dataset) -> list[str]:
+    """Return the ids of all items."""
+    return dataset.item_ids.ids(np.arange(dataset.num_items))
 
 
 def _new_users(base: Config, plain: Dataset, root: Path, seed: int) -> dict[str, float]:

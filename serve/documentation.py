@@ -30,6 +30,7 @@ _ANSWER = {
     "generation": "2026-01-31T10-00-00Z-1a2b3c",
     "items": [_ITEM],
     "strategy": "personal",
+    "history": {"by_id": 12, "by_features": 0, "ignored": 0},
     "partial": False,
     "missing_groups": [],
     "timing_ms": _TIMING,
@@ -43,6 +44,13 @@ _REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
             "k": 10,
             "exclude_items": ["7"],
             "fields": ["title"],
+        },
+    },
+    "described": {
+        "summary": "A history with an item that is newer than the model",
+        "value": {
+            "history": ["1", {"item_id": "n1", "features": {"genres": ["Comedy"], "year": 2026}}],
+            "k": 10,
         },
     },
     "filter": {
@@ -136,7 +144,7 @@ def _error(status: int, error: _Error) -> dict[str, Any]:
 
 
 RETRIEVE_EXAMPLE = _ANSWER
-SIMILAR_EXAMPLE = {**_ANSWER, "strategy": "similar"}
+SIMILAR_EXAMPLE = {**_ANSWER, "strategy": "similar", "history": None}
 BATCH_EXAMPLE = {"answers": [_ANSWER, {**_ANSWER, "strategy": "history"}]}
 GENERATION_EXAMPLE = {
     "id": _ANSWER["generation"],

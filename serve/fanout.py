@@ -77,6 +77,6 @@ def describe_found(
     took = timing(*times)
     searched = set(encoded.searched)
     return [
-        Answer(front.generation_id, its, each.strategy, took, missing if i in searched else ())
+        Answer(front.generation_id, its, each.strategy, took, each.use, missing if i in searched else ())
         for i, (its, each) in enumerate(zip(items, encoded.inputs, strict=True))
     ]

@@ -203,7 +203,9 @@ class GatewayService(Service[Front]):
         def finish() -> bytes:
             items = front.describe_hits(merge_groups([group[0] for group in found], k), fields)
             took = timing(start, encoded, searched)
-            return self.noted(Answer(front.generation_id, items, "similar", took, tuple(missing)))
+            return self.noted(
+                Answer(front.generation_id, items, "similar", took, missing_groups=tuple(missing))
+            )
 
         return await self.workers.run(finish)
 

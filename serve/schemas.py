@@ -12,7 +12,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict
 
 from twotower.config import LimitsConfig
-from twotower.retrieval.query import Query, Strategy
+from twotower.retrieval.query import HistoryUse, Query, Strategy
 from twotower.retrieval.request import (
     ALLOWED_FILTER,
     InvalidQueryError,
@@ -89,6 +89,10 @@ class RetrieveAnswer(BaseModel):
     """Best first; fewer than k only where fewer allowed items exist."""
     strategy: Strategy
     """What the answer was made from; similar for similar items."""
+    history: HistoryUse | None
+    """What the items of the user's history were read by, of those that the model looks at: their ids
+    (``by_id``), their features where the model was not trained with them (``by_features``), or nothing
+    (``ignored``). Null for similar items."""
     partial: bool
     """Whether a part of the index did not answer."""
     missing_groups: list[str]

@@ -214,6 +214,7 @@ def to_json(answer: Answer) -> bytes:
             "generation": answer.generation,
             "items": answer.items,
             "strategy": answer.strategy,
+            "history": answer.history,
             "partial": bool(answer.missing_groups),
             "missing_groups": answer.missing_groups,
             "timing_ms": answer.timing_ms,

@@ -40,6 +40,8 @@ class HistoryItem(TypedDict, total=False):
     """When it happened; without a time it counts at every moment."""
     weight: float
     """Weight of the interaction."""
+    features: dict[str, Any]
+    """Values by column of the item table: what an item is read by that the model does not know."""
 
 
 class Request(TypedDict, total=False):
@@ -98,6 +100,8 @@ class Answer:
     """Milliseconds in the service: encode, search, total."""
     request_id: str
     """X-Request-ID of the call, as in the service's logs."""
+    history: dict[str, int] | None = None
+    """How many items of the history were read ``by_id``, ``by_features``, or ``ignored``."""
 
 
 @dataclass(eq=False)
@@ -379,7 +383,8 @@ class _Call:
             missing, timing = list(value["missing_groups"]), dict(value["timing_ms"])
             generation, strategy = str(value["generation"]), str(value["strategy"])
             partial = bool(value["partial"])
-            return Answer(items, generation, strategy, partial, missing, timing, self.request_id)
+            used = None if value.get("history") is None else dict(value["history"])
+            return Answer(items, generation, strategy, partial, missing, timing, self.request_id, used)
         except (KeyError, TypeError, ValueError) as error:
             self.bad_answer(f"{type(error).__name__}: {error}", orjson.dumps(value))
 

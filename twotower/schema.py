@@ -135,7 +135,10 @@ class TransformerSpec(BaseModel):
 
 
 class HistoryFeature(_Feature):
-    """Item id embeddings of the user's latest items before the query's time, pooled or encoded."""
+    """Item id embeddings of the user's latest items before the query's time, pooled or encoded.
+
+    Of items that training did not know, vectors made from their features are read.
+    """
 
     type: Literal["history"] = "history"
     max_length: Annotated[int, Field(ge=1)] = 50

@@ -22,10 +22,10 @@ from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.artefacts import read_manifest
 from twotower.cluster import recommend as module
 from twotower.cluster.recommend import recommend
-from twotower.cluster.recommend_parts import QUERIES_SCHEMA, CheckQueries
+from twotower.cluster.recommend_parts import QUERIES_SCHEMA, CheckQueries, Recommend, check_part, part_name
 from twotower.config import Config
 from twotower.data.dataset import Dataset
-from twotower.data.query_files import scan
+from twotower.data.query_files import find_query_files, scan
 from twotower.errors import ConfigError, DataError
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.generation import Generation
@@ -191,6 +191,37 @@ def test_the_manifest_accounts_for_every_query(answered: Path) -> None:
     assert manifest["num_rows"] == table.num_rows
     assert manifest["num_parts"] == len(list(answered.glob("parts/*"))) > 4
     assert pd.read_parquet(answered / "parts").groupby("query_id").size().max() == K
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_items_of_after_the_training_are_read_by_what_a_file_says_of_them(
+    kind: str, store: tuple[Config, Dataset, Path], tmp_path: Path
+) -> None:
+    """What an actor does; without Ray."""
+    told = {"item_id": "brand new", "features": {"genres": ["War"], "year": 1999}}
+    entries = [[told, {"item_id": "1001"}], [{"item_id": "what?"}, {"item_id": "1001"}], [told]]
+    rows = [{"query_id": str(i), "history": history} for i, history in enumerate(entries)]
+    path, generation = tmp_path / f"queries.{kind}", str(store[2])
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    (file,) = find_query_files(str(path), "--queries")
+    (part,) = scan(file, 10).ranges(0, 10)
+    batch = pa.table({name: [value] for name, value in part.items()})
+    checked = CheckQueries(generation, K, True, "cpu", 1)(batch).to_pylist()
+    assert [row["bad"] for row in checked] == [0]
+    Recommend(generation, str(tmp_path), K, True, [], None, "cpu", 1)(batch)
+    written = tmp_path / part_name(0, len(rows))
+    counts = check_part(written, len(rows), K)
+    assert counts == {"num_rows": 3 * K, "num_empty": 0, "num_by_features": 2, "num_ignored": 1}
+    lists = pq.read_table(written).to_pylist()
+    retriever = Retriever.open(store[2])
+    for row in rows:
+        items = [HistoryItem(h["item_id"], features=h.get("features", {})) for h in row["history"]]
+        answer = retriever.retrieve(Query(k=K, history=items))
+        found = [hit["item_id"] for hit in lists if hit["query_id"] == row["query_id"]]
+        assert found == [item["item_id"] for item in answer.items]
 
 
 def test_files_of_all_kinds_and_many_files_give_the_same(

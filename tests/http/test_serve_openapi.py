@@ -98,6 +98,16 @@ def with_facts_of_the_generation(document: dict[str, Any]) -> dict[str, Any]:
         "additionalProperties": False,
     }
     some = {"type": "array", "items": STRING, "minItems": 1, "maxItems": 5}
+    (listed,) = (kind for kind in request["history"]["anyOf"] if kind.get("type") == "array")
+    (described,) = (kind for kind in listed["items"]["anyOf"] if kind.get("type") == "object")
+    described["properties"]["features"] = {
+        "type": "object",
+        "properties": {
+            "genres": {"anyOf": [some, NULL]},
+            "year": {"type": "integer", "minimum": 1900, "maximum": 2100},
+        },
+        "additionalProperties": False,
+    }
     predicates = {
         "type": "object",
         "properties": {

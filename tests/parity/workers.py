@@ -45,7 +45,9 @@ def step_results(
         if update:
             trainer.optimizers.update(gradients, trainer.optimizers.gradient_norm(gradients), 1.0)
         results.append(found)
-    weights = {f"weights.{n}": t.clone() for n, t in trainer.model.state_dict().items()}
+    # What is fitted after an epoch is compared by itself.
+    state = {n: t for n, t in trainer.model.state_dict().items() if not n.startswith("unknown_items.")}
+    weights = {f"weights.{n}": t.clone() for n, t in state.items()}
     return [*results, weights]
 
 

@@ -163,7 +163,7 @@ def test_partial_answers_are_counted_by_group() -> None:
     sink = Collected()
     metrics = Metrics(sink)
     for missing in [("0",), ("0", "1"), ()]:
-        metrics.answer(Answer("g", [], "personal", {"total": 1.5}, missing))
+        metrics.answer(Answer("g", [], "personal", {"total": 1.5}, missing_groups=missing))
     metrics.close()
     assert sink.counter("twotower_partial_answers") == {("0",): 2, ("1",): 1}
 

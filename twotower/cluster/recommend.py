@@ -7,6 +7,7 @@ from its users or queries: a run that was killed goes on with the parts that are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,19 +124,19 @@ def recommend(
                 out = {"out": str(folder.absolute())}
                 for fact in work_through(Recommend, settings | more | out, missing, config, gpu=False):
                     progress.update(fact["asked"])
-            found = [
-                check_part(folder / name, num_asked(part), config.recommend.k) for name, part in parts.items()
-            ]
-            num_rows, num_empty = sum(rows for rows, _ in found), sum(empty for _, empty in found)
+            found = Counter[str]()
+            for name, part in parts.items():
+                found.update(check_part(folder / name, num_asked(part), config.recommend.k))
             write_json(partial / "config.json", config.to_stored())
-            counts = {
-                f"num_{unit}": total,
-                "num_rows": num_rows,
-                "num_empty": num_empty,
-                "num_parts": len(parts),
-            }
+            counts = {f"num_{unit}": total, **found, "num_parts": len(parts)}
             write_manifest(partial, KIND, {"id": directory.name, **inputs, **counts})
+    num_rows, num_empty = found["num_rows"], found["num_empty"]
     say(f"{num_rows:,} recommendations for {total:,} {unit}, of which {num_empty:,} got none")
+    if new := found["num_by_features"] + found["num_ignored"]:
+        say(
+            f"{new:,} items of their histories are newer than the model: {found['num_by_features']:,} were "
+            f"read by their features, and of {found['num_ignored']:,} nothing is known"
+        )
     return directory
 
 

@@ -7,6 +7,7 @@ its range, and its footer counts those that it was for and those that got nothin
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from twotower.retrieval.query import Query
 from twotower.retrieval.query_rows import read_queries
 from twotower.retrieval.retriever import Retriever
 
-_ASKED, _EMPTY = b"num_asked", b"num_empty"
+_ASKED, _EMPTY = "num_asked", "num_empty"
+_BY_FEATURES, _IGNORED = "num_by_features", "num_ignored"
 _AT_ONCE = 256
 """Users or queries of one batch of the retriever."""
 _GROUP_ROWS = 1 << 18
@@ -155,8 +157,10 @@ class Recommend:
         if ids:
             yield ids, queries
 
-    def _answered(self, ids: list[str], queries: list[Query], schema: pa.Schema) -> tuple[pa.Table, int]:
-        """Return the rows of some users or queries, and how many of those have any."""
+    def _answered(
+        self, ids: list[str], queries: list[Query], schema: pa.Schema
+    ) -> tuple[pa.Table, Counter[str]]:
+        """Return the rows of some users or queries, and the counts of ``check_part``."""
         found = self._retriever.find(queries, self._among)
         counts = np.array([len(one.hits.item_rows) for one in found])
         whose = pa.array(np.repeat(np.arange(len(found)), counts))
@@ -171,32 +175,38 @@ class Recommend:
         rows = np.concatenate([one.hits.item_rows for one in found])
         items = self._retriever.item_table(rows, self._fields)
         columns |= {name: items.column(name) for name in items.column_names}
-        return pa.table([columns[name] for name in schema.names], schema=schema), int((counts > 0).sum())
+        facts = Counter({_EMPTY: int((counts == 0).sum())})
+        for one in found:
+            facts[_BY_FEATURES] += one.history.by_features
+            facts[_IGNORED] += one.history.ignored
+        return pa.table([columns[name] for name in schema.names], schema=schema), facts
 
 
-def write_part(path: Path, tables: Iterator[tuple[pa.Table, int]], schema: pa.Schema, count: int) -> None:
+def write_part(
+    path: Path, tables: Iterator[tuple[pa.Table, Counter[str]]], schema: pa.Schema, count: int
+) -> None:
     """Write a part so that a reader sees a whole file or none; its footer says how many it was for.
 
     Args:
         path: of the part.
-        tables: rows, and how many users or queries they are of.
+        tables: rows, and what is counted of the users or queries they are for.
         schema: of the rows.
         count: users or queries.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            num_empty = count
+            facts = Counter[str]({_EMPTY: 0, _BY_FEATURES: 0, _IGNORED: 0})
             held: list[pa.Table] = []
-            for table, answered in tables:
-                num_empty -= answered
+            for table, counted in tables:
+                facts.update(counted)
                 held.append(table)
                 if sum(len(one) for one in held) >= _GROUP_ROWS:
                     writer.write_table(pa.concat_tables(held))
                     held = []
             if held:
                 writer.write_table(pa.concat_tables(held))
-            writer.add_key_value_metadata({_ASKED: str(count), _EMPTY: str(num_empty)})
+            writer.add_key_value_metadata({_ASKED: str(count), **{n: str(v) for n, v in facts.items()}})
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -216,8 +226,11 @@ def part_name(start: int, stop: int) -> str:
     return f"part-{start:010d}-{stop:010d}.parquet"
 
 
-def check_part(path: Path, count: int, k: int) -> tuple[int, int]:
-    """Return the rows of a part, and how many of its users or queries have none.
+def check_part(path: Path, count: int, k: int) -> Counter[str]:
+    """Return what is counted of a part.
+
+    Its rows (``num_rows``), its users or queries without any (``num_empty``), and of the items of their
+    histories those read by their features (``num_by_features``) and by nothing (``num_ignored``).
 
     Args:
         path: of the part.
@@ -234,10 +247,11 @@ def check_part(path: Path, count: int, k: int) -> tuple[int, int]:
             f"{path} can not be read ({error}); delete {path.parent} and recommend again"
         ) from None
     facts = footer.metadata or {}
-    asked, empty = int(facts.get(_ASKED, b"-1")), int(facts.get(_EMPTY, b"-1"))
+    asked, empty = (int(facts.get(name.encode(), b"-1")) for name in (_ASKED, _EMPTY))
     if asked != count or not asked - empty <= footer.num_rows <= (asked - empty) * k:
         raise ArtefactError(
             f"{path} holds {footer.num_rows} rows for {asked} users or queries, {empty} of them without any; "
             f"it must hold 1 to {k} for each other of {count}. Delete {path.parent} and recommend again"
         )
-    return int(footer.num_rows), empty
+    used = {name: int(facts.get(name.encode(), b"0")) for name in (_BY_FEATURES, _IGNORED)}
+    return Counter({"num_rows": int(footer.num_rows), _EMPTY: empty, **used})

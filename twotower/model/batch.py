@@ -22,14 +22,20 @@ class Bag:
     """[B, L] int64; -1 is padding."""
     weights: torch.Tensor
     """[B, L] float32; 0 at padding."""
+    extra: torch.Tensor | None = None
+    """[m, E] float32: what ids behind the table's R rows read, R + j number j. Training has none."""
 
     def part(self, rows: slice) -> Bag:
         """Return some of the rows."""
-        return Bag(self.ids[rows], self.weights[rows])
+        return replace(self, ids=self.ids[rows], weights=self.weights[rows])
 
     def to(self, device: torch.device | str) -> Bag:
         """Return the bag on a device; what is in pinned memory is copied while the host goes on."""
-        return Bag(self.ids.to(device, non_blocking=True), self.weights.to(device, non_blocking=True))
+        return Bag(
+            self.ids.to(device, non_blocking=True),
+            self.weights.to(device, non_blocking=True),
+            None if self.extra is None else self.extra.to(device, non_blocking=True),
+        )
 
     def pin_memory(self) -> Bag:
         """Return the bag in pinned memory."""

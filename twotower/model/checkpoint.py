@@ -147,6 +147,10 @@ class Checkpoint:
         with _memory_errors(weights):
             tensors = _tensors(weights)
             model = _model(path, schema, config)
+        for name, tensor in model.unknown_items.state_dict(prefix="unknown_items.").items():
+            if name not in tensors:
+                # Of an earlier release, which had none.
+                tensors[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:

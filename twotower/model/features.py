@@ -25,9 +25,11 @@ from twotower.data.cells import flattened
 from twotower.data.fitting import MAX_VECTOR_ELEMENT, as_lists, check_profiles, transformed
 from twotower.data.windows import Stretches
 from twotower.errors import DataError
-from twotower.model.batch import Bag, FeatureBatch, forget
+from twotower.model.batch import Bag, FeatureBatch, Sequences, forget
 from twotower.model.hashing import hashed_rows
 from twotower.model.sequences import make_sequences
+from twotower.model.towers import table_name
+from twotower.model.unknown_items import DescribedItems, hashed_item_rows
 from twotower.schema import (
     UNKNOWN_ROW,
     CategoricalFeature,
@@ -232,6 +234,17 @@ def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, np
         DataError: a profile is too wide.
     """
     check_profiles(schema.query, schema.item)
+    return averaged(schema, item_columns, schema.num_items)
+
+
+def averaged(schema: FeatureSchema, item_columns: Columns, count: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Return what profiles average of items, by profile feature name: float32 [count, V].
+
+    Args:
+        schema: of the model.
+        item_columns: static columns of the first items; of the others it is 0.
+        count: of items.
+    """
     items = {f.spec.name: f for f in schema.item}
     values: dict[str, npt.NDArray[np.float32]] = {}
     for feature in schema.query:
@@ -241,7 +254,7 @@ def profile_values(schema: FeatureSchema, item_columns: Columns) -> dict[str, np
         target = items[spec.of]
         column = item_columns[spec.of]
         width = target.profile_width
-        out = np.zeros((schema.num_items, width), np.float32)
+        out = np.zeros((count, width), np.float32)
         if column.dtype == np.float32:
             out[: len(column)] = column[:, :width]
         else:
@@ -273,17 +286,20 @@ class QueryFeatures:
         history_weights: npt.ArrayLike,
         history_times: npt.ArrayLike | None = None,
         stretches: Stretches | None = None,
+        described: DescribedItems | None = None,
     ) -> FeatureBatch:
         """Return the input of a batch of queries.
 
         Args:
             user_rows: [B] int64; -1 is an unknown user.
             user_columns: static columns of these users, [B, ...] each.
-            history_rows: [B, H] int64 item rows, the latest first, -1 behind the last.
+            history_rows: [B, H] int64 item rows, the latest first, -1 behind the last; ``num_items`` + j is
+                number j of ``described``.
             history_weights: [B, H] float32 interaction weights.
             history_times: [B, H] int64, microseconds UTC; what ``schema.time_gaps`` needs, if ``stretches``
                 do not have it.
             stretches: what features read that encode sequences; each query's own history when not given.
+            described: items of histories that have no row of their own.
         """
         users = np.asarray(user_rows, dtype=np.int64)
         items = np.asarray(history_rows, dtype=np.int64)
@@ -291,32 +307,56 @@ class QueryFeatures:
         batch: FeatureBatch = {}
         for feature in self.schema.query:
             spec = feature.spec
-            if isinstance(spec, HistoryFeature) and spec.encoded:
-                read, table = stretches, self._item_id if spec.share else None
-                if read is None:
-                    times = None if history_times is None else np.asarray(history_times, np.int64)
-                    read = Stretches.of_histories(
-                        items[:, : spec.max_length], None if times is None else times[:, : spec.max_length]
-                    )
-                gaps = spec.pooling == "transformer" and spec.transformer.time_gaps
-                batch[spec.name] = make_sequences(read, spec.max_length, table, gaps)
-            elif isinstance(spec, HistoryFeature):
-                batch[spec.name] = _history(
-                    spec,
-                    self._item_id if spec.share else None,
-                    items[:, : spec.max_length],
-                    weights[:, : spec.max_length],
+            if isinstance(spec, HistoryFeature):
+                length = spec.max_length
+                times = None if history_times is None else np.asarray(history_times, np.int64)[:, :length]
+                batch[spec.name] = self._history(
+                    feature, items[:, :length], weights[:, :length], times, stretches, described
                 )
             elif isinstance(spec, ProfileFeature):
                 batch[spec.name] = self._profile(
-                    spec, items[:, : spec.max_length], weights[:, : spec.max_length]
+                    spec, items[:, : spec.max_length], weights[:, : spec.max_length], described
                 )
             else:
                 batch[spec.name] = _static_input(feature, users, user_columns)
         return batch
 
+    def _history(
+        self,
+        feature: FittedFeature,
+        items: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        times: npt.NDArray[np.int64] | None,
+        stretches: Stretches | None,
+        described: DescribedItems | None,
+    ) -> Bag | Sequences:
+        spec = feature.spec
+        assert isinstance(spec, HistoryFeature)
+        table, num_items = self._item_id if spec.share else None, self.schema.num_items
+        extra = None
+        if described is not None:
+            extra = described.vectors.get(table_name("query", feature))
+            if extra is None:
+                items = np.where(items < num_items, items, -1)
+        if spec.encoded:
+            read = Stretches.of_histories(items, times) if stretches is None else stretches
+            gaps = spec.pooling == "transformer" and spec.transformer.time_gaps
+            return make_sequences(read, spec.max_length, table, gaps, num_items, extra)
+        valid = items >= 0
+        pooled = torch.from_numpy(_pooling(spec, valid, weights))
+        if table is None or table.buckets is None:
+            # -1 stays where there is no item. Described items come behind the others, here as among items.
+            return Bag(torch.from_numpy(items + (UNKNOWN_ROW + 1) * valid), pooled, extra)
+        ids = hashed_item_rows(torch.tensor(items), table, None if extra is None else num_items)
+        shares = torch.where(ids >= 0, pooled[..., None], 0.0)
+        return Bag(ids.flatten(1), shares.flatten(1), extra)
+
     def _profile(
-        self, spec: ProfileFeature, items: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]
+        self,
+        spec: ProfileFeature,
+        items: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        described: DescribedItems | None,
     ) -> torch.Tensor:
         """sum(w x) / max(count, 1) over the history, w clipped to [0, 1]."""
         values = self._profiles[spec.name]
@@ -324,29 +364,23 @@ class QueryFeatures:
         clipped = np.where(valid, np.minimum(np.maximum(weights, 0), 1), np.float32(0))
         if items.shape[1] == 0:
             return torch.zeros(len(items), values.shape[1])
-        x = values[np.where(valid, items, 0)]
+        new = items >= self.schema.num_items if described is not None else None
+        x = values[np.where(valid if new is None else valid & ~new, items, 0)]
+        if described is not None and new is not None:
+            x[new] = described.profiles[spec.name][items[new] - self.schema.num_items]
         total = np.einsum("bh,bhv->bv", clipped, x)
         return torch.from_numpy(total / np.maximum(valid.sum(1, keepdims=True), 1).astype(np.float32))
 
 
-def _history(
-    spec: HistoryFeature,
-    table: IdFeature | None,
-    items: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float32],
-) -> Bag:
-    valid = items >= 0
+def _pooling(
+    spec: HistoryFeature, valid: npt.NDArray[np.bool_], weights: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Return what each item of histories [B, H] counts in their mean, 0 where there is none."""
     if spec.pooling == "mean":
         w = valid.astype(np.float32)
     elif spec.pooling == "weighted":
         w = np.where(valid, np.maximum(weights, 0), 0).astype(np.float32)
     else:
-        w = (valid * spec.decay ** np.arange(items.shape[1])).astype(np.float32)
+        w = (valid * spec.decay ** np.arange(valid.shape[1])).astype(np.float32)
     total = w.sum(1, keepdims=True)
-    pooled = torch.from_numpy(w / np.where(total > 0, total, np.float32(1)))
-    if table is None or table.buckets is None:
-        # -1 stays where there is no item.
-        return Bag(torch.from_numpy(items + (UNKNOWN_ROW + 1) * valid), pooled)
-    ids = hashed_rows(torch.tensor(items), table.buckets, table.hashes)
-    ids = ids.masked_fill(torch.from_numpy(~valid)[..., None], -1)
-    return Bag(ids.flatten(1), pooled[..., None].expand(ids.shape).flatten(1))
+    return np.asarray(w / np.where(total > 0, total, np.float32(1)), np.float32)

@@ -15,7 +15,7 @@ import torch
 from twotower.data.histories import NEVER
 from twotower.data.windows import Stretches
 from twotower.model.batch import Bag, Sequences
-from twotower.model.hashing import hashed_rows
+from twotower.model.unknown_items import hashed_item_rows
 from twotower.schema import UNKNOWN_ROW, IdFeature
 
 IntArray = npt.NDArray[np.int64]
@@ -29,7 +29,12 @@ row's width for each item."""
 
 
 def make_sequences(
-    stretches: Stretches, max_length: int, table: IdFeature | None, time_gaps: bool = False
+    stretches: Stretches,
+    max_length: int,
+    table: IdFeature | None,
+    time_gaps: bool = False,
+    num_items: int | None = None,
+    extra: torch.Tensor | None = None,
 ) -> Sequences:
     """Return stretches as the grid that encoders read.
 
@@ -38,6 +43,8 @@ def make_sequences(
         max_length: the longest stretch that there may be.
         table: the id feature whose table is read; a table with a row for each item when not given.
         time_gaps: give the classes of the times between items.
+        num_items: items of the vocabulary, where ``extra`` is given.
+        extra: [m, E] float32, what the items with rows from there on read.
     """
     lengths = stretches.lengths
     longest = int(lengths.max(initial=0))
@@ -62,7 +69,7 @@ def make_sequences(
     begin_of = begins[safe] if len(begins) else np.zeros(len(safe), np.int64)
     row_of = rows[safe] if len(rows) else np.zeros(len(safe), np.int64)
     return Sequences(
-        _bag(grid(stretches.item_rows, -1), table),
+        _bag(grid(stretches.item_rows, -1), table, num_items, extra),
         torch.from_numpy(grid(np.repeat(np.arange(len(lengths)), lengths), -1).reshape(count, width)),
         torch.from_numpy(grid(position, 0).reshape(count, width)),
         torch.from_numpy(np.where(reads, begin_of + stretches.known - 1, -1)),
@@ -121,11 +128,12 @@ def lay_out(lengths: IntArray, width: int) -> tuple[IntArray, IntArray]:
     return rows, columns
 
 
-def _bag(items: IntArray, table: IdFeature | None) -> Bag:
+def _bag(items: IntArray, table: IdFeature | None, num_items: int | None, extra: torch.Tensor | None) -> Bag:
     """Return the embedding rows of items [N], of which -1 is none."""
     there = torch.from_numpy(items >= 0)[:, None]
     if table is None or table.buckets is None:
-        ids = torch.from_numpy(items + (UNKNOWN_ROW + 1))[:, None]
-    else:
-        ids = hashed_rows(torch.from_numpy(items), table.buckets, table.hashes)
-    return Bag(ids.masked_fill(~there, -1), there.expand(ids.shape).to(torch.float32))
+        # Described items come behind the others in the table as they do among items.
+        ids = torch.from_numpy(items + (UNKNOWN_ROW + 1))[:, None].masked_fill(~there, -1)
+        return Bag(ids, there.to(torch.float32), extra)
+    ids = hashed_item_rows(torch.from_numpy(items), table, None if extra is None else num_items)
+    return Bag(ids, (ids >= 0).to(torch.float32), extra)

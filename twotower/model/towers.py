@@ -20,6 +20,7 @@ from twotower.model.batch import Bag, FeatureBatch, Sequences
 from twotower.model.dropout import RowDropout
 from twotower.model.encoders import make_encoder
 from twotower.model.norm import GlobalBatchNorm
+from twotower.model.unknown_items import UnknownItems
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,
@@ -170,6 +171,7 @@ class TwoTower(nn.Module):
                 _tower(schema, "item", config.item_tower, config),
             )
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.unknown_items = _unknown_items(schema)
 
     def inputs(self, side: Side, batch: FeatureBatch, lookup: Lookup | None = None) -> torch.Tensor:
         """Return a side's concatenated features [B, in_dim] float32.
@@ -179,7 +181,7 @@ class TwoTower(nn.Module):
             batch: the features, by name.
             lookup: how bags become embeddings; straight from the tables when not given.
         """
-        lookup = lookup or self._lookup
+        lookup = lookup or self.lookup
         features = self.schema.query if side == "query" else self.schema.item
         parts = []
         for feature in features:
@@ -200,16 +202,40 @@ class TwoTower(nn.Module):
             return self.towers.query(self.inputs("query", batch))
 
     def encode_items(self, batch: FeatureBatch) -> torch.Tensor:
-        """Return candidate embeddings [B, D] float32, without dropout or gradient; see ``Tower.forward``."""
+        """Return candidate embeddings [B, D] float32, without dropout or gradient; see ``Tower.forward``.
+
+        Items that were not trained are encoded by their features, and the unknown id.
+        """
         with torch.inference_mode():
-            return self.towers.item(self.inputs("item", batch))
+            ids = {f.spec.name for f in self.schema.item if isinstance(f.spec, IdFeature)}
+            known = {
+                name: self.unknown_items.known(value) if name in ids and isinstance(value, Bag) else value
+                for name, value in batch.items()
+            }
+            return self.towers.item(self.inputs("item", known))
+
+    def item_features(self, batch: FeatureBatch) -> torch.Tensor:
+        """Return what the item tower reads of items beside their ids, [B, X] float32, without gradient."""
+        with torch.inference_mode():
+            x = self.inputs("item", batch)
+            kept = [
+                torch.full((input_width(f, self.schema),), not isinstance(f.spec, IdFeature))
+                for f in self.schema.item
+            ]
+            return x[:, torch.cat(kept).to(x.device)]
 
     def batch_norms(self) -> Iterator[GlobalBatchNorm]:
         """Yield the layers whose statistics training sums over ranks."""
         return (module for module in self.modules() if isinstance(module, GlobalBatchNorm))
 
-    def _lookup(self, name: str, bag: Bag) -> torch.Tensor:
-        return pool(self.tables[name], bag.ids.clamp(min=0), bag.weights)
+    def lookup(self, name: str, bag: Bag) -> torch.Tensor:
+        """Return pooled embeddings of a table, [B, E] float32."""
+        table, ids = self.tables[name], bag.ids.clamp(min=0)
+        if bag.extra is None or not len(bag.extra):
+            return pool(table, ids, bag.weights)
+        own = ids < len(table)
+        rows = pool(table, torch.where(own, ids, 0), bag.weights * own)
+        return rows + pool(bag.extra, torch.where(own, 0, ids - len(table)), bag.weights * ~own)
 
 
 def pool(table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -263,21 +289,37 @@ def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def input_width(feature: FittedFeature, schema: FeatureSchema) -> int:
+    """Return how many inputs of its tower a feature is."""
+    spec = feature.spec
+    if isinstance(spec, NumericFeature):
+        return 2
+    if isinstance(spec, ProfileFeature):
+        return next(f for f in schema.item if f.spec.name == spec.of).profile_width
+    return spec.dim
+
+
+def _unknown_items(schema: FeatureSchema) -> UnknownItems:
+    """Return what is read of items that training did not know; nothing where they are ids alone."""
+    ids = [f.spec for f in schema.item if isinstance(f.spec, IdFeature)]
+    width = sum(input_width(f, schema) for f in schema.item if not isinstance(f.spec, IdFeature))
+    if not width:
+        return UnknownItems(0, {}, 0)
+    sizes = table_sizes(schema)
+    read = (table_name("query", f) for f in schema.query if isinstance(f.spec, HistoryFeature))
+    own_rows = bool(ids) and ids[0].buckets is None
+    return UnknownItems(width, {name: sizes[name][1] for name in read}, sizes[ITEM_IDS][0] if own_rows else 0)
+
+
 def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelConfig) -> Tower:
     features = schema.query if side == "query" else schema.item
-    items = {f.spec.name: f for f in schema.item}
     added = residual_feature([f.spec for f in features])
     width = 0
     columns = None
     for feature in features:
-        start, spec = width, feature.spec
-        if isinstance(spec, NumericFeature):
-            width += 2
-        elif isinstance(spec, ProfileFeature):
-            width += items[spec.of].profile_width
-        else:
-            width += spec.dim
-        if spec == added and spec.dim == model.embedding_dim:
+        start = width
+        width += input_width(feature, schema)
+        if added is not None and feature.spec == added and added.dim == model.embedding_dim:
             columns = slice(start, width)
     specs = [f.spec for f in features]
     encoders = {

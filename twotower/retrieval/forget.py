@@ -35,7 +35,7 @@ from twotower.model.forget import forget_in_checkpoint, knows_users
 from twotower.progress import say
 from twotower.retrieval.forget_generation import Successors, blank_items, erasure_of
 from twotower.retrieval.forget_lists import Lists
-from twotower.retrieval.forget_reports import ShownUsers
+from twotower.retrieval.forget_reports import ReportedUsers
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.prune import WORK
 from twotower.retrieval.store import Store
@@ -86,9 +86,11 @@ class _Plan:
     generations: dict[str, Erasure] = dataclasses.field(default_factory=dict)
     vocabularies: set[str] = dataclasses.field(default_factory=set)
     """Hashes of all that is there, with and without the users."""
+    fingerprints: set[str] = dataclasses.field(default_factory=set)
+    """Of the datasets of all that is there, with and without the users."""
     checkpoints: dict[Path, Erasure] = dataclasses.field(default_factory=dict)
     lists: list[Lists] = dataclasses.field(default_factory=list)
-    reports: list[ShownUsers] = dataclasses.field(default_factory=list)
+    reports: list[ReportedUsers] = dataclasses.field(default_factory=list)
     changes: list[Change] = dataclasses.field(default_factory=list)
     found: set[str] = dataclasses.field(default_factory=set)
     left: list[str] = dataclasses.field(default_factory=list)
@@ -194,6 +196,11 @@ def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             say(f"checkpoint {path.name}")
             with building(path) as partial:
                 forget_in_checkpoint(path, partial, erasure)
+        # Before generations, which may be all that says whose rows were whose.
+        for report in plan.reports:
+            say(f"report {report.path.name}: {len(report.found):,} example users, {report.num_rows:,} rows")
+            with building(report.path) as partial:
+                report.write(partial)
         if plan.erasures:
             store.supersede({erasure.old_hash for erasure in plan.erasures})
         _forget_generations(store, ids, plan)
@@ -201,10 +208,6 @@ def _run(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             say(f"recommendations {lists.path.name}: {lists.num_rows:,} rows")
             with building(lists.path) as partial:
                 lists.write(partial)
-        for report in plan.reports:
-            say(f"report {report.path.name}: {len(report.found):,} example users")
-            with building(report.path) as partial:
-                report.write(partial)
     return plan
 
 
@@ -253,6 +256,7 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
     plan.left += [f"what is no part of the store, and may hold the users: {s}" for s in store.passed_over()]
     for path, (dataset, forgetting) in _opened(config.datasets, lambda path: _dataset(path, ids), plan):
         plan.vocabularies.add(dataset.vocabulary_hash)
+        plan.fingerprints.add(dataset.fingerprint)
         if forgetting is not None:
             plan.datasets[path] = forgetting.erasure
             plan.vocabularies.add(forgetting.erasure.new_hash)
@@ -274,6 +278,7 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
                 plan.found |= {i for i in ids if i in generation.user_ids}
                 plan.changes.append(change)
             plan.vocabularies.add(str(generation.manifest["vocabulary_hash"]))
+            plan.fingerprints.add(str(generation.manifest["dataset_fingerprint"]))
     for path, (manifest, has_users) in _opened(config.checkpoints, _checkpoint, plan):
         erasure = _matching(manifest["dataset_fingerprint"], manifest["vocabulary_hash"], plan.erasures)
         if erasure is not None:
@@ -290,11 +295,20 @@ def _plan(config: Config, store: Store, ids: Sequence[str]) -> _Plan:
             plan.found |= lists.found
             counts = {"users": len(lists.found), "rows": lists.num_rows}
             plan.changes.append(Change("recommendations", path.name, counts))
-    for path, report in _opened(config.reports, lambda path: ShownUsers.of(path, ids), plan):
-        if report.found:
+    plan.fingerprints |= {erasure.new_dataset for erasure in plan.erasures}
+    for path, report in _opened(
+        config.reports, lambda path: ReportedUsers.of(path, ids, plan.erasures), plan
+    ):
+        if report.found or report.erasure is not None:
             plan.reports.append(report)
             plan.found |= report.found
-            plan.changes.append(Change("report", path.name, {"users": len(report.found)}))
+        if report.removed:
+            plan.changes.append(Change("report", path.name, report.removed))
+        if report.dataset is not None and report.dataset not in plan.fingerprints:
+            plan.left.append(
+                f"report {path} is of dataset {report.dataset}, which is not here, so that nobody can tell "
+                "whose metrics its users.parquet holds; delete it if it was of the users"
+            )
     return plan
 
 

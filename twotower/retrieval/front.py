@@ -28,7 +28,10 @@ from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
 from twotower.index.recall import index_recalls
 from twotower.model.batch import to_device
-from twotower.model.features import QueryFeatures
+from twotower.model.checkpoint import Checkpoint
+from twotower.model.described import describe_items
+from twotower.model.features import QueryFeatures, encode_columns
+from twotower.model.unknown_items import DescribedItems
 from twotower.retrieval.encoding import encode_table
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
@@ -84,7 +87,8 @@ class Front:
         pause()
         self._popularity = Popularity(generation, self._answerable)
         pause()
-        self._inputs = make_inputs(generation)
+        self._described = described_items(generation, self._checkpoint)
+        self._inputs = make_inputs(generation, self._described.any_read)
         self._features = QueryFeatures(self._checkpoint.schema, generation.profiles)
         self._usual_ms = math.inf
         self.prepare_thread()
@@ -136,7 +140,7 @@ class Front:
             and query.k <= _FEW_IDS
             and len(query.fields) <= _FEW_FIELDS
             and len(query.exclude_items) <= _FEW_IDS
-            and (query.history is None or len(query.history) <= _FEW_IDS)
+            and (query.history is None or _few_items(query.history))
             and (not query.features or _few(query.features))
             and self._inputs.num_seen(query.user_id) <= _FEW_SEEN
         )
@@ -287,7 +291,13 @@ class Front:
         """Return the query embeddings [B, D]."""
         if not inputs:
             return np.zeros((0, self._generation.manifest["embedding_dim"]), np.float32)
-        batch = self._features(*self._inputs.batch(inputs))
+        described = None
+        if any(each.use.by_features for each in inputs):
+            described = self._described
+            if (given := self._inputs.described_columns(inputs)) is not None:
+                count = sum(len(each.described) for each in inputs)
+                described = described.joined(describe_items(self._model, given, count))
+        batch = self._features(*self._inputs.batch(inputs), described=described)
         if self._device != "cpu":
             batch = to_device(batch, self._device)
         vectors = np.asarray(self._model.encode_queries(batch).cpu().numpy(), dtype=np.float32)
@@ -309,8 +319,33 @@ def _few(features: Mapping[str, Any]) -> bool:
     )
 
 
-def make_inputs(generation: Generation) -> Inputs:
-    """Return what resolves queries against the tables of a generation."""
+def _few_items(history: Sequence[HistoryItem]) -> bool:
+    """Return whether a history is short, and none of its items is described."""
+    return len(history) <= _FEW_IDS and not any(item.features for item in history)
+
+
+def later_rows(generation: Generation) -> npt.NDArray[np.int64]:
+    """Return the rows of items that updates added, which no tower was trained with: ascending [d] int64."""
+    rows = generation.delta_rows
+    return rows[rows >= generation.schema.num_items]
+
+
+def described_items(generation: Generation, checkpoint: Checkpoint) -> DescribedItems:
+    """Return what histories read of the items that updates added, in the order of ``later_rows``."""
+    schema, rows = checkpoint.schema, later_rows(generation)
+    table = generation.items.table(rows, [c for c in schema.item_columns if c in generation.items.fields])
+    if not len(rows):
+        table = generation.items.schema.empty_table()
+    return describe_items(checkpoint.model, encode_columns(schema.item, table), len(rows))
+
+
+def make_inputs(generation: Generation, describes: bool = True) -> Inputs:
+    """Return what resolves queries against the tables of a generation.
+
+    Args:
+        generation: the generation.
+        describes: whether histories can read items by their features.
+    """
     users = UserTable(
         generation.user_ids,
         generation.histories,
@@ -318,7 +353,7 @@ def make_inputs(generation: Generation) -> Inputs:
         generation.seen_item_rows,
         generation.user_columns,
     )
-    return Inputs(generation.schema, users, generation.item_ids)
+    return Inputs(generation.schema, users, generation.item_ids, later_rows(generation), describes)
 
 
 def allowed_items(

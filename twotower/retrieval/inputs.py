@@ -8,32 +8,20 @@ Shapes: B queries, H longest history that a feature looks at, U users, N catalog
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from twotower.data.histories import NEVER, Histories
+from twotower.data.histories import ALWAYS, NEVER, Histories
 from twotower.data.vocabulary import Vocabulary
-from twotower.errors import DataError, NotAllowedError, shown
-from twotower.model.features import Columns, encode_columns
-from twotower.retrieval.query import HistoryItem, Query, Strategy
-from twotower.schema import (
-    MAX_WEIGHT,
-    CategoricalFeature,
-    FeatureSchema,
-    FittedFeature,
-    HistoryFeature,
-    IdFeature,
-    MultiHotFeature,
-    NumericFeature,
-    ProfileFeature,
-    VectorFeature,
-)
-from twotower.values import category_of
+from twotower.errors import NotAllowedError, shown
+from twotower.model.features import Columns
+from twotower.retrieval.given import column_of, encode_given, stacked, static_features
+from twotower.retrieval.query import HistoryItem, HistoryUse, Query, Strategy
+from twotower.schema import MAX_WEIGHT, FeatureSchema
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -63,7 +51,8 @@ class Input:
     user_row: int
     """-1 is an unknown user."""
     history_rows: IntArray
-    """[H] int64, the latest first, -1 behind the last."""
+    """[H] int64, the latest first, -1 behind the last. ``schema.num_items`` + j is number j of the items that
+    the generation describes, and behind those come the ones of ``described``."""
     history_weights: FloatArray
     """[H] float32."""
     history_times: IntArray
@@ -72,31 +61,49 @@ class Input:
     """Static columns by feature name, [1, ...]."""
     excluded: IntArray
     """[e] int64 item rows that must not be answered, ascending."""
+    use: HistoryUse
+    """What the items of the history were read by."""
+    described: tuple[Columns, ...] = ()
+    """Static columns [1, ...] of items of the history that the query alone describes."""
 
 
 class Inputs:
     """Resolves queries against the user table and the item vocabulary of one generation."""
 
-    def __init__(self, schema: FeatureSchema, users: UserTable, item_ids: Vocabulary) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        users: UserTable,
+        item_ids: Vocabulary,
+        described: IntArray | None = None,
+        describes: bool = True,
+    ) -> None:
         """Keep the tables.
 
         Args:
             schema: of the model.
             users: the user table.
             item_ids: the items that the towers were trained with, then those that updates added.
+            described: [d] int64 ascending, rows of the latter whose features are known.
+            describes: whether histories can read items by their features.
         """
         self.schema = schema
         self.users = users
         self.item_ids = item_ids
-        self._static = [
-            f for f in schema.query if not isinstance(f.spec, (IdFeature, HistoryFeature, ProfileFeature))
-        ]
-        self._missing = _encoded(self._static, {})
+        self._described = np.zeros(0, np.int64) if described is None else described
+        self._of_items = static_features(schema.item) if describes else []
+        self._static = static_features(schema.query)
+        self._missing = encode_given(self._static, {}, "features")
 
     @property
     def user_columns(self) -> list[str]:
         """Names of the user columns that a query may give values for."""
-        return sorted({_column(f) for f in self._static})
+        return sorted({column_of(f) for f in self._static})
+
+    @property
+    def item_columns(self) -> list[str]:
+        """Names of the item columns that a query may describe unknown items of its history by."""
+        return sorted({column_of(f) for f in self._of_items})
 
     def check(self, query: Query) -> None:
         """Check what ``resolve`` would.
@@ -105,6 +112,8 @@ class Inputs:
             NotAllowedError: as of ``resolve``.
         """
         self._given_columns(query.features)
+        if query.history:
+            self._given_history(query.history, self._listed_rows(query), ALWAYS)
         if query.at is not None:
             self._stored([query], self._user_rows([query]), [query.at])
 
@@ -181,10 +190,12 @@ class Inputs:
     ) -> Input:
         given = self._given_columns(query.features)
         listed = self._listed_rows(query)
+        described: tuple[Columns, ...] = ()
         if query.history is None:
             rows, weights, times = stored_rows, stored_weights, stored_times
+            use = HistoryUse(by_id=int((rows >= 0).sum()))
         else:
-            rows, weights, times = self._given_history(query.history, listed, at)
+            rows, weights, times, use, described = self._given_history(query.history, listed, at)
         stored = self._missing if row < 0 else {n: c[row : row + 1] for n, c in self.users.columns.items()}
         strategy: Strategy
         if row >= 0:
@@ -196,18 +207,35 @@ class Inputs:
         else:
             strategy = "popular"
         columns, excluded = {**stored, **given}, self._excluded(query, row, listed)
-        return Input(strategy, row, rows, weights, times, columns, excluded)
+        return Input(strategy, row, rows, weights, times, columns, excluded, use, described)
 
     def batch(self, inputs: Sequence[Input]) -> tuple[IntArray, Columns, IntArray, FloatArray, IntArray]:
-        """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H]."""
-        columns = {f.spec.name: _stacked([i.columns[f.spec.name] for i in inputs]) for f in self._static}
+        """Return the arguments of ``QueryFeatures``: user rows [B], columns [B, ...], histories [B, H].
+
+        The items that queries describe are numbered as ``described_columns`` has them.
+        """
+        columns = {f.spec.name: stacked([i.columns[f.spec.name] for i in inputs]) for f in self._static}
+        rows = np.stack([i.history_rows for i in inputs])
+        own = self.schema.num_items + len(self._described)
+        before = 0
+        for number, each in enumerate(inputs):
+            if before and each.described:
+                rows[number][rows[number] >= own] += before
+            before += len(each.described)
         return (
             np.array([i.user_row for i in inputs], dtype=np.int64),
             columns,
-            np.stack([i.history_rows for i in inputs]),
+            rows,
             np.stack([i.history_weights for i in inputs]),
             np.stack([i.history_times for i in inputs]),
         )
+
+    def described_columns(self, inputs: Sequence[Input]) -> Columns | None:
+        """Return the static columns of the m items that queries describe, [m, ...] each; None without any."""
+        given = [columns for each in inputs for columns in each.described]
+        if not given:
+            return None
+        return {f.spec.name: stacked([c[f.spec.name] for c in given]) for f in self._of_items}
 
     def _listed_rows(self, query: Query) -> IntArray:
         """Return the rows of the items of the query's history, -1 outside the vocabulary."""
@@ -217,28 +245,63 @@ class Inputs:
 
     def _given_history(
         self, history: Sequence[HistoryItem], listed: IntArray, at: int
-    ) -> tuple[IntArray, FloatArray, IntArray]:
+    ) -> tuple[IntArray, FloatArray, IntArray, HistoryUse, tuple[Columns, ...]]:
         """Return the latest items of a history that count at a moment: rows, weights and times [H].
 
+        Behind them, what they were read by, and the columns of those that the query describes.
+
         Raises:
-            NotAllowedError: a weight is too large.
+            NotAllowedError: a weight is too large, or an item's features are not known or not readable.
         """
-        length = self.schema.max_history
-        counted = [
-            (row, item.weight, NEVER if item.time is None else item.time)
-            for row, item in zip(listed.tolist(), history, strict=True)
-            # The query tower has no embedding of what an update added.
-            if 0 <= row < self.schema.num_items and (item.time is None or item.time < at)
-        ]
-        latest = counted[::-1][:length]
-        missing = length - len(latest)
-        rows = [row for row, _, _ in latest] + [-1] * missing
-        weights = [weight for _, weight, _ in latest] + [0.0] * missing
-        times = [time for _, _, time in latest] + [NEVER] * missing
+        num_items, length = self.schema.num_items, self.schema.max_history
+        places = self._places(listed)
+        rows, weights, times, described = list[int](), list[float](), list[int](), list[Columns]()
+        use = {"by_id": 0, "by_features": 0, "ignored": 0}
+        for i in range(len(history) - 1, -1, -1):
+            item = history[i]
+            if item.time is not None and item.time >= at:
+                continue
+            if len(rows) == length:
+                break
+            row = int(places[i])
+            if row < 0 and self._of_items and any(v is not None for v in item.features.values()):
+                row = num_items + len(self._described) + len(described)
+                described.append(self._described_item(item.features, f"history[{i}].features"))
+            use["ignored" if row < 0 else "by_id" if row < num_items else "by_features"] += 1
+            if row >= 0:
+                rows.append(row)
+                weights.append(item.weight)
+                times.append(NEVER if item.time is None else item.time)
+        missing = length - len(rows)
         # NaN is above nothing, and not below either.
         if not all(abs(weight) <= MAX_WEIGHT for weight in weights):
             raise NotAllowedError("history: a weight is too large", f"-{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-        return np.array(rows, np.int64), np.array(weights, np.float32), np.array(times, np.int64)
+        return (
+            np.array(rows + [-1] * missing, np.int64),
+            np.array(weights + [0.0] * missing, np.float32),
+            np.array(times + [NEVER] * missing, np.int64),
+            HistoryUse(**use),
+            tuple(described),
+        )
+
+    def _places(self, listed: IntArray) -> IntArray:
+        """Return rows as histories have them, [m]: of what updates added, the number among the described."""
+        later = listed >= self.schema.num_items
+        if not later.any():
+            return listed
+        at = np.searchsorted(self._described, listed)
+        there = np.append(self._described, -1)[at] == listed
+        return np.where(later, np.where(there & bool(self._of_items), self.schema.num_items + at, -1), listed)
+
+    def _described_item(self, values: Mapping[str, Any], where: str) -> Columns:
+        known = self.item_columns
+        for name in values:
+            if name not in known:
+                raise NotAllowedError(
+                    f"{where}: the model reads no item column {name!r}",
+                    ", ".join(known) or "none: this model reads nothing of the items of a history but ids",
+                )
+        return encode_given(self._of_items, dict(values), where)
 
     def _excluded(self, query: Query, user_row: int, listed: IntArray) -> IntArray:
         seen = np.zeros(0, np.int64)
@@ -265,7 +328,7 @@ class Inputs:
                     if known
                     else "none: this model has no features of users beside id and history",
                 )
-        return _encoded([f for f in self._static if _column(f) in values], values)
+        return encode_given([f for f in self._static if column_of(f) in values], values, "features")
 
 
 def _not_kept(query: Query) -> NotAllowedError:
@@ -275,75 +338,3 @@ def _not_kept(query: Query) -> NotAllowedError:
         "a later moment, or those items as history; a generation that is built with a larger "
         "index.kept_history reaches further back",
     )
-
-
-def _column(feature: FittedFeature) -> str:
-    spec = feature.spec
-    assert not isinstance(spec, (IdFeature, HistoryFeature, ProfileFeature))
-    return spec.source_column
-
-
-def _encoded(features: Sequence[FittedFeature], values: dict[str, Any]) -> Columns:
-    """Return the static columns [1, ...] of one user; a column without a value is missing."""
-    columns: Columns = {}
-    for feature in features:
-        name = _column(feature)
-        value = _checked(feature, values.get(name))
-        try:
-            # The name of the spare column can not be that of a feature: it makes the table one row long.
-            table = pa.table({name: pa.array([value]), "": pa.nulls(1)})
-            columns.update(encode_columns([feature], table))
-        except DataError as error:
-            raise NotAllowedError(f"features: {error}", _allowed(feature)) from None
-    return columns
-
-
-def _checked(feature: FittedFeature, value: Any) -> Any:
-    """Return a value in a form that Arrow reads as the feature's type.
-
-    Raises:
-        NotAllowedError: it is of another type.
-    """
-    spec = feature.spec
-    if value is None:
-        return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(spec, NumericFeature):
-        if number:
-            return float(value)
-    elif isinstance(spec, VectorFeature):
-        if isinstance(value, list) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
-        ):
-            return [float(v) for v in value]
-    elif isinstance(spec, MultiHotFeature) and isinstance(value, list):
-        names = [category_of(v) if isinstance(v, (str, int, float)) else None for v in value]
-        # A fraction is a value where the column has such, and a slip elsewhere.
-        known = (n for n, v in zip(names, value, strict=True) if isinstance(v, float) and not v.is_integer())
-        if None not in names and all(name in (feature.values or []) for name in known):
-            return names
-    elif isinstance(value, str):
-        return value
-    elif isinstance(spec, (CategoricalFeature, MultiHotFeature)) and isinstance(value, (int, float)):
-        return category_of(value)
-    raise NotAllowedError(f"features: {_column(feature)!r} has the value {shown(value)}", _allowed(feature))
-
-
-def _allowed(feature: FittedFeature) -> str:
-    spec = feature.spec
-    if isinstance(spec, NumericFeature):
-        return "a number" + (" above -1" if spec.transform == "log1p" else "") + ", or null"
-    if isinstance(spec, VectorFeature):
-        return f"a list of {spec.dim} numbers, or null"
-    if isinstance(spec, MultiHotFeature):
-        return f"a list of texts, or one text separated by {spec.separator!r}, or null"
-    return "a text or a number, or null" if isinstance(spec, CategoricalFeature) else "a text, or null"
-
-
-def _stacked(columns: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Return columns [1, L] below each other, ids padded with -1 to the longest."""
-    width = max(c.shape[1] for c in columns)
-    out = np.full((len(columns), width), -1, columns[0].dtype)
-    for i, column in enumerate(columns):
-        out[i, : column.shape[1]] = column[0]
-    return out

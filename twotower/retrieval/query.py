@@ -20,11 +20,25 @@ class HistoryItem:
     """One item of a history that comes with a query."""
 
     item_id: str
-    """External id; one that the model was not trained with is passed over."""
+    """External id."""
     time: int | None = None
     """Microseconds UTC; an item without a time counts at every moment."""
     weight: float = 1.0
     """Weight of the interaction, at most ``schema.MAX_WEIGHT`` either way."""
+    features: Mapping[str, Any] = field(default_factory=dict)
+    """Values by column of the item table: what an item is read by that the generation does not know."""
+
+
+@dataclass(frozen=True)
+class HistoryUse:
+    """What the items of a query's history were read by, of those that a model looks at."""
+
+    by_id: int = 0
+    """Items that the model was trained with."""
+    by_features: int = 0
+    """Others, whose features are known or came with the query."""
+    ignored: int = 0
+    """Others of which nothing is known; they take no place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,5 +80,7 @@ class Answer:
     """What the answer was made from."""
     timing_ms: dict[str, float]
     """Milliseconds by stage: encode, search, total."""
+    history: HistoryUse | None = None
+    """What the user's items were read by; None of similar items."""
     missing_groups: tuple[str, ...] = ()
     """Shard groups that did not answer, in the sharded topology; the items are the best of the others."""

@@ -27,11 +27,14 @@ _TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
 ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
 ALLOWED = {
     "user_id": f"{_ID}; or null",
-    "history": 'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ...}; or null',
+    "history": (
+        'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ..., "features": ...}; '
+        "or null"
+    ),
     "item_id": _ID,
     "time": f"{_TIME}; or null",
     "weight": f"a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}; 1.0 when not given",
-    "features": "an object of the user's feature values by column name",
+    "features": "an object of feature values by column name, of the user or of an item of the history",
     "at": f"{_TIME}; or null, which is now",
     "exclude_seen": "true or false",
     "exclude_items": "a list of item ids",
@@ -75,6 +78,17 @@ def _time(value: Any) -> int:
         raise ValueError("is no ISO 8601 time") from None
 
 
+def _features(value: Any) -> Any:
+    if value is None:
+        # What a file has that describes other items only.
+        return {}
+    if isinstance(value, dict):
+        flat = [v for each in value.values() for v in (each if isinstance(each, list) else [each])]
+        if any(isinstance(v, (dict, list)) for v in flat):
+            raise ValueError("is nested more than a list deep")
+    return value
+
+
 def _entry(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > _MAX_DETAILS:
         raise ValueError(f"has {len(value)} keys")
@@ -106,6 +120,8 @@ class HistoryEntry(BaseModel):
     """When it happened; without a time it counts at every ``at``."""
     weight: Annotated[float, Field(allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
     """Weight of the interaction."""
+    features: Annotated[dict[str, Any], BeforeValidator(_features)] = {}
+    """Values by column of the item table: what the item is read by where the model does not know it."""
 
 
 _ENTRY_SCHEMA = {
@@ -122,6 +138,7 @@ _ENTRY_SCHEMA = {
                     "minimum": -MAX_WEIGHT,
                     "maximum": MAX_WEIGHT,
                 },
+                "features": {"anyOf": [{"type": "object"}, {"type": "null"}]},
             },
             "required": ["item_id"],
             "additionalProperties": False,
@@ -210,7 +227,7 @@ def query_of(request: RetrieveRequest) -> Query:
     return Query(
         k=request.k,
         user_id=request.user_id,
-        history=None if history is None else [HistoryItem(h.item_id, h.time, h.weight) for h in history],
+        history=None if history is None else _items(history),
         features=request.features,
         at=request.at,
         exclude_seen=request.exclude_seen,
@@ -219,6 +236,10 @@ def query_of(request: RetrieveRequest) -> Query:
         filter=request.filter,
         fields=request.fields,
     )
+
+
+def _items(history: list[HistoryEntry]) -> list[HistoryItem]:
+    return [HistoryItem(h.item_id, h.time, h.weight, h.features) for h in history]
 
 
 def check_k(k: int, max_k: int) -> None:

@@ -25,7 +25,7 @@ from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.front import TIES, Front, allowed_items, timing
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.pause import pause
-from twotower.retrieval.query import Answer, HistoryItem, Query, Strategy
+from twotower.retrieval.query import Answer, HistoryItem, HistoryUse, Query, Strategy
 
 __all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever"]
 
@@ -37,6 +37,8 @@ class Found:
     hits: Hits
     strategy: Strategy
     """What they were made from."""
+    history: HistoryUse
+    """What the items of the query's history were read by."""
 
 
 class Retriever(Front):
@@ -143,7 +145,8 @@ class Retriever(Front):
         ]
         took = timing(start, encoded, searched)
         return [
-            Answer(self.generation_id, its, one.strategy, took) for its, one in zip(items, found, strict=True)
+            Answer(self.generation_id, its, one.strategy, took, one.history)
+            for its, one in zip(items, found, strict=True)
         ]
 
     def find(self, queries: Sequence[Query], among: Allowed | None = None) -> list[Found]:
@@ -225,7 +228,9 @@ class Retriever(Front):
             for i, found in zip(among_queries, answers, strict=True):
                 hits[i] = found
         return [
-            Found(found, each.strategy) for found, each in zip(hits, inputs, strict=True) if found is not None
+            Found(found, each.strategy, each.use)
+            for found, each in zip(hits, inputs, strict=True)
+            if found is not None
         ], done
 
     def _allowed_sets(self, queries: Sequence[Query], among: Allowed | None) -> list[Allowed | None]:

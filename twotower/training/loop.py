@@ -22,9 +22,8 @@ from twotower.data.interactions import Interactions
 from twotower.data.knowledge import Rules
 from twotower.errors import TrainingError
 from twotower.model.checkpoint import weights_of
-from twotower.model.towers import ITEM_IDS, TwoTower
+from twotower.model.towers import TwoTower
 from twotower.progress import say
-from twotower.schema import UNKNOWN_ROW, IdFeature
 from twotower.training.ahead import made_ahead
 from twotower.training.assembly import Assembler, Batch
 from twotower.training.batches import MemorySource, Share
@@ -35,6 +34,7 @@ from twotower.training.mining import mine
 from twotower.training.negatives import CandidateMemory, CandidateSampler
 from twotower.training.optim import Optimizers, schedule
 from twotower.training.step import Step
+from twotower.training.unknown_items import UnknownItemsFit
 from twotower.training.validation import validate, validation_queries
 from twotower.training.weights import Factors
 
@@ -138,7 +138,7 @@ class Trainer:
         sampler = CandidateSampler(self.source.item_counts(), negatives, config.seed)
         self.assemble = Assembler(config, world, sampler, self._memory)
         self.compute = Step(self.model, config, world, self._memory)
-        self._untrained = _untrained_rows(dataset, self.source.item_counts())
+        self._fit_unknown = UnknownItemsFit(dataset.schema, self.source.item_counts())
         self._validation = None
         if fit == "train":
             rules = Rules.of(dataset, config.evaluation.repeats)
@@ -256,11 +256,7 @@ class Trainer:
     def _end_epoch(self) -> EpochReport:
         self.epoch += 1
         self.model.eval()
-        if len(self._untrained):
-            # Its own row says nothing of an item that no example has: it is encoded by its features.
-            with torch.no_grad():
-                table = self.model.tables[ITEM_IDS]
-                table[self._untrained.to(table.device)] = table[UNKNOWN_ROW].clone()
+        self._fit_unknown(self.model, self.inputs, self.world)
         recall = ndcg = None
         if self._validation is not None:
             k = self.config.train.validation.k
@@ -349,20 +345,6 @@ class Trainer:
                 )
             self.step -= self._epoch_steps
             self._reset_epoch()
-
-
-def _untrained_rows(dataset: Dataset, item_counts: npt.NDArray[np.int64]) -> torch.Tensor:
-    """Return the rows of the item id table whose items have no example, [n] int64; none where ids share rows.
-
-    None either where the unknown id is not trained (``unknown_rate: 0``), or where items have no feature
-    beside their id: they would all be the same vector, and fill each other's places in a list.
-    """
-    if len(dataset.schema.item) == 1:
-        return torch.empty(0, dtype=torch.int64)
-    specs = [f.spec for f in dataset.schema.item if isinstance(f.spec, IdFeature)]
-    if not specs or specs[0].buckets is not None or specs[0].unknown_rate == 0:
-        return torch.empty(0, dtype=torch.int64)
-    return torch.from_numpy(np.flatnonzero(item_counts == 0) + UNKNOWN_ROW + 1)
 
 
 def memory_source(
