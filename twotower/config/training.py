@@ -204,8 +204,8 @@ class ValidationConfig(Section):
 
     k: PositiveInt = 100
     """k of recall@k and ndcg@k."""
-    metric: Literal["recall", "ndcg"] = "recall"
-    """Which of the two picks the best epoch."""
+    metric: Literal["recall", "ndcg"] = "ndcg"
+    """Which of the two picks the best epoch; ndcg goes on rising where recall at a large k does no more."""
     max_users: PositiveInt = 5_000
     """Users measured, drawn once; fewer where there are fewer."""
 
