@@ -129,7 +129,9 @@ class Assembler:
         queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
         queries = self._keyed(queries, query_keys, step)
         queries = _with_items_left_out(schema, queries, query_keys)
-        items = _forgetful(schema.item, examples.inputs.items(rows), item_keys)
+        # Whatever has no example is read by its features in the index, so it is as a negative too.
+        new = torch.from_numpy((rows >= 0) & self._sampler.without_example[rows])
+        items = _forgetful(schema.item, examples.inputs.items(rows), item_keys, new)
 
         in_use = self._memory_in_use(step)
         shared = np.concatenate([share.item_rows, drawn], axis=1).ravel()
@@ -210,14 +212,24 @@ def _with_own(left_out: tuple[IntArray, IntArray] | None, own: IntArray) -> tupl
     return np.concatenate([[0], np.cumsum(counts)]), items[np.argsort(query, kind="stable")]
 
 
-def _forgetful(features: list[FittedFeature], batch: FeatureBatch, keys: torch.Tensor) -> FeatureBatch:
-    """Replace a share of the ids of an id feature by the unknown id, to train its row too."""
+def _forgetful(
+    features: list[FittedFeature], batch: FeatureBatch, keys: torch.Tensor, always: torch.Tensor | None = None
+) -> FeatureBatch:
+    """Replace a share of the ids of an id feature by the unknown id, to train its row too.
+
+    Args:
+        features: of a side.
+        batch: its input.
+        keys: [rows] int64, of the rows.
+        always: [rows] bool, what is replaced whatever the draw.
+    """
     for feature in features:
         spec = feature.spec
         if isinstance(spec, IdFeature) and spec.unknown_rate > 0:
             value = batch[spec.name]
             assert isinstance(value, Bag)
-            batch[spec.name] = forget(value, uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate)
+            forgotten = uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate
+            batch[spec.name] = forget(value, forgotten if always is None else forgotten | always)
     return batch
 
 

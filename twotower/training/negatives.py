@@ -34,6 +34,8 @@ class CandidateSampler:
     def __init__(self, item_counts: IntArray, config: NegativesConfig, seed: int) -> None:
         """Take how many examples each catalogue item has, [N] int64, at least one of all of them."""
         self._positive = item_counts / item_counts.sum()
+        self.without_example = item_counts == 0
+        """[N] bool, items that are no positive."""
         self._cumulated = np.cumsum(np.maximum(item_counts, 1))
         by_popularity = np.maximum(item_counts, 1) / self._cumulated[-1]
         self._drawn = config.popular * by_popularity + config.uniform / len(item_counts)
