@@ -291,10 +291,11 @@ def test_a_constant_column_lets_other_values_in(tmp_path: Path, value: float) ->
     ],
 )
 def test_a_request_names_a_category_as_the_table_has_it(tmp_path: Path, column: pa.Array, asked: Any) -> None:
-    from twotower.retrieval.inputs import _encoded
+    from twotower.retrieval.given import encode_given
 
     dataset = prepared(tmp_path, column, type="categorical")
-    assert _encoded([dataset.schema.item[1]], {"f": asked})["f"][0] == encoded(dataset)[0] > 0
+    found = encode_given([dataset.schema.item[1]], {"f": asked}, "features")
+    assert found["f"][0] == encoded(dataset)[0] > 0
 
 
 def test_a_wide_profile_is_refused_before_training(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def input_width(feature: FittedFeature, schema: FeatureSchema) -> int:
     if isinstance(spec, NumericFeature):
         return 2
     if isinstance(spec, ProfileFeature):
-        return next(f for f in schema.item if f.spec.name == spec.of).profile_width
+        return {f.spec.name: f for f in schema.item}[spec.of].profile_width
     return spec.dim
 
 
