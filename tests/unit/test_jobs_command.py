@@ -249,7 +249,7 @@ def test_the_reference_has_every_key_with_its_docstring():
     check(Config, "")
     assert "data.source[movielens].name" in text
     assert "type: history" in text
-    assert "default 0.07" in text
+    assert "default 0.1" in text
 
 
 @pytest.mark.parametrize(
