@@ -217,6 +217,7 @@ def small_values() -> Callable[..., dict[str, Any]]:
                 "num_workers": 1,
                 "fit": "train",
                 "loss": {"temperature": 0.07, "learn_temperature": True},
+                "validation": {"metric": "recall"},
             },
             "index": {"num_shards": 3, "recall_k": 20, "num_recall_queries": 30},
             "evaluation": {"ks": [5, 10], "latency_requests": 25, "map_items": 60},

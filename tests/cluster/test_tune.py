@@ -38,7 +38,14 @@ def write_config(tmp_path, small_values):
     """Function of (parameters, **tune) that writes a configuration of two epochs and returns its path."""
 
     def write(parameters: dict, epochs: int = 2, **tune: object) -> Path:
-        train = {"epochs": epochs, "global_batch_size": 256, "num_workers": 1, "fit": "train"}
+        train = {
+            "epochs": epochs,
+            "global_batch_size": 256,
+            "num_workers": 1,
+            "fit": "train",
+            "validation": {"metric": "recall"},
+            "early_stopping": {"patience": None},
+        }
         values = small_values(tmp_path / "runs", train=train, tune={"parameters": parameters, **tune})
         path = tmp_path / "sweep.yaml"
         path.write_text(yaml.safe_dump(values))

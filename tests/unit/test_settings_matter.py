@@ -156,9 +156,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]
         write_csv(folder / "log.csv", ["who", "what", "when", "event"], rows),
         data__source__columns=names,
         data__source__events={"buy": 1.0, "view": 0.25, "skip": "negative"},
-        features__query=[{"name": "history", "type": "history", "dim": 8}],
+        features__query=[
+            {"name": "history", "type": "history", "dim": 8, "pooling": "mean", "item_dropout": 0.0}
+        ],
         features__item=[{"name": "item_id", "type": "id", "dim": 8}],
         model__embedding_dim=8,
+        model__query_tower={"norm": "layer", "dropout": 0.1, "residual": "none"},
+        model__item_tower={"norm": "layer", "dropout": 0.1, "residual": "none"},
+        train__loss={"temperature": 0.07, "learn_temperature": True},
         train__epochs=2,
         train__global_batch_size=36,
         train__num_workers=1,
