@@ -89,7 +89,7 @@ class RetrieveAnswer(BaseModel):
     """Best first; fewer than k only where fewer allowed items exist."""
     strategy: Strategy
     """What the answer was made from; similar for similar items."""
-    history: HistoryUse | None
+    history: HistoryUse | None = None
     """What the items of the user's history were read by, of those that the model looks at: their ids
     (``by_id``), their features where the model was not trained with them (``by_features``), or nothing
     (``ignored``). Null for similar items."""

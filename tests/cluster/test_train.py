@@ -180,6 +180,7 @@ def test_a_killed_worker_starts_again_from_a_step_and_ends_as_if_undisturbed(
     config = variant(trained[0], tmp_path)
     killed: list[int] = []
     managers: list[int] = []
+    before = processes_of("DatasetManager")  # of a stream that another test has read
 
     def kill() -> None:
         wait_for_step(config, 55)
@@ -192,7 +193,7 @@ def test_a_killed_worker_starts_again_from_a_step_and_ends_as_if_undisturbed(
     path = train(config, small_dataset)
     killer.join()
     assert killed
-    assert not managers, "Ray Train manages datasets that there are not"
+    assert set(managers) <= set(before), "Ray Train manages datasets that there are not"
     again = re.search(r"goes on from step (\d+), in epoch 2/2", capfd.readouterr().err)
     assert again, "nobody said that the workers were started again"
     assert int(again[1]) >= 48

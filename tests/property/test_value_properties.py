@@ -21,7 +21,7 @@ from twotower.data.fitting import fit_features
 from twotower.errors import DataError
 from twotower.index.attributes import Attributes
 from twotower.model.features import encode_columns
-from twotower.retrieval.inputs import _encoded
+from twotower.retrieval.given import encode_given
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,
@@ -122,7 +122,7 @@ def test_a_category_is_the_same_fitted_encoded_and_asked_for(column: tuple[pa.Da
                 assert ids[place] > 0, (kind, value)
             asked = as_json(kind, value)
             if not (isinstance(asked, float) and not np.isfinite(asked)):
-                found = _encoded([schema.query[0]], {"f": asked})["f"]
+                found = encode_given([schema.query[0]], {"f": asked}, "features")["f"]
                 assert found.tolist() == [[ids[place]]], (kind, value)
 
 
@@ -151,7 +151,7 @@ def test_values_of_lists_are_the_same_fitted_encoded_and_asked_for(
         asked = [as_json(kind, v) for v in pair or [] if v is not None]
         asked = [v for v in asked if not (isinstance(v, float) and not np.isfinite(v))]
         if len(asked) == len(wanted):
-            found = _encoded([schema.query[0]], {"f": asked})["f"]
+            found = encode_given([schema.query[0]], {"f": asked}, "features")["f"]
             assert set(found[0].tolist()) - {-1} == expected, (kind, pair)
 
 
