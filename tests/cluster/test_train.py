@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import safetensors.torch
@@ -160,14 +161,16 @@ def wait_for_step(config: Config, step: int, alive: Callable[[], bool] = lambda:
         time.sleep(0.02)
 
 
-def start_job(config: Config, dataset: Dataset, folder: Path) -> subprocess.Popen[str]:
+def start_job(
+    config: Config, dataset: Dataset, folder: Path, stderr: IO[str] | int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Start ``jobs.train`` with a Ray of its own, in a process group of its own."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config.to_json()))
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.train", "--config", str(file), "--dataset", str(dataset.path)],
         env=os.environ | {"RAY_ADDRESS": "local"},
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         process_group=0,
     )
@@ -269,15 +272,21 @@ def test_a_training_that_is_killed_interrupted_and_killed_at_its_end_ends_as_if_
     job.communicate()
     assert not has_manifest(path)
 
-    job = start_job(config, small_dataset, tmp_path)
-    wait_for_step(config, 40, lambda: job.poll() is None)
+    file = tmp_path / "said"
+    with file.open("w") as stderr:
+        job = start_job(config, small_dataset, tmp_path, stderr)
+    deadline = time.monotonic() + 120
+    while "goes on from step" not in file.read_text():
+        assert job.poll() is None, file.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     started = descendants(job.pid)
     os.killpg(job.pid, signal.SIGINT)
-    _, said = job.communicate(timeout=60)
+    job.wait(timeout=60)
+    said = file.read_text()
     assert job.returncode == 130, said
     assert said.strip().splitlines()[-1] == "jobs.train: interrupted; run it again to go on"
     assert "Traceback" not in said
-    assert "goes on from step" in said
     deadline = time.monotonic() + 60
     while any(process.alive for process in started):
         assert time.monotonic() < deadline, "processes of Ray outlived the job"
