@@ -172,7 +172,7 @@ def measured(config: Config) -> tuple[Metrics, dict[str, object]]:
     """Return metrics by ranker of the test split, ranked once, and facts of the run.
 
     Validation chooses the epoch of a training on the train split; the model that is measured is fitted on
-    train and validation for as many, as the baselines are.
+    train and validation for as many, as the baselines are (with ``train.fit: train`` it is that of train).
     """
     from twotower.cluster.evaluate import evaluate
     from twotower.cluster.train import refit, train
@@ -181,7 +181,7 @@ def measured(config: Config) -> tuple[Metrics, dict[str, object]]:
     preflight.require(config, dataset, ("train", "evaluate"))
     began = time.perf_counter()
     chosen = train(config, dataset, fit="train")
-    checkpoint = refit(config, dataset, chosen, "known")
+    checkpoint = chosen if config.train.fit == "train" else refit(config, dataset, chosen, "known")
     seconds = time.perf_counter() - began
     report = json.loads((evaluate(config, dataset, checkpoint, None) / "report.json").read_text())
     facts = {

@@ -1,4 +1,4 @@
-"""Train the two towers, on the train split and, with `train.fit: all`, once more on every interaction.
+"""Train the two towers on the train split; with `train.fit: all` refit them to be measured and served.
 
 python -m jobs.train --config configs/movielens.yaml --set train.epochs=5 train.loss.temperature=0.1
 """

@@ -285,6 +285,16 @@ class FeatureSchema(BaseModel):
         return max(lengths, default=0)
 
     @property
+    def new_items_by_features(self) -> bool:
+        """Whether catalogue items that no example has are read as the unknown id and their features.
+
+        Where they are nothing but ids, ids share hashed rows, or the unknown id is not trained, each keeps
+        the row of its own id.
+        """
+        ids = [f.spec for f in self.item if isinstance(f.spec, IdFeature)]
+        return len(self.item) > len(ids) == 1 and ids[0].buckets is None and ids[0].unknown_rate > 0
+
+    @property
     def time_gaps(self) -> bool:
         """Whether a feature reads the times of a history."""
         specs = [f.spec for f in self.query]

@@ -90,3 +90,26 @@ def test_what_is_measured_and_served_knows_every_item(
         assert known is not None
     whole, some = (t._validation.known.latest_queries(users)["history"] for t in (plain, dropping))  # type: ignore[union-attr]
     assert torch.equal(whole.weights, some.weights)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("rate", "with_features"), [(0.05, True), (0.0, True), (0.05, False)])
+def test_a_drawn_item_without_an_example_is_read_as_in_the_index(
+    rate: float, with_features: bool, small_values: Callable[..., dict], tmp_path: Path
+) -> None:
+    values = small_values(tmp_path)
+    values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
+    values["features"]["item"][0]["unknown_rate"] = rate
+    values["train"] |= {"negatives": {"uniform": 300}, "global_batch_size": 32}
+    if not with_features:
+        del values["features"]["item"][1:]
+        values["features"]["query"] = [f for f in values["features"]["query"] if f["type"] != "profile"]
+    trainer = trainer_of(values, 0.0)
+    batch = trainer.assemble(next(iter(trainer.source.shares(0))), 0)
+    rows = batch.candidate_rows.numpy()
+    new = trainer.source.item_counts()[rows] == 0
+    assert new.sum() > 30
+    ids = batch.items.features["item_id"]
+    assert isinstance(ids, Bag)
+    own = ids.ids[:, 0].numpy() == rows + 1
+    assert own[new].any() != (rate > 0 and with_features)
+    assert own[~new].mean() > 0.85

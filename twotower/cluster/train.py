@@ -118,8 +118,12 @@ def refit(config: Config, dataset: Dataset, chosen: Path, fit: Fit) -> Path:
         chosen: the checkpoint of the train split; the course of its training is kept in the new manifest.
         fit: train and validation, or every interaction.
 
+    Returns:
+        the directory of the last epoch's checkpoint.
+
     Raises:
         TrainingError: as ``train``.
+        ArtefactError: ``chosen`` is no finished checkpoint.
     """
     manifest = read_manifest(chosen, KIND, TrainedManifest)
     course = {key: manifest[key] for key in ("history", "best_epoch")}

@@ -223,7 +223,8 @@ class TrainConfig(Section):
     threads_per_worker: PositiveInt = 1
     """CPU threads of a worker."""
     fit: Literal["train", "all"] = "all"
-    """The published model is fitted on the train split, or on everything for the best number of epochs."""
+    """The model is fitted on the train split alone; or for the best number of epochs of that on train and
+    validation too, which is measured, and on everything, which is published."""
     tower_chunk_size: PositiveInt | None = None
     """Rows that go through a tower at once on a worker; the whole share when not given. Smaller chunks take
     less memory, the result is the same (GradCache)."""

@@ -129,8 +129,10 @@ class Assembler:
         queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
         queries = self._keyed(queries, query_keys, step)
         queries = _with_items_left_out(schema, queries, query_keys)
-        # Whatever has no example is read by its features in the index, so it is as a negative too.
-        new = torch.from_numpy((rows >= 0) & self._sampler.without_example[rows])
+        new = None
+        if schema.new_items_by_features:
+            # As the index has them: what no example has is a negative by its features.
+            new = torch.from_numpy((rows >= 0) & self._sampler.without_example[rows])
         items = _forgetful(schema.item, examples.inputs.items(rows), item_keys, new)
 
         in_use = self._memory_in_use(step)

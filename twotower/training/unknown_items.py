@@ -38,8 +38,7 @@ class UnknownItemsFit:
         self._weights = np.sqrt(item_counts[self._fitted])
         self._untrained = np.flatnonzero(item_counts == 0)
         self._ids = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
-        # Where the unknown id is not trained, the tower has nothing better than a row of their own.
-        self._marks = self._ids is not None and self._ids.buckets is None and self._ids.unknown_rate > 0
+        self._marks = schema.new_items_by_features
 
     def __call__(self, model: TwoTower, inputs: TowerInputs, world: World) -> None:
         """Fit the maps, and put what they say in the rows of items that no example has.
