@@ -32,7 +32,7 @@ USERS, ITEMS, DIM, K = 29_858, 40_981, 64, 20
 TRAIN, TEST = 810_128, 217_242
 """Pairs of Gowalla's train and test split."""
 FEWEST, MOST, SPREAD = 8, 811, 1.3
-"""Fewest and most train items of a user, and the standard deviation of the logarithm of how many he has
+"""Fewest and most train items of a user, and the standard deviation of the logarithm of those counts
 beside the fewest: half of Gowalla's users have up to 16, a tenth over 53."""
 PROBES = 1_000
 BLOCKS = (64, 256)
