@@ -1,6 +1,6 @@
-"""The whole catalogue through the item tower, on a pool of Ray Data actors.
+"""The whole catalogue through the item tower, on a pool of Ray Data workers.
 
-An actor is given rows of a Parquet file; it reads them while it encodes and writes vectors to files, so that
+A worker is given rows of a Parquet file; it reads them while it encodes and writes vectors to files, so that
 nothing large passes through the driver. Parts are named by what they hold: those that an earlier run
 wrote whole are not encoded again.
 """
@@ -39,7 +39,7 @@ _FEWEST_ROWS = 64
 
 
 class EncodeItems:
-    """Encodes rows of item files and writes the vectors; holds the model once. An actor of the pool."""
+    """Encodes rows of item files and writes the vectors; holds the model once. A worker of the pool."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ def encode_catalogue(
         catalogue: of the vocabulary that the checkpoint was trained on.
         out_dir: folder for the parts, created; all nodes must reach it under this path. What it holds must be
             of the same checkpoint, catalogue and number of shards: whole parts are taken as they are.
-        config: for batches, actors and what they reserve.
+        config: for batches, workers and what they reserve.
         num_shards: shards that the rows of a part are grouped by.
-        encoder: class of the actors.
+        encoder: class of the workers.
 
     Raises:
         ArtefactError: an item was not encoded, or more than once.
@@ -146,7 +146,7 @@ def encode_catalogue(
 
 
 def _work(catalogue: Catalogue, config: Config) -> list[dict[str, Any]]:
-    """Return the rows of each part: a few parts for each actor, none too large."""
+    """Return the rows of each part: a few parts for each worker, none too large."""
     fair = -(-catalogue.num_items // (_PARTS_PER_ENCODER * config.cluster.num_encoders))
     work: list[dict[str, Any]] = []
     for number, path in enumerate(catalogue.paths):

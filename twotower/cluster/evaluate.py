@@ -1,7 +1,7 @@
-"""The final evaluation on Ray: encode the catalogue, fit the baselines, rank the test users on actors.
+"""The final evaluation on Ray: encode the catalogue, fit the baselines, rank the test users on workers.
 
 This is the only place that reads the test split. Users are ranked by ``evaluation.comparison``, which runs
-without Ray; vectors and baselines lie in files that the actors memory-map, and so do their measurements.
+without Ray; vectors and baselines lie in files that the workers memory-map, and so do their measurements.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _check(dataset: Dataset, checkpoint: Checkpoint, generation: dict[str, Any] 
 
 @dataclass(frozen=True)
 class _Setup:
-    """What is measured of whom, in files that the actors read."""
+    """What is measured of whom, in files that the workers read."""
 
     scratch: Path
     measure: Measure
@@ -298,7 +298,7 @@ def _place(vectors: str, rows: NDArray[np.int64], seed: int) -> NDArray[np.float
 
 
 class RankUsers:
-    """Ranks ranges of the test users; an actor of the pool."""
+    """Ranks ranges of the test users; a worker of the pool."""
 
     def __init__(
         self, scratch: str, dataset: str, checkpoint: str, rankers: list[str], device: str, threads: int

@@ -1,12 +1,18 @@
-"""A pool of Ray Data actors that works through small descriptions of work and answers with small facts.
+"""Workers of Ray Data that work through small descriptions of work and answer with small facts.
 
-What is large (vectors, users, lists) is read from and written to files by the actors; only descriptions
+What is large (vectors, users, lists) is read from and written to files by the workers; only descriptions
 and facts pass through the driver.
+
+With a GPU a worker is an actor, since Ray ends the process of a task that had one. Without, it is an object
+that a process of tasks keeps from one part to the next: Ray gives idle processes to the next stage, so that
+a job of many small stages imports torch once and not, for seconds, at the start of each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +29,8 @@ from twotower.errors import NotAllowedError, RequestError, TwotowerError
 from twotower.faults import explain
 
 _ERROR = "error"
+_KEPT_S = 10.0
+"""Seconds after its last part in which a process still keeps its worker, and the memory of it."""
 FEWEST = 64
 """Users of a part that are not worth sharing out, where a part may be that large."""
 
@@ -33,14 +41,14 @@ def work_through(
     """Yield the facts of each part, in any order.
 
     Args:
-        worker: class of the actors, importable; called with a table of one row (a part), it returns a table.
+        worker: importable class; called with a table of one row (a part), it returns a table.
         settings: keyword arguments of its constructor; ``device`` and ``threads`` are added to them.
         parts: descriptions of the work, all with the same keys.
-        config: for the size of the pool and what each actor reserves.
-        gpu: let each actor have a GPU where the configuration and the cluster do.
+        config: for the number of workers and what each reserves.
+        gpu: let each worker have a GPU where the configuration and the cluster do.
 
     Raises:
-        TwotowerError: an actor raised one, or what ``explain`` makes one of.
+        TwotowerError: a worker raised one, or what ``explain`` makes one of.
     """
     if not parts:
         return
@@ -55,17 +63,23 @@ def work_through(
         "threads": max(1, int(cluster.cpus_per_encoder)),
     }
     with without_bars():
-        results = ray.data.from_arrow(
-            [pa.table({k: [v] for k, v in part.items()}) for part in parts]
-        ).map_batches(
-            Guarded,
-            fn_constructor_kwargs={"worker": worker, "settings": settings},
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=cluster.cpus_per_encoder,
-            num_gpus=1 if use_gpu else None,
-        )
+        work = ray.data.from_arrow([pa.table({k: [v] for k, v in part.items()}) for part in parts])
+        each = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": cluster.cpus_per_encoder}
+        if use_gpu:
+            results = work.map_batches(
+                Guarded,
+                fn_constructor_kwargs={"worker": worker, "settings": settings},
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_gpus=1,
+                **each,
+            )
+        else:
+            results = work.map_batches(
+                _by_kept,
+                fn_kwargs={"stage": uuid.uuid4().hex, "worker": worker, "settings": settings},
+                compute=ray.data.TaskPoolStrategy(size=size),
+                **each,
+            )
         batches: Iterator[Any] = iter(
             results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         )
@@ -97,6 +111,44 @@ class Guarded:
         return pa.table({_ERROR: [type(self._error).__name__], "message": [str(self._error)]})
 
 
+class _Kept:
+    """The worker of the stage that this process worked at last, for a while."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage: str | None = None
+        self._worker: Guarded | None = None
+        self._timer: threading.Timer | None = None
+
+    def call(self, part: pa.Table, stage: str, worker: type[Any], settings: dict[str, Any]) -> pa.Table:
+        """Return what the stage's worker makes of a part."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._worker is None or self._stage != stage:
+                # The one before goes first: there need not be room for both.
+                self._worker = None
+                self._stage, self._worker = stage, Guarded(worker, settings)
+            try:
+                return self._worker(part)
+            finally:
+                self._timer = threading.Timer(_KEPT_S, self._drop)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _drop(self) -> None:
+        with self._lock:
+            if self._timer is threading.current_thread():
+                self._worker = None
+
+
+_kept = _Kept()
+
+
+def _by_kept(part: pa.Table, stage: str, worker: type[Any], settings: dict[str, Any]) -> pa.Table:
+    return _kept.call(part, stage, worker, settings)
+
+
 def _told(error: Exception) -> TwotowerError:
     told = explain(error)
     if told is None:
@@ -125,13 +177,13 @@ def without_bars() -> Iterator[None]:
 
 
 def ranges(count: int, config: Config) -> list[dict[str, int]]:
-    """Return ``start`` and ``stop`` of the parts of ``count`` users: a few for each actor, none too large."""
+    """Return ``start`` and ``stop`` of the parts of ``count`` users: a few for each worker, none too large."""
     step = part_size(count, config)
     return [{"start": start, "stop": min(start + step, count)} for start in range(0, count, step)]
 
 
 def part_size(count: int, config: Config) -> int:
-    """Return the most users of a part of ``count`` users: a few parts for each actor, none too large."""
+    """Return the most users of a part of ``count`` users: a few parts for each worker, none too large."""
     fair = -(-count // (4 * config.cluster.num_encoders))
     return max(1, min(config.cluster.encode_batch_size, max(fair, FEWEST)))
 

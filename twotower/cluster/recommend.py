@@ -1,6 +1,6 @@
-"""The top k of every user, or of every query of some files, offline, on Ray: actors write Parquet parts.
+"""The top k of every user, or of every query of some files, offline, on Ray: workers write Parquet parts.
 
-Users are read from the generation and queries from their files by the actors, which write the lists too, so
+Users are read from the generation and queries from their files by the workers, which write the lists too, so
 nothing large passes through the driver. A part is written whole or not at all and has a name that follows
 from its users or queries: a run that was killed goes on with the parts that are missing.
 """

@@ -1,4 +1,4 @@
-"""Parts of an offline top k: the actors that write them, and what a whole part is.
+"""Parts of an offline top k: the workers that write them, and what a whole part is.
 
 A part is a Parquet file for a range of users or of queries. It is written whole or not at all, its name says
 its range, and its footer counts those that it was for and those that got nothing.
@@ -47,7 +47,7 @@ QUERIES_SCHEMA = pa.schema(
 
 
 class CheckQueries:
-    """Checks ranges of files of queries; an actor of the pool."""
+    """Checks ranges of files of queries; a worker of the pool."""
 
     def __init__(self, generation: str, k: int, exclude_seen: bool, device: str, threads: int) -> None:
         """Open what queries are checked against; no model and no index.
@@ -88,7 +88,7 @@ class CheckQueries:
 
 
 class Recommend:
-    """Recommends to ranges of users or of queries; an actor of the pool."""
+    """Recommends to ranges of users or of queries; a worker of the pool."""
 
     def __init__(
         self,

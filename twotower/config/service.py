@@ -218,9 +218,9 @@ class ClusterConfig(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs of a training worker."""
     num_encoders: PositiveInt = 2
-    """Actors that encode the catalogue, rank users or recommend."""
+    """Workers that encode the catalogue, rank users or recommend."""
     cpus_per_encoder: Annotated[float, Field(gt=0)] = 0.5
-    """Logical CPUs of such an actor."""
+    """Logical CPUs of such a worker."""
     encode_batch_size: PositiveInt = 8_192
     """Rows that an actor takes at once."""
     cpus_per_reader: Annotated[float, Field(gt=0)] = 0.25
