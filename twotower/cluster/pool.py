@@ -64,21 +64,24 @@ def work_through(
     }
     with without_bars():
         work = ray.data.from_arrow([pa.table({k: [v] for k, v in part.items()}) for part in parts])
-        each = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": cluster.cpus_per_encoder}
         if use_gpu:
             results = work.map_batches(
                 Guarded,
                 fn_constructor_kwargs={"worker": worker, "settings": settings},
                 compute=ray.data.ActorPoolStrategy(size=size),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=cluster.cpus_per_encoder,
                 num_gpus=1,
-                **each,
             )
         else:
             results = work.map_batches(
                 _by_kept,
                 fn_kwargs={"stage": uuid.uuid4().hex, "worker": worker, "settings": settings},
                 compute=ray.data.TaskPoolStrategy(size=size),
-                **each,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=cluster.cpus_per_encoder,
             )
         batches: Iterator[Any] = iter(
             results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
@@ -145,8 +148,8 @@ class _Kept:
 _kept = _Kept()
 
 
-def _by_kept(part: pa.Table, stage: str, worker: type[Any], settings: dict[str, Any]) -> pa.Table:
-    return _kept.call(part, stage, worker, settings)
+def _by_kept(part: pa.Table, **stage: Any) -> pa.Table:
+    return _kept.call(part, **stage)
 
 
 def _told(error: Exception) -> TwotowerError:
@@ -177,7 +180,7 @@ def without_bars() -> Iterator[None]:
 
 
 def ranges(count: int, config: Config) -> list[dict[str, int]]:
-    """Return ``start`` and ``stop`` of the parts of ``count`` users: a few for each worker, none too large."""
+    """Return ``start`` and ``stop`` of parts of ``count`` users: a few for each worker, none too large."""
     step = part_size(count, config)
     return [{"start": start, "stop": min(start + step, count)} for start in range(0, count, step)]
 
