@@ -13,12 +13,15 @@ import contextlib
 import hashlib
 import os
 import select
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
+_SMALL_BYTES = 256 << 10
+"""Of a file as small as this, handing it over takes longer than hashing it (under a millisecond)."""
 _PATIENCE_S, _SLOWEST_BYTES_PER_S = 5.0, 50e6
 """How long a file may take aside: where no CPU is ever idle it would take for ever."""
 _HEX_DIGITS = 64
@@ -31,18 +34,23 @@ def sha256_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def hashing_aside() -> Iterator[Callable[[Path], str]]:
-    """Provide what ``sha256_file`` does, done in a process of the lowest priority.
+    """Provide what ``sha256_file`` does, but for small files done in a process of the lowest priority.
 
     A file that it does not hash in time, and all after it, are hashed in the calling thread. Only one thread
     at a time may call what is provided. The process ends with this context, or with its parent.
     """
     with contextlib.ExitStack() as stack:
         process: subprocess.Popen[bytes] | None = None
-        with contextlib.suppress(OSError):
-            process = stack.enter_context(_started())
+        tried = False
 
         def sha256(path: Path) -> str:
-            nonlocal process
+            nonlocal process, tried
+            if _is_small(path):
+                return sha256_file(path)
+            if not tried:
+                tried = True
+                with contextlib.suppress(OSError):
+                    process = stack.enter_context(_started())
             if process is not None:
                 found = _asked(process, path)
                 if found is not None:
@@ -52,6 +60,11 @@ def hashing_aside() -> Iterator[Callable[[Path], str]]:
             return sha256_file(path)
 
         yield sha256
+
+
+def _is_small(path: Path) -> bool:
+    found = path.stat()
+    return stat.S_ISREG(found.st_mode) and found.st_size <= _SMALL_BYTES
 
 
 @contextlib.contextmanager

@@ -74,16 +74,26 @@ def test_a_file_larger_than_a_block(file: Path) -> None:
 
 
 def test_aside_gives_the_same(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "empty").touch()
     with hashing_aside() as sha256:
         # Nobody else can have found these.
         monkeypatch.setattr(hashing, "sha256_file", None)
         assert sha256(file) == RIGHT
-        assert sha256(tmp_path / "empty") == hashlib.sha256().hexdigest()
         monkeypatch.chdir(tmp_path)
         assert sha256(Path(file.name)) == RIGHT
         assert len(helpers(os.getpid())) == 1
     assert not helpers(os.getpid())
+
+
+def test_small_files_need_no_process(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "small").write_bytes(DATA[: hashing._SMALL_BYTES])
+    (tmp_path / "larger").write_bytes(DATA[: hashing._SMALL_BYTES + 1])
+    with hashing_aside() as sha256:
+        assert sha256(tmp_path / "empty") == hashlib.sha256().hexdigest()
+        assert sha256(tmp_path / "small") == hashlib.sha256(DATA[: hashing._SMALL_BYTES]).hexdigest()
+        assert not helpers(os.getpid())
+        assert sha256(tmp_path / "larger") == hashlib.sha256(DATA[: hashing._SMALL_BYTES + 1]).hexdigest()
+        assert len(helpers(os.getpid())) == 1
 
 
 @aside_only
