@@ -11,7 +11,7 @@ import torch
 from tests.streams import with_weights
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.data.knowledge import Rules
+from twotower.data.knowledge import Rules, known
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, TrainingError
 from twotower.model.batch import Bag, forget
@@ -347,6 +347,29 @@ def test_validation_masks_train_and_never_reads_test(small_dataset: Dataset) -> 
         masked = users.masked_rows[users.masked_offsets[q] : users.masked_offsets[q + 1]]
         assert set(relevant) == set(items[splits == SPLITS["validation"]].tolist())
         assert set(masked) == set(items[splits == SPLITS["train"]].tolist())
+
+
+def test_validation_asks_with_each_user_s_own_features(small_dataset: Dataset) -> None:
+    """Users who are drawn, or have nothing to validate with, leave gaps in the numbers of the others."""
+    inputs, rules, log = (
+        TowerInputs(small_dataset),
+        Rules.of(small_dataset, "exclude"),
+        small_dataset.interactions,
+    )
+    drawn = validation_queries(lambda: [log], inputs, rules, 50, seed=1)
+    users = drawn.queries.user_rows
+    assert (users != np.arange(50)).any()
+    everybody = Examples(inputs, log.select(known(log, "validation", rules)))
+    asked, wanted = drawn.known.latest_queries(np.arange(50)), everybody.latest_queries(users)
+    assert set(asked) == {"user_id", "history", "genre_profile"}
+    for name, value in wanted.items():
+        for one, other in zip(tensors_of(asked[name]), tensors_of(value), strict=True):
+            assert torch.equal(one, other), name
+    assert len(set(tensors_of(asked["user_id"])[0].flatten().tolist())) == 50
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    return [value.ids, value.weights] if isinstance(value, Bag) else [value]
 
 
 def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -> None:

@@ -214,11 +214,12 @@ class Examples:
         return random.permutation(among) if self._windows is None else self._windows.shuffled(random, among)
 
     def latest_queries(self, users: IntArray) -> FeatureBatch:
-        """Return the query tower's input for users [B] after all of their fitted interactions."""
+        """Return the query tower's input for users [B] of ``fitted`` after all of their interactions."""
         length = self.inputs.schema.max_history
         rows, weights = self.histories.before(users, None, length)
         times = self.histories.times_before(users, None, length) if self.inputs.schema.time_gaps else None
-        return self.inputs.queries(users, rows, weights, times)
+        in_table = users if self._user_rows is None else self._user_rows[users]
+        return self.inputs.queries(in_table, rows, weights, times)
 
     def known_positives(self, examples: IntArray, among: IntArray | None = None) -> tuple[IntArray, IntArray]:
         """Return what the users of examples have in the fitted split, as compressed rows.
