@@ -12,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP  := $(VENV)/.installed-$(FLAVOUR)
-# Side by side: one process runs all that has a Ray, as tests/conftest.py says, and often waits for it.
+# Side by side: tests/conftest.py says which tests one process runs one after the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TORCH   = $(shell grep '^torch==' requirements/$(FLAVOUR).txt)
 

@@ -23,9 +23,11 @@ from tests.sockets import NoSockets
 
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
-LANES = {"http": "ray", "browser": "ray", "cluster": "ray"}
-"""Folders that one process of pytest-xdist runs one after the other: two that start Ray and Serve at once on
-two cores make each other time out. Of other files any process runs the next."""
+OF_LANE = {"cluster": "cluster", "http": "service", "browser": "service"}
+"""Folders that one process of pytest-xdist runs one after the other, with its Ray and its service: of
+``cluster`` every test wants all CPUs. Of other files any process runs the next."""
+OWN_SERVICES = {f"tests/http/test_serve_{name}.py" for name in ("hardened", "redeploy", "sharded", "stop")}
+"""Files that start services of their own: a lane beside the one of the service that all others ask."""
 NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
 """Files of these folders that ask the application without a server, and start no Ray."""
 
@@ -86,15 +88,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file in NO_SERVER else LANES.get(file.split("/")[1], file)
+            return _lane(file) or file
 
-    # In the order of ``_longest_first``.
+    # In the order of ``_lanes_apart``.
     config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _longest_first(items)
+    _lanes_apart(items)
     browser_missing = reason_to_skip()
     gpu_missing = _gpu_missing() if any(item.get_closest_marker("gpu") for item in items) else None
     for item in items:
@@ -116,11 +118,22 @@ def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(ROOT / "tests").parts[0]
 
 
-def _longest_first(items: list[pytest.Item]) -> None:
-    """Let what runs on Ray begin first, since it takes longest; while the one service of HTTP's and the
-    browser's tests runs it holds CPUs of Ray's, so that those of the cluster come before."""
-    first = ("cluster", "http", "browser")
-    items.sort(key=lambda item: first.index(_folder(item)) if _folder(item) in first else len(first))
+def _lane(file: str) -> str | None:
+    if file in NO_SERVER:
+        return None
+    return "own services" if file in OWN_SERVICES else OF_LANE.get(file.split("/")[1])
+
+
+def _lanes_apart(items: list[pytest.Item]) -> None:
+    """Let what runs on Ray begin first, since it takes longest, and services last, so that two of them start
+    beside each other and not beside a training."""
+    order = ("cluster", None, "own services", "service")
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        file = item.nodeid.partition("::")[0]
+        return order.index(_lane(file)), file.startswith("tests/browser/")
+
+    items.sort(key=place)
 
 
 def _gpu_missing() -> str | None:

@@ -33,18 +33,24 @@ def test_continuous_integration_installs_it_before_the_tests():
     assert install < tests
 
 
-@pytest.mark.parametrize("order", [("unit", "http", "cluster", "browser"), ("browser", "cluster", "http")])
-def test_they_follow_the_tests_over_http(order):
-    from tests.conftest import _longest_first
+@pytest.mark.parametrize("turn", [0, 2, 5])
+def test_they_follow_the_tests_over_http(turn):
+    from tests.conftest import _lanes_apart
 
     class Item:
-        def __init__(self, folder: str) -> None:
-            self.path = ROOT / "tests" / folder / "test_x.py"
-            self.folder = folder
+        def __init__(self, file: str, test: str) -> None:
+            self.nodeid = f"tests/{file}.py::{test}"
 
-    items = [Item(folder) for folder in order for _ in range(2)]
-    before = list(items)
-    _longest_first(items)
-    assert [item.folder for item in items[:6:2]] == ["cluster", "http", "browser"]
-    for folder in order:
-        assert [i for i in items if i.folder == folder] == [i for i in before if i.folder == folder]
+    wanted = [
+        "cluster/test_train",
+        "unit/test_x",
+        "http/test_serve_limits",
+        "http/test_serve_sharded",
+        "http/test_serve_answers",
+        "browser/test_page",
+    ]
+    items = [Item(file, test) for file in [*wanted[turn:], *wanted[:turn]] for test in ("second", "first")]
+    _lanes_apart(items)
+    lanes = [item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py") for item in items[::2]]
+    assert [lanes[0], {*lanes[1:3]}, *lanes[3:]] == [wanted[0], {*wanted[1:3]}, *wanted[3:]]
+    assert [item.nodeid.split("::")[1] for item in items] == ["second", "first"] * 6
