@@ -19,9 +19,11 @@ from twotower.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 _DEADLINE_S = 60.0
 _PROBE = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from jobs import command
+# A shell starts what runs in the background with SIGINT ignored, these tests too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def work(config, arguments):
     {work}
 sys.exit(command.run('probe', None, work, argv=sys.argv[1:]))
