@@ -23,7 +23,8 @@ from jobs import train as train_job
 from jobs import tune as tune_job
 from tests.report_content import Page
 from twotower.artefacts import has_manifest, read_manifest
-from twotower.cluster.tune import _Records, _room, _scheduler, tune
+from twotower.cluster.trial_records import Records
+from twotower.cluster.tune import _room, _scheduler, tune
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ConfigError, TrainingError
@@ -195,13 +196,13 @@ def test_asha_knows_the_trials_of_an_earlier_run(small_config: Config, tmp_path:
     parameters = {RATE: {"values": [0.003, 0.002]}}
     config = _config(small_config, parameters, train={"epochs": 4})
     trials = trials_of(config)
-    records = _Records(tmp_path / "trials", trials, config)
+    records = Records(tmp_path / "trials", trials, config)
     for epoch in (1, 2, 3, 4):
         records.add_epoch(
             trials[0].name, {"epoch": epoch, "validation_recall": 0.5, "validation_ndcg": 0.1, "noise": 1}
         )
     records.stop(trials[0].name)
-    records = _Records(tmp_path / "trials", trials, config)
+    records = Records(tmp_path / "trials", trials, config)
     assert records.missing() == trials[1:]
     new = SimpleNamespace(trial_id="new")
     for recall, stops in ((0.4, True), (0.6, False)):
@@ -219,14 +220,14 @@ def test_records_keep_what_is_known(small_config: Config, tmp_path: Path):
     config = _config(small_config, {RATE: {"values": [0.003, 0.002]}})
     trials = trials_of(config)
     first, second = (trial.name for trial in trials)
-    records = _Records(tmp_path / "trials", trials, config)
+    records = Records(tmp_path / "trials", trials, config)
     records.add_epoch(first, {"epoch": 1, "validation_recall": 0.5, "checkpoint_path": "/x/run/checkpoint_1"})
     records.stop(first)
     records.add_epoch(second, {"epoch": 1, "validation_recall": 0.1})
     records.add_epoch(second, {"epoch": 2, "validation_recall": 0.2})
     records.add_epoch(second, {"epoch": 2, "validation_recall": 0.3})
     records.fail(second, "lost")
-    records = _Records(tmp_path / "trials", trials, config)
+    records = Records(tmp_path / "trials", trials, config)
     assert [(r.status, r.run, r.error) for r in records.results] == [
         ("stopped", "/x/run", None),
         ("failed", None, "lost"),
@@ -244,7 +245,7 @@ def test_failed_trials_are_tried_again_and_the_others_kept(
     tried: list[list[str]] = []
     failing = {"001", "002", "003"}
 
-    def run(config: Config, trials: list, datasets: dict, records: _Records, folder: Path) -> None:
+    def run(config: Config, trials: list, datasets: dict, records: Records, folder: Path) -> None:
         tried.append([trial.name[:3] for trial in trials])
         for trial in trials:
             if trial.name[:3] in failing:

@@ -26,12 +26,12 @@ from twotower.artefacts import (
     building,
     fingerprint,
     finished,
-    read_manifest,
     write_json,
     write_manifest,
 )
 from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.train import checkpoint_id, stop_file, train
+from twotower.cluster.trial_records import Recorder, Records, run_of
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
@@ -70,8 +70,6 @@ class SweepManifest(BaseModel):
     best: SweepBest
 
 
-_EPOCH_KEYS = ("epoch", "loss", "temperature", "seconds", "validation_recall", "validation_ndcg")
-_ENDED = ("finished", "stopped")
 _TRIAL_BYTES = 256 << 20
 """Memory that Ray sets aside for the process of a trial; it waits for its workers and takes no CPU."""
 
@@ -106,7 +104,7 @@ def tune(config: Config, dataset: Dataset) -> Path:
         return directory
     with building(directory, keep_partial=True) as partial:
         carry_over(directory, partial)
-        records = _Records(partial / "trials", trials, config)
+        records = Records(partial / "trials", trials, config)
         for trial in trials:
             checkpoint = config.checkpoints / checkpoints[trial.name]
             if finished(checkpoint, "checkpoint", TrainedManifest):
@@ -154,119 +152,8 @@ def _checkpoint_ids(trials: Sequence[Trial], datasets: Mapping[str, Dataset]) ->
     return ids
 
 
-class _Records:
-    """What is known of each trial, in memory and as one file each."""
-
-    def __init__(self, folder: Path, trials: Sequence[Trial], config: Config) -> None:
-        """Read what an earlier run of the sweep has written."""
-        self.metric = config.train.validation.metric
-        self._folder = folder
-        self._trials = {trial.name: trial for trial in trials}
-        self._results = {}
-        folder.mkdir(exist_ok=True)
-        for trial in trials:
-            path = folder / f"{trial.name}.json"
-            known = TrialResult.read(path)
-            self._results[trial.name] = known or TrialResult(trial.name, trial.parameters)
-
-    @property
-    def results(self) -> list[TrialResult]:
-        """All trials, in their order."""
-        return list(self._results.values())
-
-    def missing(self) -> list[Trial]:
-        """Return the trials that have not ended, or failed."""
-        return [self._trials[r.name] for r in self.results if r.status not in _ENDED]
-
-    def ended(self) -> list[TrialResult]:
-        """Return the trials that have ended without an error."""
-        return [result for result in self.results if result.status in _ENDED]
-
-    def start(self, name: str) -> None:
-        """Forget the error of an earlier run."""
-        result = self._results[name]
-        result.status, result.error = "running", None
-
-    def add_epoch(self, name: str, report: Mapping[str, Any]) -> None:
-        """Add what an epoch came to; one that was trained again replaces the first."""
-        result = self._results[name]
-        epoch = {key: report[key] for key in _EPOCH_KEYS if key in report}
-        kept = [earlier for earlier in result.history if earlier["epoch"] < epoch["epoch"]]
-        result.history = [*kept, epoch]
-        if CHECKPOINT_PATH_KEY in report:
-            result.run = str(_run_of(report))
-        self._write(name)
-        trial = self._trials[name]
-        say(
-            f"trial {name} {trial.label}: epoch {epoch['epoch']} of {trial.config.train.epochs}, "
-            f"validation {self.metric} {epoch[f'validation_{self.metric}']:.4f}"
-        )
-
-    def finish(self, name: str, checkpoint: Path) -> None:
-        """Take the history of a finished checkpoint."""
-        result = self._results[name]
-        result.history = [
-            {key: epoch[key] for key in _EPOCH_KEYS if key in epoch}
-            for epoch in read_manifest(checkpoint, "checkpoint")["history"]
-        ]
-        result.status, result.checkpoint, result.run, result.error = "finished", str(checkpoint), None, None
-        self._end(name)
-
-    def stop(self, name: str) -> None:
-        """Take the trial as given up by the scheduler."""
-        self._results[name].status = "stopped"
-        self._end(name)
-
-    def fail(self, name: str, error: str) -> None:
-        """Take the trial as ended by an error."""
-        result = self._results[name]
-        result.status, result.error = "failed", error
-        self._end(name)
-
-    def _end(self, name: str) -> None:
-        self._write(name)
-        result = self._results[name]
-        counted = sum(r.status != "running" for r in self.results)
-        suffix = f": {result.error}" if result.error else ""
-        ended = f"{result.status} ({counted} of {len(self.results)}){suffix}"
-        say(f"trial {name} {self._trials[name].label} {ended}")
-
-    def _write(self, name: str) -> None:
-        write_json(self._folder / f"{name}.json", self._results[name].to_json())
-
-
-class _Recorder(ray_tune.Callback):
-    """Writes down what Ray Tune hears of trials; runs in the driver."""
-
-    def __init__(self, records: _Records) -> None:
-        self._records = records
-
-    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Forget an earlier error."""
-        self._records.start(trial.config["trial"])
-
-    def on_trial_result(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Take an epoch, or what the trial ended with."""
-        name = trial.config["trial"]
-        if "checkpoint" in result:
-            self._records.finish(name, Path(result["checkpoint"]))
-        elif "stopped" in result:
-            self._records.stop(name)
-        elif "error" in result:
-            self._records.fail(name, result["error"])
-        elif f"validation_{self._records.metric}" in result:
-            self._records.add_epoch(name, result)
-
-    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
-        """Take an error that is no TwotowerError, such as a lost actor."""
-        error = trial.get_pickled_error() or trial.get_error()
-        self._records.fail(trial.config["trial"], str(error).strip().splitlines()[-1])
-
-
 def _run(
-    config: Config, trials: Sequence[Trial], datasets: Mapping[str, Dataset], records: _Records, folder: Path
+    config: Config, trials: Sequence[Trial], datasets: Mapping[str, Dataset], records: Records, folder: Path
 ) -> None:
     """Train the trials that are missing, as many at a time as the cluster has room for."""
     _keep_tune_quiet()
@@ -291,7 +178,7 @@ def _run(
             trial_dirname_creator=_name,
         ),
         run_config=ray_tune.RunConfig(
-            name=folder.name, storage_path=str(folder.parent), callbacks=[_Recorder(records)], verbose=0
+            name=folder.name, storage_path=str(folder.parent), callbacks=[Recorder(records)], verbose=0
         ),
     )
     tuner.fit()
@@ -332,20 +219,15 @@ class _Asha(ASHAScheduler):
         """Let the trial go on in any case, with a file that its workers look for where it shall stop."""
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP and CHECKPOINT_PATH_KEY in result:
-            stop_file(_run_of(result)).touch()
+            stop_file(run_of(result)).touch()
         return TrialScheduler.CONTINUE
-
-
-def _run_of(report: Mapping[str, Any]) -> Path:
-    """Return Ray Train's folder of a trial, which holds the checkpoint of one of its reports."""
-    return Path(report[CHECKPOINT_PATH_KEY]).parent
 
 
 def _name(trial: RayTrial) -> str:
     return str(trial.config["trial"])
 
 
-def _scheduler(config: Config, trials: Sequence[Trial], records: _Records) -> TrialScheduler:
+def _scheduler(config: Config, trials: Sequence[Trial], records: Records) -> TrialScheduler:
     """Return ASHA that knows the trials of earlier runs of the sweep, or a scheduler that stops none."""
     settings = config.tune
     epochs = max(trial.config.train.epochs for trial in trials)
