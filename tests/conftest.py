@@ -314,10 +314,15 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def client(shop: Any, ray_local: None) -> Iterator[Any]:
     """A client of the service that runs for the whole run, of the HTTP tests and of the browser."""
     from tests.service import Client
-    from twotower.cluster.service import running
+    from twotower.cluster.processes import free_port
+    from twotower.cluster.service import SIDE_PORTS, running
 
-    with running(shop.config) as url:
-        yield Client(url)
+    with pytest.MonkeyPatch.context() as patch:
+        # The usual ports are left to the services that tests of another process start at the same moment.
+        for name in SIDE_PORTS:
+            patch.setenv(name, str(free_port()))
+        with running(shop.config) as url:
+            yield Client(url)
 
 
 @pytest.fixture(scope="session")

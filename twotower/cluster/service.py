@@ -40,12 +40,12 @@ _READY_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.05
 
-# Ports that Serve opens beside its HTTP port, by the variable that moves each. Moved only where taken.
-_SIDE_PORTS = {
+SIDE_PORTS = {
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
+"""Ports that Serve opens beside its HTTP port, by the variable that names each; moved where taken."""
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def _serve(
                 serve.delete(APP_NAME)
         return
     check_port(host, port)
-    ports = {name: free_port(default) for name, default in _SIDE_PORTS.items()}
+    ports = {name: _side_port(name) for name in SIDE_PORTS}
     opened += [(host, port), *(("", side_port) for side_port in ports.values())]
     node_ids = [node["NodeID"] for node in ray.nodes()]
     variables = {name: str(side_port) for name, side_port in ports.items()}
@@ -244,6 +244,11 @@ def _serve(
         if ray_runs():
             _shut_down_serve()
         end_haproxy(node_ids)
+
+
+def _side_port(variable: str) -> int:
+    asked = os.environ.get(variable, "")
+    return free_port(int(asked) if asked.isdecimal() else SIDE_PORTS[variable])
 
 
 def _start_proxy(host: str, port: int, variables: dict[str, str]) -> None:
