@@ -117,8 +117,8 @@ def test_a_sweep_ends_in_a_table_with_the_stopped_and_the_failed_in_it(ray_local
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_trains_nothing_twice(ray_local, write_config):
-    # The second trial has sixteen times the steps, so that it is surely killed in the middle.
-    file = write_config({BATCH: {"values": [256, 16]}}, max_concurrent=1, scheduler="none")
+    # The second trial has eight times the steps, so that it is surely killed in the middle.
+    file = write_config({BATCH: {"values": [256, 32]}}, max_concurrent=1, scheduler="none")
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", "--config", str(file)],
         env=os.environ | {"RAY_ADDRESS": "local"},
