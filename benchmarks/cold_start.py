@@ -11,6 +11,9 @@ training knows, are asked in the same way.
 ``only_new_recall_at_100`` is of requests whose history has nothing but new items, those that the user had
 before the validation split, whose items are the targets; ``..._ignored`` is where they count for nothing.
 ``validation_...`` are of the same training, of all users and items.
+
+Drawn negatives that count an item without an example like any other teach that nobody wants new items, so
+``negatives.new_item_weight`` is 0.01 here; ``..._at_weight_1`` are of one training with 1, as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 from twotower.training.validation import encode_catalogue
 
+WEIGHT = "train.negatives.new_item_weight"
 SHARE = 10
 """A share of 1 / SHARE of the items, or users, is new."""
 FIRST = 10
@@ -53,8 +57,12 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        base = load_config(BASE, [f"storage.root={root}", "train.num_workers=1", *extra])
+        same = [f"storage.root={root}", "train.num_workers=1", *extra]
+        base = load_config(BASE, [*same, f"{WEIGHT}=0.01"])
         plain = prepare(base)
+        (root / "weight-1").mkdir()
+        as_it_is = _new_items(load_config(BASE, [*same, f"{WEIGHT}=1"]), plain, root / "weight-1", SEEDS[0])
+        figures |= {f"{name}_at_weight_1": [value] for name, value in as_it_is.items()}
         for seed in SEEDS[:1] if quick else SEEDS:
             found = {**_new_items(base, plain, root, seed), **_new_users(base, plain, root, seed)}
             print({name: round(value, 4) for name, value in found.items()}, flush=True)

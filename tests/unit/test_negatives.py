@@ -44,6 +44,22 @@ def test_an_item_that_can_not_be_a_candidate_has_a_correction_that_is_a_number()
         assert np.isfinite(sampler.log_q(np.array([0, 1, 2, -1]), batch, memory=0)).all()
 
 
+def test_an_item_without_an_example_counts_as_often_as_it_is_told_to() -> None:
+    """Against the sum over the catalogue in which such an item, and no other, has that weight."""
+    scores = np.array([0.3, 3.0, -1.0, 0.5, 1.5, 2.5, -0.4])
+    rng = np.random.default_rng(2)
+    for weight in (1.0, 0.25, 0.01):
+        config = NegativesConfig(uniform=50, popular=20, new_item_weight=weight)
+        sampler = CandidateSampler(COUNTS, config, seed=1)
+        sums = []
+        for step in range(3_000):
+            rows = np.concatenate([rng.choice(len(COUNTS), 30, p=COUNTS / COUNTS.sum()), sampler.draw(step)])
+            # One of a batch is each query's own positive, so 31 of them make 30 negatives.
+            sums.append(np.exp(scores[rows] - sampler.log_q(rows, batch=31, memory=0)).sum())
+        whole = np.exp(scores) @ np.where(COUNTS == 0, weight, 1.0)
+        assert np.mean(sums) == pytest.approx(whole, rel=0.02)
+
+
 def test_a_step_draws_the_same_on_every_rank_and_another_step_others() -> None:
     one, other = (CandidateSampler(COUNTS, NegativesConfig(uniform=9, popular=9), seed=3) for _ in range(2))
     assert one.draw(5).tolist() == other.draw(5).tolist()

@@ -81,7 +81,8 @@ class CandidateSampler:
         """
         expected = self.expected_count(item_rows, batch - 1, memory)
         # Nothing is expected where an example is alone: there is no other candidate, and 0 is a number.
-        return np.log(expected, out=np.zeros_like(expected), where=expected > 0)
+        log_q = np.log(expected, out=np.zeros_like(expected), where=expected > 0)
+        return log_q - self.without_example[item_rows] * np.float32(np.log(self._config.new_item_weight))
 
 
 class CandidateMemory:
