@@ -72,7 +72,6 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("train.loss.activity_power", 0.5, {}),
     ("train.loss.symmetric", True, {}),
     ("train.negatives.uniform", 9, {}),
-    ("train.negatives.new_item_weight", 0.1, {"train.negatives.uniform": 40}),
     ("train.negatives.popular", 9, {}),
     ("train.negatives.memory", 60, {"train.negatives.memory_start": 0}),
     ("train.negatives.memory_start", 4, MEMORY),
@@ -126,6 +125,7 @@ NO_MATTER = {
     "train.metrics.every_steps": "what is written: test_journal",
     "train.metrics.tensorboard": "what is written: test_journal",
     "train.metrics.mlflow": "what is written: test_journal",
+    "train.negatives.new_item_weight": "of items without an example: test_training_loop",
     "train.validation.metric": "which epoch is the best one: below",
 }
 
@@ -147,11 +147,10 @@ def test_every_key_is_a_case_or_does_not_matter() -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]:
-    """Twenty users, purchases and views of different weights, negatives, and an item that training lacks."""
+    """Twenty users, purchases and views of different weights, and negatives."""
     folder = tmp_path_factory.mktemp("settings")
     events = ("buy", "view", "skip", "view")
     rows = [[*row, events[n % 4]] for n, row in enumerate(grid(20, 17, 40))]
-    rows.append([rows[0][0], "late", max(row[2] for row in rows) + 1, "buy"])
     names = {"user": "who", "item": "what", "time": "when", "time_unit": "s", "event": "event"}
     config = files_config(
         folder,

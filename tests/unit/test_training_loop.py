@@ -21,7 +21,7 @@ from twotower.training.checks import check_sizes
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import StepReport, Trainer
-from twotower.training.validation import validation_queries
+from twotower.training.validation import encode_catalogue, validation_queries
 
 
 def with_train(config: Config, **train: object) -> Config:
@@ -385,6 +385,29 @@ def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -
             expected = sorted(item for who, item in pairs if who == user and item in wanted)
             assert sorted(rows[offsets[q] : offsets[q + 1]].tolist()) == expected
         assert offsets[-1] == offsets[-2] == len(rows) > 5  # padding has none
+
+
+def test_drawn_negatives_teach_that_new_items_are_unwanted_as_far_as_they_are_told_to(
+    small_values: Callable[..., dict], tmp_path: Path
+) -> None:
+    values = small_values(tmp_path)
+    values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
+    config = parse_config(values)
+    dataset = prepare(config)
+    gaps = []
+    for weight in (1.0, 0.01):
+        negatives = {"uniform": 100, "new_item_weight": weight}
+        trainer = Trainer(with_train(config, negatives=negatives), dataset, World(), "train")
+        trainer.run_epoch()
+        trainer.run_epoch()
+        examples = Examples.of(dataset, trainer.inputs, "train")
+        new = examples.item_counts() == 0
+        assert new.sum() > 3
+        queries = trainer.model.encode_queries(examples.latest_queries(np.arange(50)))
+        vectors = encode_catalogue(trainer.model, trainer.inputs, trainer.world)
+        scores = (queries.numpy() @ vectors.T).mean(axis=0)
+        gaps.append(scores[~new].mean() - scores[new].mean())
+    assert gaps[0] > gaps[1] + 0.02
 
 
 @pytest.mark.parametrize(("rate", "with_features"), [(0.05, True), (0.0, True), (0.05, False)])
