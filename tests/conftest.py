@@ -26,7 +26,9 @@ TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 OF_LANE = {"cluster": "cluster", "http": "service", "browser": "service"}
 """Folders that one process of pytest-xdist runs one after the other, with its Ray and its service: of
 ``cluster`` every test wants all CPUs. Of other files any process runs the next."""
-OWN_SERVICES = {f"tests/http/test_serve_{name}.py" for name in ("hardened", "redeploy", "sharded", "stop")}
+OWN_SERVICES = {
+    f"tests/http/test_serve_{name}.py" for name in ("hardened", "operations", "redeploy", "sharded", "stop")
+}
 """Files that start services of their own: a lane beside the one of the service that all others ask."""
 NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
 """Files of these folders that ask the application without a server, and start no Ray."""
