@@ -77,3 +77,18 @@ def test_what_is_wrong_with_the_service_is_one_line(tmp_path, monkeypatch, capsy
     assert serve.main(arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jobs.serve: ")]
     assert says in line
+
+
+def test_a_port_beside_the_service_is_the_one_that_the_environment_names(monkeypatch: pytest.MonkeyPatch):
+    name = "RAY_SERVE_HAPROXY_METRICS_PORT"
+    wanted = free_port()
+    monkeypatch.setenv(name, str(wanted))
+    assert service._side_port(name) == wanted
+    with socket.socket() as taken:
+        taken.bind(("", wanted))
+        taken.listen(1)
+        assert service._side_port(name) != wanted
+    for wrong in ("metrics", "0", "65536", "-1"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(ConfigError, match=f"^{name} is '{wrong}'; it must be a port, 1 to 65535$"):
+            service._side_port(name)

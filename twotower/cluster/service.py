@@ -247,8 +247,10 @@ def _serve(
 
 
 def _side_port(variable: str) -> int:
-    asked = os.environ.get(variable, "")
-    return free_port(int(asked) if asked.isdecimal() else SIDE_PORTS[variable])
+    asked = os.environ.get(variable) or str(SIDE_PORTS[variable])
+    if not asked.isdecimal() or not 0 < int(asked) < 1 << 16:
+        raise ConfigError(f"{variable} is {asked!r}; it must be a port, 1 to 65535")
+    return free_port(int(asked))
 
 
 def _start_proxy(host: str, port: int, variables: dict[str, str]) -> None:

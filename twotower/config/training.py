@@ -135,8 +135,8 @@ class NegativesConfig(Section):
     uniform: NonNegativeInt = 0
     """Candidates drawn uniformly from the catalogue for each step, shared by all queries."""
     new_item_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """How often a drawn item without an example counts: with 1 as often as every other, which teaches that
-    nobody wants new items; less leaves them a chance, and lets those that nobody wants into more lists."""
+    """Weight of a drawn item without an example among the negatives: 1 is that of every other item, and
+    pushes new items out of the lists; less keeps more of them in, and more that nobody wants, too."""
     popular: NonNegativeInt = 0
     """Candidates drawn in proportion to popularity for each step, shared by all queries."""
     memory: NonNegativeInt = 0

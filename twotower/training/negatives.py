@@ -72,7 +72,8 @@ class CandidateSampler:
         """Return the correction of each shared candidate's logit in a step, float32 in the rows' shape.
 
         Every query has one positive of the batch as its own, so its negatives are the others. The positive's
-        logit is corrected in the same way, as in Yi et al.
+        logit is corrected in the same way, as in Yi et al. An item without an example
+        counts ``new_item_weight``.
 
         Args:
             item_rows: candidates of the step; -1 gets a number without meaning.
