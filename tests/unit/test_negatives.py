@@ -1,5 +1,7 @@
 """Drawn candidates, how often an item is expected, and the memory of past candidates."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -44,20 +46,34 @@ def test_an_item_that_can_not_be_a_candidate_has_a_correction_that_is_a_number()
         assert np.isfinite(sampler.log_q(np.array([0, 1, 2, -1]), batch, memory=0)).all()
 
 
-def test_an_item_without_an_example_counts_as_often_as_it_is_told_to() -> None:
-    """Against the sum over the catalogue in which such an item, and no other, has that weight."""
+@pytest.mark.parametrize("unchosen", ["negative", "new"])
+def test_what_nobody_chose_is_a_negative_like_any_other_or_none(unchosen: Literal["negative", "new"]) -> None:
+    """Against the sum over the catalogue in which such an item is, or is not."""
     scores = np.array([0.3, 3.0, -1.0, 0.5, 1.5, 2.5, -0.4])
     rng = np.random.default_rng(2)
-    for weight in (1.0, 0.25, 0.01):
-        config = NegativesConfig(uniform=50, popular=20, new_item_weight=weight)
-        sampler = CandidateSampler(COUNTS, config, seed=1)
-        sums = []
-        for step in range(3_000):
-            rows = np.concatenate([rng.choice(len(COUNTS), 30, p=COUNTS / COUNTS.sum()), sampler.draw(step)])
-            # One of a batch is each query's own positive, so 31 of them make 30 negatives.
-            sums.append(np.exp(scores[rows] - sampler.log_q(rows, batch=31, memory=0)).sum())
-        whole = np.exp(scores) @ np.where(COUNTS == 0, weight, 1.0)
-        assert np.mean(sums) == pytest.approx(whole, rel=0.02)
+    sampler = CandidateSampler(COUNTS, NegativesConfig(uniform=50, popular=20, unchosen=unchosen), seed=1)
+    sums, drawn = [], set()
+    for step in range(3_000):
+        rows = np.concatenate([rng.choice(len(COUNTS), 30, p=COUNTS / COUNTS.sum()), sampler.draw(step)])
+        drawn.update(rows.tolist())
+        # One of a batch is each query's own positive, so 31 of them make 30 negatives.
+        sums.append(np.exp(scores[rows] - sampler.log_q(rows, batch=31, memory=0)).sum())
+    counts = np.exp(scores) * ((COUNTS > 0) | (unchosen == "negative"))
+    assert np.mean(sums) == pytest.approx(counts.sum(), rel=0.02)
+    assert drawn == set(np.flatnonzero(counts))
+    expected = sampler.expected_count(np.arange(len(COUNTS)), batch=31, memory=0)
+    assert expected.sum() == pytest.approx(31 + 70)
+
+
+def test_one_row_stands_for_what_nobody_chose_where_it_is_drawn() -> None:
+    drawn, new = NegativesConfig(uniform=5), NegativesConfig(uniform=5, unchosen="new")
+    for config, counts, row in (
+        (drawn, COUNTS, 1 + int(np.flatnonzero(COUNTS == 0)[0])),
+        (new, COUNTS, 0),
+        (NegativesConfig(), COUNTS, 0),
+        (drawn, np.maximum(COUNTS, 1), 0),
+    ):
+        assert CandidateSampler(counts, config, seed=1).unchosen_row == row
 
 
 def test_a_step_draws_the_same_on_every_rank_and_another_step_others() -> None:

@@ -125,7 +125,7 @@ NO_MATTER = {
     "train.metrics.every_steps": "what is written: test_journal",
     "train.metrics.tensorboard": "what is written: test_journal",
     "train.metrics.mlflow": "what is written: test_journal",
-    "train.negatives.new_item_weight": "of items without an example: test_training_loop",
+    "train.negatives.unchosen": "of items without an example: test_training_loop",
     "train.validation.metric": "which epoch is the best one: below",
 }
 

@@ -14,14 +14,14 @@ from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules, known
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, TrainingError
-from twotower.model.batch import Bag, forget
+from twotower.model.batch import Bag, FeatureBatch, forget
 from twotower.model.checkpoint import weights_of
 from twotower.schema import KINDS, SPLITS
 from twotower.training.checks import check_sizes
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.loop import StepReport, Trainer
-from twotower.training.validation import encode_catalogue, validation_queries
+from twotower.training.validation import validation_queries
 
 
 def with_train(config: Config, **train: object) -> Config:
@@ -387,27 +387,34 @@ def test_known_positives_are_those_of_the_fitted_split(small_dataset: Dataset) -
         assert offsets[-1] == offsets[-2] == len(rows) > 5  # padding has none
 
 
-def test_drawn_negatives_teach_that_new_items_are_unwanted_as_far_as_they_are_told_to(
-    small_values: Callable[..., dict], tmp_path: Path
+@pytest.mark.parametrize("unchosen", ["negative", "new"])
+def test_drawn_negatives_bury_what_nobody_chose_and_nothing_that_comes_later(
+    unchosen: str, small_values: Callable[..., dict], tmp_path: Path
 ) -> None:
     values = small_values(tmp_path)
     values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
     config = parse_config(values)
     dataset = prepare(config)
-    gaps = []
-    for weight in (1.0, 0.01):
-        negatives = {"uniform": 100, "new_item_weight": weight}
-        trainer = Trainer(with_train(config, negatives=negatives), dataset, World(), "train")
+    negatives = {"uniform": 200, "unchosen": unchosen}
+    trainer = Trainer(with_train(config, negatives=negatives), dataset, World(), "train")
+    for _ in range(3):
         trainer.run_epoch()
-        trainer.run_epoch()
-        examples = Examples.of(dataset, trainer.inputs, "train")
-        new = examples.item_counts() == 0
-        assert new.sum() > 3
-        queries = trainer.model.encode_queries(examples.latest_queries(np.arange(50)))
-        vectors = encode_catalogue(trainer.model, trainer.inputs, trainer.world)
-        scores = (queries.numpy() @ vectors.T).mean(axis=0)
-        gaps.append(scores[~new].mean() - scores[new].mean())
-    assert gaps[0] > gaps[1] + 0.02
+    examples = Examples.of(dataset, trainer.inputs, "train")
+    never = examples.item_counts() == 0
+    assert never.sum() > 3
+    queries = trainer.model.encode_queries(examples.latest_queries(np.arange(50))).numpy()
+
+    def score(batch: FeatureBatch) -> float:
+        return float((queries @ trainer.model.encode_items(batch).numpy().T).mean())
+
+    in_catalogue = trainer.inputs.items(np.flatnonzero(never))
+    later = {**in_catalogue, "item_id": forget(in_catalogue["item_id"], torch.ones(never.sum()) > 0)}
+    chosen = score(trainer.inputs.items(np.flatnonzero(~never)))
+    assert score(later) > chosen - 0.1
+    if unchosen == "negative":
+        assert score(in_catalogue) < score(later) - 0.05
+    else:
+        assert score(in_catalogue) == pytest.approx(score(later))
 
 
 @pytest.mark.parametrize(("rate", "with_features"), [(0.05, True), (0.0, True), (0.05, False)])

@@ -134,9 +134,9 @@ class NegativesConfig(Section):
 
     uniform: NonNegativeInt = 0
     """Candidates drawn uniformly from the catalogue for each step, shared by all queries."""
-    new_item_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Weight of a drawn item without an example among the negatives: 1 is that of every other item, and
-    pushes new items out of the lists; less keeps more of them in, and more that nobody wants, too."""
+    unchosen: Literal["negative", "new"] = "negative"
+    """What a catalogue item without an example is, where candidates are drawn: a negative as any other, that
+    the model learns to leave out of lists, or as new as an item of after the training, and not drawn."""
     popular: NonNegativeInt = 0
     """Candidates drawn in proportion to popularity for each step, shared by all queries."""
     memory: NonNegativeInt = 0

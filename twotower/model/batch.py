@@ -146,16 +146,17 @@ def bag_of(value: Bag | Sequences | torch.Tensor) -> Bag | None:
     return value if isinstance(value, Bag) else None
 
 
-def forget(bag: Bag, forgotten_B: torch.Tensor) -> Bag:
+def forget(bag: Bag, forgotten_B: torch.Tensor, row: int | torch.Tensor = UNKNOWN_ROW) -> Bag:
     """Return the bag of an id feature with some of its rows made those of the unknown id.
 
     Args:
         bag: of an id feature, [B, L]; L is 1, or the number of hashes of a hashed table.
         forgotten_B: [B] bool, which rows.
+        row: of the table, that is read instead; [] int64 where it is a tensor.
     """
     # The unknown id is one row of the table, also where another id is the sum of several.
     ids_L = torch.full(bag.ids.shape[1:], -1, dtype=bag.ids.dtype, device=bag.ids.device)
-    ids_L[0] = UNKNOWN_ROW
+    ids_L[0] = row
     rows_B1 = forgotten_B[:, None]
     weights_L = (ids_L >= 0).to(bag.weights.dtype)
     return Bag(torch.where(rows_B1, ids_L, bag.ids), torch.where(rows_B1, weights_L, bag.weights))

@@ -24,7 +24,7 @@ from torch import nn
 
 from twotower.model.batch import Bag, forget
 from twotower.model.hashing import hashed_rows
-from twotower.schema import IdFeature
+from twotower.schema import UNKNOWN_ROW, IdFeature
 
 RIDGE = 0.01
 """Added to the diagonal of the features' correlations."""
@@ -37,6 +37,7 @@ class UnknownItems(nn.Module):
     """
 
     untrained: torch.Tensor
+    unchosen_row: torch.Tensor
 
     def __init__(self, width: int, tables: Mapping[str, int], num_rows: int) -> None:
         """Make what is not fitted.
@@ -51,6 +52,8 @@ class UnknownItems(nn.Module):
         for name, dim in tables.items():
             self.maps.register_buffer(name, torch.zeros(width + 1, dim))
         self.register_buffer("untrained", torch.zeros(num_rows, dtype=torch.bool))
+        # Where no training has drawn them as negatives, these items are as unknown as those that come later.
+        self.register_buffer("unchosen_row", torch.tensor(UNKNOWN_ROW))
 
     @property
     def tables(self) -> dict[str, torch.Tensor]:
@@ -67,10 +70,10 @@ class UnknownItems(nn.Module):
         return {name: torch.addmm(w[-1], features, w[:-1]) for name, w in self.tables.items()}
 
     def known(self, bag: Bag) -> Bag:
-        """Return a bag of item ids, one each, with those that were not trained made the unknown id."""
+        """Return a bag of item ids, one each, in which one row stands for all that have no example."""
         if not len(self.untrained):
             return bag
-        return forget(bag, self.untrained[bag.ids[:, 0].clamp(min=0)])
+        return forget(bag, self.untrained[bag.ids[:, 0].clamp(min=0)], self.unchosen_row)
 
 
 @dataclass(frozen=True)

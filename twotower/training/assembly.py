@@ -18,7 +18,7 @@ import torch
 from twotower.config import Config
 from twotower.model.batch import Bag, FeatureBatch, Sequences, forget, leave_out, part_of, pinned, to_device
 from twotower.model.dropout import column_keys, row_keys, uniform
-from twotower.schema import FeatureSchema, FittedFeature, HistoryFeature, IdFeature
+from twotower.schema import UNKNOWN_ROW, FeatureSchema, FittedFeature, HistoryFeature, IdFeature
 from twotower.training.batches import IntArray, Share
 from twotower.training.collectives import World
 from twotower.training.negatives import CandidateMemory, CandidateSampler
@@ -129,11 +129,12 @@ class Assembler:
         queries = _forgetful(schema.query, examples.queries(share.rows), query_keys)
         queries = self._keyed(queries, query_keys, step)
         queries = _with_items_left_out(schema, queries, query_keys)
-        new = None
+        unchosen = None
         if schema.new_items_by_features:
             # As the index has them: what no example has is a negative by its features.
-            new = torch.from_numpy((rows >= 0) & self._sampler.without_example[rows])
-        items = _forgetful(schema.item, examples.inputs.items(rows), item_keys, new)
+            unchosen = torch.from_numpy((rows >= 0) & self._sampler.unchosen[rows])
+        inputs = examples.inputs.items(rows)
+        items = _forgetful(schema.item, inputs, item_keys, unchosen, self._sampler.unchosen_row)
 
         in_use = self._memory_in_use(step)
         shared = np.concatenate([share.item_rows, drawn], axis=1).ravel()
@@ -215,7 +216,11 @@ def _with_own(left_out: tuple[IntArray, IntArray] | None, own: IntArray) -> tupl
 
 
 def _forgetful(
-    features: list[FittedFeature], batch: FeatureBatch, keys: torch.Tensor, always: torch.Tensor | None = None
+    features: list[FittedFeature],
+    batch: FeatureBatch,
+    keys: torch.Tensor,
+    unchosen: torch.Tensor | None = None,
+    unchosen_row: int = UNKNOWN_ROW,
 ) -> FeatureBatch:
     """Replace a share of the ids of an id feature by the unknown id, to train its row too.
 
@@ -223,15 +228,16 @@ def _forgetful(
         features: of a side.
         batch: its input.
         keys: [rows] int64, of the rows.
-        always: [rows] bool, what is replaced whatever the draw.
+        unchosen: [rows] bool, items without an example; none where not given.
+        unchosen_row: of the table, that these read whatever the draw.
     """
     for feature in features:
         spec = feature.spec
         if isinstance(spec, IdFeature) and spec.unknown_rate > 0:
             value = batch[spec.name]
             assert isinstance(value, Bag)
-            forgotten = uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate
-            batch[spec.name] = forget(value, forgotten if always is None else forgotten | always)
+            value = forget(value, uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate)
+            batch[spec.name] = value if unchosen is None else forget(value, unchosen, unchosen_row)
     return batch
 
 

@@ -138,7 +138,8 @@ class Trainer:
         sampler = CandidateSampler(self.source.item_counts(), negatives, config.seed)
         self.assemble = Assembler(config, world, sampler, self._memory)
         self.compute = Step(self.model, config, world, self._memory)
-        self._fit_unknown = UnknownItemsFit(dataset.schema, self.source.item_counts())
+        counts = self.source.item_counts()
+        self._fit_unknown = UnknownItemsFit(dataset.schema, counts, sampler.unchosen_row)
         self._validation = None
         if fit == "train":
             rules = Rules.of(dataset, config.evaluation.repeats)

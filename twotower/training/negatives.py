@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from twotower.config.training import NegativesConfig
+from twotower.schema import UNKNOWN_ROW
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,18 +28,20 @@ class CandidateSampler:
     """Draws shared candidates, and knows how often an item is expected among those of a step.
 
     Every probability of sampling is here: that of being a positive of a step, from which the batch and the
-    memory come, and that of being drawn by popularity, where an item without any example counts as if it had
-    one.
+    memory come, and that of being drawn, by popularity or uniformly. An item without an example is drawn as
+    if it had one, or not at all where ``negatives.unchosen`` is ``new``.
     """
 
     def __init__(self, item_counts: IntArray, config: NegativesConfig, seed: int) -> None:
         """Take how many examples each catalogue item has, [N] int64, at least one of all of them."""
         self._positive = item_counts / item_counts.sum()
-        self.without_example = item_counts == 0
+        self.unchosen = item_counts == 0
         """[N] bool, items that are no positive."""
-        self._cumulated = np.cumsum(np.maximum(item_counts, 1))
-        by_popularity = np.maximum(item_counts, 1) / self._cumulated[-1]
-        self._drawn = config.popular * by_popularity + config.uniform / len(item_counts)
+        weights = item_counts if config.unchosen == "new" else np.maximum(item_counts, 1)
+        self._drawable = np.flatnonzero(weights)
+        self._cumulated = np.cumsum(weights)
+        by_popularity = weights / self._cumulated[-1]
+        self._drawn = config.popular * by_popularity + config.uniform * (weights > 0) / len(self._drawable)
         self._config = config
         self._seed = seed
 
@@ -47,10 +50,20 @@ class CandidateSampler:
         """M, the candidates drawn for each step."""
         return self._config.uniform + self._config.popular
 
+    @property
+    def unchosen_row(self) -> int:
+        """Row of the table of item ids that stands for every item without an example.
+
+        Where such items are drawn as negatives it is that of the first of them: the unknown id, which items
+        read that come later, must not learn that nobody wants them. Elsewhere it is the unknown id's.
+        """
+        drawn = self.num_drawn > 0 and self._config.unchosen == "negative" and self.unchosen.any()
+        return UNKNOWN_ROW + 1 + int(self.unchosen.argmax()) if drawn else UNKNOWN_ROW
+
     def draw(self, step: int) -> IntArray:
         """Return the drawn candidates of a step, [M] int64 item rows: the same on every rank."""
         random = np.random.default_rng([self._seed, 3, step])
-        uniform = random.integers(0, len(self._positive), self._config.uniform)
+        uniform = self._drawable[random.integers(0, len(self._drawable), self._config.uniform)]
         ticket = random.integers(0, self._cumulated[-1], self._config.popular)
         popular = np.searchsorted(self._cumulated, ticket, side="right")
         return np.concatenate([uniform, popular]).astype(np.int64)
@@ -72,8 +85,7 @@ class CandidateSampler:
         """Return the correction of each shared candidate's logit in a step, float32 in the rows' shape.
 
         Every query has one positive of the batch as its own, so its negatives are the others. The positive's
-        logit is corrected in the same way, as in Yi et al. An item without an example
-        counts ``new_item_weight``.
+        logit is corrected in the same way, as in Yi et al.
 
         Args:
             item_rows: candidates of the step; -1 gets a number without meaning.
@@ -82,8 +94,7 @@ class CandidateSampler:
         """
         expected = self.expected_count(item_rows, batch - 1, memory)
         # Nothing is expected where an example is alone: there is no other candidate, and 0 is a number.
-        log_q = np.log(expected, out=np.zeros_like(expected), where=expected > 0)
-        return log_q - self.without_example[item_rows] * np.float32(np.log(self._config.new_item_weight))
+        return np.log(expected, out=np.zeros_like(expected), where=expected > 0)
 
 
 class CandidateMemory:

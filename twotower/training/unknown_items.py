@@ -25,13 +25,15 @@ IntArray = npt.NDArray[np.int64]
 class UnknownItemsFit:
     """Fits ``TwoTower.unknown_items`` to the rows that have been trained."""
 
-    def __init__(self, schema: FeatureSchema, item_counts: IntArray) -> None:
+    def __init__(self, schema: FeatureSchema, item_counts: IntArray, unchosen_row: int) -> None:
         """See which items have examples.
 
         Args:
             schema: of the model.
             item_counts: [N] int64, examples of each item in an epoch.
+            unchosen_row: of the table of item ids, that the item tower reads for items without an example.
         """
+        self._unchosen_row = unchosen_row
         trained = np.flatnonzero(item_counts)
         # Spread over the catalogue, and the same on every rank.
         self._fitted = trained[:: max(-(-len(trained) // _FITTED), 1)]
@@ -49,6 +51,7 @@ class UnknownItemsFit:
         rows = torch.from_numpy(self._untrained + UNKNOWN_ROW + 1).to(world.device)
         # Weights that a training starts from may be of one that did not know other items.
         unknown.untrained.zero_()
+        unknown.unchosen_row.fill_(self._unchosen_row)
         if self._marks and len(unknown.untrained):
             unknown.untrained[rows] = True
         if not unknown.tables:
@@ -102,4 +105,8 @@ class UnknownItemsFit:
                 mine[name][first - begin : first - begin + len(items)] = vectors[name]
         for name, share in mine.items():
             table = model.tables[name].data
-            table[rows] = gather(share, world)[: len(rows)].to(table.dtype)
+            found = gather(share, world)[: len(rows)].to(table.dtype)
+            if name == ITEM_IDS and self._unchosen_row != UNKNOWN_ROW:
+                # It stands for all of them in the item tower, and is trained.
+                found[rows == self._unchosen_row] = table[self._unchosen_row]
+            table[rows] = found
