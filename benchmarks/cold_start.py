@@ -55,7 +55,7 @@ FIRST = 10
 
 def main() -> None:
     """Hold items out, then users; train and measure."""
-    quick = measure.start("New items and new users, on ml-latest-small.", 2)
+    quick = measure.start("New items and new users, on ml-latest-small.", 1)
     extra = ["train.epochs=1"] if quick else []
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
