@@ -185,10 +185,13 @@ def main() -> None:
     parser.add_argument("--config", default=str(BASE), help="the base (configs/movielens.yaml)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the base")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="settings whose name has one of these")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, of one thread each")
     options = measure.options(parser)
     quick, seeds = options.quick, options.seeds[:1] if options.quick else options.seeds
-    names = list(SETTINGS)[:2] if quick else list(SETTINGS)
+    words = options.only or [""]
+    names = [name for name in SETTINGS if name == "base" or any(word in name for word in words)]
+    names = names[:2] if quick else names
     found: dict[str, dict[int, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as root:
         own = [f"storage.root={root}", "train.num_workers=1", *(["train.epochs=1"] if quick else [])]
