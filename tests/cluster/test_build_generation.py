@@ -195,7 +195,10 @@ def test_a_broken_tower_and_a_foreign_vocabulary_are_refused(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = TwoTower(small_dataset.schema, config.model, config.train.loss.temperature, seed=1)
-    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights_of(model).items()}
+    weights = {
+        name: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+        for name, tensor in weights_of(model).items()
+    }
     (tmp_path / "nan").mkdir()
     write_checkpoint(tmp_path / "nan", weights, small_dataset, config, {})
     with pytest.raises(ConfigError, match=r"^vector \d+ holds NaN"):

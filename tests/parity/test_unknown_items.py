@@ -43,7 +43,7 @@ def test_ranks_fit_what_one_process_fits(size: int, small_config: Config, tmp_pa
     values = copy.deepcopy(small_config.to_json())
     values["storage"]["root"] = str(tmp_path)
     values["data"]["source"] |= {"num_items": 401, "num_interactions": 1_500}
-    values["train"]["num_workers"] = 1
+    values["train"] |= {"num_workers": 1, "negatives": {"uniform": 50}}
     config = parse_config(values)
     dataset = prepare(config)
     alone = fitted(config, dataset)
