@@ -12,7 +12,7 @@ tenth, the warm ones, the first ten items. These are the history of a request, a
 no target was trained on; ``..._over_trained_on`` is over users whose every item was an example.
 
 ``only_new_recall_at_100`` is of requests whose history has nothing but new items, those that the user had
-before a last tenth, whose items are the targets; ``..._ignored`` is where they count for nothing.
+before the validation split, whose items are the targets; ``..._ignored`` is where they count for nothing.
 ``validation_...`` are of the training without the new items, of all users.
 """
 
@@ -41,6 +41,7 @@ from twotower.evaluation.ranking import rank_block
 from twotower.model.described import describe_items
 from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.model.unknown_items import DescribedItems
+from twotower.schema import SPLITS
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 from twotower.training.validation import encode_catalogue
@@ -92,6 +93,15 @@ class _Arrivals:
     time: NDArray[np.int64]
     weight: NDArray[np.float32]
 
+    @property
+    def is_new(self) -> NDArray[np.bool_]:
+        """[n] bool, interactions with an item that came later."""
+        return self.item >= self.num_known
+
+    def rows(self, user: int) -> NDArray[np.int64]:
+        """Return the places of a user's interactions."""
+        return np.arange(*np.searchsorted(self.user_row, [user, user + 1]))
+
     def queries(self, histories: list[NDArray[np.int64]], users: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the vectors of queries that know some interactions each, the latest first."""
         dataset = self.dataset
@@ -113,11 +123,9 @@ class _Arrivals:
 def _new_items(base: Config, plain: Dataset, root: Path, seed: int) -> dict[str, float]:
     """Return what becomes of items that came after the training, and of histories of nothing else."""
     arrived = _arrivals(base, plain, root / f"items-{seed}", seed)
-    is_new = arrived.item >= arrived.num_known
-    begin = np.searchsorted(arrived.user_row, np.arange(arrived.dataset.num_users + 1))
-    users, histories, had, relevant = [], [], [], []
+    is_new, users, histories, had, relevant = arrived.is_new, [], [], [], []
     for user in np.unique(arrived.user_row[is_new]):
-        rows = np.arange(begin[user], begin[user + 1])
+        rows = arrived.rows(user)
         first = arrived.time[rows[is_new[rows]]].min()
         before = rows[arrived.time[rows] < first]
         users.append(user)
@@ -142,19 +150,20 @@ def _new_items(base: Config, plain: Dataset, root: Path, seed: int) -> dict[str,
 
 
 def _only_new(arrived: _Arrivals) -> tuple[float, float]:
-    """Return recall@100 of a user's last tenth by two new items or more before it, and by nothing."""
-    is_new = arrived.item >= arrived.num_known
-    begin = np.searchsorted(arrived.user_row, np.arange(arrived.dataset.num_users + 1))
-    users, histories, had, relevant = [], [], [], []
-    for user in np.unique(arrived.user_row[is_new]):
-        rows = np.arange(begin[user], begin[user + 1])
-        held = arrived.time[rows] >= np.quantile(arrived.time[rows], 0.9, method="higher")
-        before = rows[~held & is_new[rows]]
-        wanted = np.setdiff1d(arrived.item[rows[held & ~is_new[rows]]], arrived.item[rows[~held]])
-        if len(before) >= 2 and len(wanted):
+    """Return recall@100 of the validation items by two new items or more before them, and by nothing."""
+    log, users, histories, had, relevant = arrived.dataset.interactions, [], [], [], []
+    for user in np.unique(arrived.user_row[arrived.is_new]):
+        part = slice(int(log.user_offsets[user]), int(log.user_offsets[user + 1]))
+        items, held = log.item_row[part].astype(np.int64), log.split[part] == SPLITS["validation"]
+        wanted = np.setdiff1d(items[held], items[~held])
+        if not len(wanted):
+            continue
+        rows = arrived.rows(user)
+        before = rows[arrived.is_new[rows] & (arrived.time[rows] < log.time[part][held].min())]
+        if len(before) >= 2:
             users.append(user)
             histories.append(before[::-1])
-            had.append(np.unique(arrived.item[rows[~held]]))
+            had.append(np.union1d(items[~held], arrived.item[before]))
             relevant.append(wanted)
     nobody = np.full(len(users), -1)
     read, ignored = (

@@ -49,6 +49,7 @@ SETTINGS: dict[str, list[str]] = {
     "batch norm in the towers": ["model.query_tower.norm=batch", "model.item_tower.norm=batch"],
     "no residual": ["model.query_tower.residual=none", "model.item_tower.residual=none"],
     "linear towers": ["model.query_tower.hidden=[]", "model.item_tower.hidden=[]"],
+    "history: the first alone": ["history."],
     "history: every item": ["history.item_dropout=0"],
     "history: 80% of the items left out": ["history.item_dropout=0.8"],
     "history: mean": ["history.pooling=mean"],
@@ -109,7 +110,8 @@ def changed(path: str, overrides: Sequence[str], setting: Sequence[str]) -> Conf
     Args:
         path: the file.
         overrides: of its keys.
-        setting: overrides too, of which ``history.KEY`` is of every history feature and ``user_id`` adds one.
+        setting: overrides too, of which ``history.KEY`` is of the first history, beside which no other stays,
+            and ``user_id`` adds a feature.
     """
     ours = [change for change in setting if change.startswith(("history.", "user_id"))]
     values = load_config(path, [*overrides, *(c for c in setting if c not in ours)]).to_json()
@@ -118,9 +120,11 @@ def changed(path: str, overrides: Sequence[str], setting: Sequence[str]) -> Conf
         if key == "user_id":
             values["features"]["query"].append({"name": "user_id", "type": "id", "dim": 32})
             continue
-        for feature in values["features"]["query"]:
-            if feature["type"] == "history":
-                feature[key] = value if key == "pooling" else float(value)
+        features = values["features"]["query"]
+        first = next(feature for feature in features if feature["type"] == "history")
+        values["features"]["query"] = [f for f in features if f is first or f["type"] != "history"]
+        if key:
+            first[key] = value if key == "pooling" else float(value)
     return parse_config(values)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from twotower.config.training import NegativesConfig
+from twotower.config.training import MinedConfig, NegativesConfig
 from twotower.training.negatives import CandidateMemory, CandidateSampler
 
 COUNTS = np.array([500, 0, 30, 200, 7, 1, 262])
@@ -65,10 +65,14 @@ def test_what_nobody_chose_is_a_negative_like_any_other_or_none(unchosen: Litera
     assert expected.sum() == pytest.approx(31 + 70)
 
 
-def test_one_row_stands_for_what_nobody_chose_where_it_is_drawn() -> None:
+def test_one_row_stands_for_what_nobody_chose_where_it_may_be_a_negative() -> None:
     drawn, new = NegativesConfig(uniform=5), NegativesConfig(uniform=5, unchosen="new")
+    first = 1 + int(np.flatnonzero(COUNTS == 0)[0])
     for config, counts, row in (
-        (drawn, COUNTS, 1 + int(np.flatnonzero(COUNTS == 0)[0])),
+        (drawn, COUNTS, first),
+        (NegativesConfig(popular=5), COUNTS, first),
+        (NegativesConfig(explicit=1), COUNTS, first),
+        (NegativesConfig(mined=MinedConfig(per_query=1)), COUNTS, first),
         (new, COUNTS, 0),
         (NegativesConfig(), COUNTS, 0),
         (drawn, np.maximum(COUNTS, 1), 0),

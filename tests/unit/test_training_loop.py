@@ -417,6 +417,24 @@ def test_drawn_negatives_bury_what_nobody_chose_and_nothing_that_comes_later(
         assert score(in_catalogue) == pytest.approx(score(later))
 
 
+@pytest.mark.parametrize("unchosen", ["negative", "new"])
+def test_a_query_s_own_negative_that_nobody_chose_teaches_the_unknown_id_nothing(
+    unchosen: str, small_values: Callable[..., dict], tmp_path: Path
+) -> None:
+    values = small_values(tmp_path)
+    values["data"]["source"] |= {"num_items": 400, "num_interactions": 1_500}
+    values["features"]["item"][0]["unknown_rate"] = 1e-9
+    config = parse_config(values)
+    negatives = {"mined": {"per_query": 1}, "unchosen": unchosen}
+    trainer = Trainer(with_train(config, negatives=negatives), prepare(config), World(), "train")
+    never = np.flatnonzero(trainer.source.item_counts() == 0)
+    trainer.assemble.mined = np.full((trainer.source.rows_per_epoch, 1), never[-1], np.int32)
+    share = next(trainer.source.shares(0))
+    batch = trainer.assemble(share, 0)
+    ids = batch.items.features["item_id"].ids[batch.num_shared :, 0]
+    assert ids.tolist() == ([never[0] + 1] * len(share.rows) if unchosen == "negative" else [])
+
+
 @pytest.mark.parametrize(("rate", "with_features"), [(0.05, True), (0.0, True), (0.05, False)])
 def test_an_item_that_no_example_has_is_encoded_by_its_features(
     rate: float, with_features: bool, small_values: Callable[..., dict], tmp_path: Path

@@ -135,8 +135,8 @@ class NegativesConfig(Section):
     uniform: NonNegativeInt = 0
     """Candidates drawn uniformly from the catalogue for each step, shared by all queries."""
     unchosen: Literal["negative", "new"] = "negative"
-    """What a catalogue item without an example is, where candidates are drawn: a negative as any other, that
-    the model learns to leave out of lists, or as new as an item of after the training, and not drawn."""
+    """Whether a catalogue item without an example may be a negative, drawn, explicit or mined, so that the
+    model learns to leave it out of lists, or is as new as an item that comes after the training."""
     popular: NonNegativeInt = 0
     """Candidates drawn in proportion to popularity for each step, shared by all queries."""
     memory: NonNegativeInt = 0

@@ -147,7 +147,7 @@ def bag_of(value: Bag | Sequences | torch.Tensor) -> Bag | None:
 
 
 def forget(bag: Bag, forgotten_B: torch.Tensor, row: int | torch.Tensor = UNKNOWN_ROW) -> Bag:
-    """Return the bag of an id feature with some of its rows made those of the unknown id.
+    """Return the bag of an id feature in which some of the ids are the unknown one, or one of another row.
 
     Args:
         bag: of an id feature, [B, L]; L is 1, or the number of hashes of a hashed table.

@@ -195,6 +195,8 @@ class Assembler:
             # An explicit negative that is mined too is one negative.
             gone = (share.rows < 0)[:, None] | (mined[:, :, None] == own[:, None, :]).any(2)
             own = np.concatenate([own, np.where(gone, -1, mined)], axis=1)
+        if self._negatives.unchosen == "new":
+            own = np.where((own >= 0) & self._sampler.unchosen[own], -1, own)
         return own
 
     def _memory_in_use(self, step: int) -> IntArray:
@@ -222,7 +224,9 @@ def _forgetful(
     unchosen: torch.Tensor | None = None,
     unchosen_row: int = UNKNOWN_ROW,
 ) -> FeatureBatch:
-    """Replace a share of the ids of an id feature by the unknown id, to train its row too.
+    """Replace a share of the ids of an id feature by the unknown id, and unchosen items by what they read.
+
+    So the rows of both are trained as the others are.
 
     Args:
         features: of a side.

@@ -34,31 +34,29 @@ class CandidateSampler:
 
     def __init__(self, item_counts: IntArray, config: NegativesConfig, seed: int) -> None:
         """Take how many examples each catalogue item has, [N] int64, at least one of all of them."""
+        self._config = config
+        self._seed = seed
         self._positive = item_counts / item_counts.sum()
         self.unchosen = item_counts == 0
         """[N] bool, items that are no positive."""
         weights = item_counts if config.unchosen == "new" else np.maximum(item_counts, 1)
         self._drawable = np.flatnonzero(weights)
+        may_be_negative = self.num_drawn + config.explicit + config.mined.per_query > 0
+        own_row = may_be_negative and config.unchosen == "negative" and self.unchosen.any()
+        self.unchosen_row = UNKNOWN_ROW + 1 + int(self.unchosen.argmax()) if own_row else UNKNOWN_ROW
+        """Row of the table of item ids that stands for every item without an example.
+
+        Where such items may be negatives it is that of the first of them: the unknown id, which items read
+        that come later, must not learn that nobody wants them. Elsewhere it is the unknown id's.
+        """
         self._cumulated = np.cumsum(weights)
         by_popularity = weights / self._cumulated[-1]
         self._drawn = config.popular * by_popularity + config.uniform * (weights > 0) / len(self._drawable)
-        self._config = config
-        self._seed = seed
 
     @property
     def num_drawn(self) -> int:
         """M, the candidates drawn for each step."""
         return self._config.uniform + self._config.popular
-
-    @property
-    def unchosen_row(self) -> int:
-        """Row of the table of item ids that stands for every item without an example.
-
-        Where such items are drawn as negatives it is that of the first of them: the unknown id, which items
-        read that come later, must not learn that nobody wants them. Elsewhere it is the unknown id's.
-        """
-        drawn = self.num_drawn > 0 and self._config.unchosen == "negative" and self.unchosen.any()
-        return UNKNOWN_ROW + 1 + int(self.unchosen.argmax()) if drawn else UNKNOWN_ROW
 
     def draw(self, step: int) -> IntArray:
         """Return the drawn candidates of a step, [M] int64 item rows: the same on every rank."""
