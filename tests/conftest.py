@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from twotower.environment import apply_environment
 
     apply_environment()
+    # A shell starts what runs in the background with these ignored, and every child would ignore them too.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     config.pluginmanager.register(_RealDataSummary(), "realdata-summary")
     config.pluginmanager.register(NoSockets(), "no-sockets")
     # A busy machine is no fault of what is tested.

@@ -22,8 +22,6 @@ _PROBE = """
 import os, signal, sys, time
 from pathlib import Path
 from jobs import command
-# A shell starts what runs in the background with SIGINT ignored, these tests too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 def work(config, arguments):
     {work}
 sys.exit(command.run('probe', None, work, argv=sys.argv[1:]))
