@@ -139,9 +139,8 @@ def _lane(file: str) -> str | None:
 
 
 def _lanes_apart(items: list[pytest.Item]) -> None:
-    """Let what runs on Ray begin first, since it takes longest, and services last, so that two of them start
-    beside each other and not beside a training."""
-    order = ("training", "cluster", None, "own services", "service")
+    """Let lanes begin first, the longest of them at once: what is left of other files fills all processes."""
+    order = ("training", "cluster", "own services", "service", None)
 
     def place(item: pytest.Item) -> tuple[int, bool]:
         file = item.nodeid.partition("::")[0]
