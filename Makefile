@@ -32,8 +32,7 @@ serve: $(STAMP)  ## Serve the published generation of CONFIG on 127.0.0.1 until 
 	@$(BIN)/python -m jobs.serve --config $(CONFIG) $(ARGS)
 
 test: $(STAMP)  ## Run all tests (tests that need a GPU or the MovieLens mirror say why they do not run)
-	@# More processes than cores: tests wait for others most of the time.
-	@$(PYTEST) -n 3
+	@$(PYTEST) -n 2
 
 test-fast: $(STAMP)  ## Run the tests that take no Ray, no sockets and little time
 	@$(PYTEST) -n 2 -m "not (sockets or slow)" tests/property tests/unit

@@ -25,19 +25,14 @@ from tests.sockets import NoSockets
 ROOT = Path(__file__).parents[1]
 TIERS = ("unit", "property", "parity", "cluster", "http", "browser", "golden")
 OF_LANE = {"cluster": "cluster", "http": "service", "browser": "service"}
-"""Folders that one process of pytest-xdist runs one after the other, with its Ray and its service. Of other
-files any process runs the next."""
-TRAININGS = {f"tests/cluster/test_{name}.py" for name in ("priority", "quality", "train", "tune")}
-"""Files that train on Ray: a lane beside the one of what else is done on it, which takes about as long."""
+"""Folders that one process of pytest-xdist runs one after the other, with its Ray and its service: of
+``cluster`` every test wants all CPUs. Of other files any process runs the next."""
 OWN_SERVICES = {
     f"tests/http/test_serve_{name}.py" for name in ("hardened", "operations", "redeploy", "sharded", "stop")
 }
 """Files that start services of their own: a lane beside the one of the service that all others ask."""
-NO_SERVER = {
-    *(f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")),
-    "tests/browser/test_report.py",
-}
-"""Files of these folders that ask the application without a server, or a page, and start no Ray."""
+NO_SERVER = {f"tests/http/test_serve_{name}.py" for name in ("limits", "secrets", "workers")}
+"""Files of these folders that ask the application without a server, and start no Ray."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -133,14 +128,13 @@ def _folder(item: pytest.Item) -> str:
 def _lane(file: str) -> str | None:
     if file in NO_SERVER:
         return None
-    if file in TRAININGS:
-        return "training"
     return "own services" if file in OWN_SERVICES else OF_LANE.get(file.split("/")[1])
 
 
 def _lanes_apart(items: list[pytest.Item]) -> None:
-    """Let lanes begin first, the longest of them at once: what is left of other files fills all processes."""
-    order = ("training", "cluster", "own services", "service", None)
+    """Let what runs on Ray begin first, since it takes longest, and services last, so that two of them start
+    beside each other and not beside a training."""
+    order = ("cluster", None, "own services", "service")
 
     def place(item: pytest.Item) -> tuple[int, bool]:
         file = item.nodeid.partition("::")[0]
