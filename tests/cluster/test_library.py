@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,32 @@ import twotower as tt
 from twotower.artefacts import read_manifest
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
-from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.generation import Generation
 
+ADDRESSES = (None, "auto")
 
-def test_one_process_and_one_worker_of_ray_write_the_same(
-    ray_local: None, small_values: Callable[..., dict[str, Any]], small_dataset: Dataset, tmp_path: Path
+
+@pytest.fixture(scope="module")
+def both(
+    ray_local: None,
+    small_values: Callable[..., dict[str, Any]],
+    small_dataset: Dataset,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[tt.Config, tt.Checkpoints]]:
+    """Configuration and checkpoints of this process, and those of Ray."""
+    few = {"train.epochs": 1, "evaluation.baselines": ["popularity"]}
+    trained = []
+    for address in ADDRESSES:
+        root = tmp_path_factory.mktemp(address or "here")
+        config = tt.configure(few, base=parse_config(small_values(root)))
+        trained.append((config, tt.train(config, small_dataset, address=address)))
+    return trained
+
+
+def test_one_process_and_one_worker_of_ray_train_the_same(
+    both: list[tuple[tt.Config, tt.Checkpoints]],
 ) -> None:
-    def way(name: str, address: str | None) -> tuple[Path, Path, tt.Report]:
-        config = parse_config(small_values(tmp_path / name))
-        checkpoints = tt.train(config, small_dataset, address=address)
-        generation = tt.build(config, small_dataset, checkpoints, address=address)
-        report = tt.evaluate(config, small_dataset, checkpoints, address=address)
-        return checkpoints.served, generation, report
-
-    (here, here_generation, here_report), (there, there_generation, there_report) = (
-        way("here", None),
-        way("there", "auto"),
-    )
+    here, there = (checkpoints.served for _, checkpoints in both)
     assert here.name == there.name
     weights = [safetensors.torch.load_file(path / "model.safetensors") for path in (here, there)]
     assert weights[0].keys() == weights[1].keys()
@@ -41,14 +48,21 @@ def test_one_process_and_one_worker_of_ray_write_the_same(
     assert manifests[0].keys() == manifests[1].keys()
     for first, second in zip(*(m["history"] for m in manifests), strict=True):
         assert first | {"seconds": 0} == pytest.approx(second | {"seconds": 0}, abs=1e-6)
-    # The weights are the same to the bit where neither way computes in another order.
-    assert (Checkpoint.open(here).fingerprint == Checkpoint.open(there).fingerprint) == (
-        here_generation.name == there_generation.name
-    )
-    found, wanted = Generation.open(here_generation), Generation.open(there_generation)
+
+
+def test_one_process_and_ray_build_and_measure_the_same(
+    both: list[tuple[tt.Config, tt.Checkpoints]], small_dataset: Dataset
+) -> None:
+    generations, reports = [], []
+    for address, (config, checkpoints) in zip(ADDRESSES, both, strict=True):
+        built = tt.build(config, small_dataset, checkpoints, address=address)
+        generations.append(Generation.open(built, verify=True))
+        reports.append(tt.evaluate(config, small_dataset, checkpoints, address=address))
+    found, wanted = generations
+    assert found.id == wanted.id
     assert set(found.manifest["files"]) == set(wanted.manifest["files"])
     rows = np.arange(small_dataset.num_catalogue_items)
     np.testing.assert_allclose(found.searcher().vectors(rows), wanted.searcher().vectors(rows), atol=1e-6)
-    assert here_report.by_ranker.keys() == there_report.by_ranker.keys()
-    for ranker, metrics in here_report.by_ranker.items():
-        assert metrics == pytest.approx(there_report.by_ranker[ranker], abs=2e-3, rel=2e-3)
+    assert reports[0].by_ranker.keys() == reports[1].by_ranker.keys()
+    for ranker, metrics in reports[0].by_ranker.items():
+        assert metrics == pytest.approx(reports[1].by_ranker[ranker], abs=2e-3, rel=2e-3)
