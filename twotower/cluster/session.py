@@ -29,9 +29,9 @@ _LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasm
 
 
 @contextlib.contextmanager
-def session(config: Config) -> Iterator[None]:
-    """Have Ray inside the block; what the block started is stopped at its end."""
-    started = connect(config)
+def session(config: Config, address: str | None = None) -> Iterator[None]:
+    """Have Ray inside the block; what the block started is stopped at its end. See ``connect``."""
+    started = connect(config, address)
     try:
         yield
     finally:
@@ -39,22 +39,29 @@ def session(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
-def connect(config: Config) -> bool:
+def connect(config: Config, address: str | None = None) -> bool:
     """Join the cluster of RAY_ADDRESS or the one running on this machine, else start Ray here.
+
+    Args:
+        config: for a Ray that is started here.
+        address: of a cluster to be joined, or "local" to start Ray here; as above when it is not given, or
+            "auto". A Ray that this process is connected to already is used in any case.
 
     Returns:
         whether this call initialised Ray, so that its caller has to shut it down.
 
     Raises:
-        ConfigError: RAY_ADDRESS names a cluster that does not answer, or RAY_TMPDIR no usable folder.
+        ConfigError: the address is of a cluster that does not answer, or RAY_TMPDIR no usable folder.
         SystemFaultError: Ray did not start, twice.
     """
     if ray.is_initialized():
         return False
     quiet()
-    address = _address()
+    remedy = "give HOST:PORT of its head, start it, or give no address"
+    if address is None or address == "auto":
+        address, remedy = _address(), "give HOST:PORT of its head, start it, or unset RAY_ADDRESS"
     if address != "local":
-        _join(address)
+        _join(address, remedy)
         say(f"Ray: joined the cluster at {address}")
         return True
     cpus = config.cluster.local_num_cpus
@@ -77,8 +84,7 @@ def connect(config: Config) -> bool:
     return True
 
 
-def _join(address: str) -> None:
-    remedy = "give HOST:PORT of its head, start it, or unset RAY_ADDRESS"
+def _join(address: str, remedy: str) -> None:
     try:
         _knock(address)
         with _without_words():
