@@ -137,10 +137,10 @@ def gpu_findings(listed: list[str], usable: int, faiss_gpu: bool) -> Iterator[Fi
         faiss_gpu: whether FAISS's GPU build is installed.
     """
     if not listed and not usable:
-        yield ok("gpu", "devices", "none")
+        yield ok("gpu", "GPU", "none")
         return
     for line in listed:
-        yield ok("gpu", "devices", line)
+        yield ok("gpu", "GPU", line)
     if usable < len(listed):
         yield warning(
             "gpu",

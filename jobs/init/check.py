@@ -35,7 +35,7 @@ class _First:
 
     def __init__(self, source: Files, max_rows: int) -> None:
         self._source, self._max_rows = source, max_rows
-        self.num_rows = None
+        self.num_rows: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

@@ -129,6 +129,7 @@ def _use(column: Column, is_title: bool) -> Use:
 def _number(column: Column, told: str) -> Use:
     assert column.numbers is not None
     in_text = column.is_text
+    feature: dict[str, Any]
     if names.has(column.name, names.ID) and not names.has(column.name, names.CLASS):
         if column.distinct > 0.5 * column.present:
             return Use(column, None, None, f"it looks like an id of something else, {told}")

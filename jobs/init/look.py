@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import glob
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from os.path import commonpath
 from pathlib import Path
 
 import numpy as np
@@ -188,13 +188,13 @@ def read(path: str, max_rows: int) -> Table:
     num_rows, whole, bad = 0, True, BadRows("drop")
     for file in files:
         for batch, _ in file.batches(names, bad):
-            if num_rows >= max_rows:
-                whole = False
-                break
+            whole = num_rows + batch.num_rows <= max_rows
             batch = batch.slice(0, max_rows - num_rows)
             num_rows += batch.num_rows
             for name, array in zip(names, batch.columns, strict=True):
                 parts[name].append(cells.text_of(array)[0])
+            if not whole:
+                break
         if not whole:
             break
     if not num_rows:
@@ -266,11 +266,17 @@ def _grouped(paths: Sequence[str]) -> list[str]:
 def _as_glob(members: list[str]) -> list[str]:
     if len(members) == 1:
         return members
-    begin = commonpath(members)
-    end = commonpath([member[::-1] for member in members])[::-1]
+    begin = _beginning(members)
+    end = _beginning([member[::-1] for member in members])[::-1]
     end = end[max(0, len(begin) + len(end) - min(map(len, members))) :]
     pattern = f"{begin}*{end}"
     return [pattern] if sorted(glob.glob(pattern)) == sorted(members) else members
+
+
+def _beginning(texts: list[str]) -> str:
+    """Return what all texts begin with."""
+    columns = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in columns)
 
 
 def shared(one: Column, other: Column) -> float:

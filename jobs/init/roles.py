@@ -216,13 +216,13 @@ def _pair_score(user: Column, item: Column) -> float:
 
 def _tell_ids(log: Log, scored: list[tuple[float, Column, Column]]) -> None:
     best = scored[0][0]
-    for role, at, hints in (("user", 1, names.USER), ("item", 2, names.ITEM)):
-        chosen = log.user if at == 1 else log.item
-        rivals = dict.fromkeys(
-            entry[at].name
-            for entry in scored
-            if entry[at] is not chosen and best - entry[0] < _NEAR and entry[at] not in (log.user, log.item)
-        )
+    near = [(user, item) for score, user, item in scored if best - score < _NEAR]
+    users, items = [user for user, _ in near], [item for _, item in near]
+    for role, chosen, columns, hints in (
+        ("user", log.user, users, names.USER),
+        ("item", log.item, items, names.ITEM),
+    ):
+        rivals = dict.fromkeys(column.name for column in columns if column not in (log.user, log.item))
         if rivals:
             log.unsure.append(
                 f"the {role} could be {' or '.join(rivals)} of {log.table.path} as well; {chosen.name} is "
