@@ -1,6 +1,6 @@
 """Encoding: the catalogue through Ray Data, files to files, over a bare torch loop.
 
-``ray_over_bare``: rows/s of ``twotower.cluster.encode`` with one actor over a plain loop in this process with
+``ray_over_bare``: rows/s of ``pipeline.encode`` on Ray with one actor over a plain loop in this process with
 the same batch, features, tower and one thread; the cluster is up, all else counts: starting the actor,
 loading the model, grouping by shard, flushing to disk. ``two_over_two``: two actors over two such loops that
 run at the same time and share nothing, each on half of the files.
@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks import measure
-from twotower.cluster.encode import encode_catalogue
+from twotower.cluster.native_log import without_native_log
+from twotower.cluster.runner import OnRay
 from twotower.cluster.session import session
 from twotower.config import Config, parse_config
 from twotower.data.dataset import ITEM_ROW, Dataset
@@ -29,6 +30,7 @@ from twotower.index.parts import save_array
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.features import encode_columns, item_batch
 from twotower.model.towers import TwoTower
+from twotower.pipeline.encode import encode_catalogue
 from twotower.retrieval.catalogue import Catalogue
 
 DIM = 128
@@ -78,7 +80,7 @@ def main() -> None:
         dataset = prepare(config)
         checkpoint = _checkpoint(config, dataset, Path(root) / "checkpoint")
         catalogue = _catalogue(dataset, Path(root), num_items)
-        with session(config):
+        with without_native_log(), session(config):
             for turn in range(repeats):
                 for key, workers in (("ray_over_bare", 1), ("two_over_two", 2)):
                     if workers == 2 and turn:
@@ -89,7 +91,7 @@ def main() -> None:
                         begin = time.perf_counter()
                         if name == "ray":
                             config = configuration(root, workers)
-                            encode_catalogue(checkpoint.path, catalogue, out, config, SHARDS)
+                            encode_catalogue(checkpoint.path, catalogue, out, config, SHARDS, OnRay(config))
                         else:
                             _bare_loops(checkpoint.path, catalogue.paths, out, workers)
                         seconds[name] = time.perf_counter() - begin

@@ -6,7 +6,7 @@
 ``rank_over_bare``: the ranking alone, masks included.
 
 Vectors are random; how many items users have had, and take next, is spread as on Gowalla. Ours is what an
-actor of ``cluster.evaluate`` does with its ranges of users after their encoding, and what is made of its
+actor of ``pipeline.evaluate`` does with its ranges of users after their encoding, and what is made of its
 files.
 """
 
@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import measure
-from twotower.cluster.pool import ranges
 from twotower.config import parse_config
 from twotower.data.knowledge import Holdout
 from twotower.evaluation.comparison import Measure, Outcome, compare
 from twotower.evaluation.lists import ItemFacts
 from twotower.evaluation.outcomes import Outcomes, write_outcomes
 from twotower.evaluation.ranking import rank_block
+from twotower.pipeline.runner import ranges
 
 USERS, ITEMS, DIM, K = 29_858, 40_981, 64, 20
 TRAIN, TEST = 810_128, 217_242

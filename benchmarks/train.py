@@ -3,6 +3,9 @@
 ``ray_over_bare``: one Ray Train worker through ``twotower.cluster.train``, with its usual reports, against a
 bare torch loop over the same examples, features, model, loss and optimisers.
 
+``library_over_ray``: the same training in this process, as ``twotower.train`` runs it without Ray, over that
+worker.
+
 ``sequence_ray_over_bare``: the same with a causal transformer over the history (2 blocks, d = 64, L = 50) and
 batches of 128 windows of 50 positions.
 
@@ -202,13 +205,22 @@ def bare(config: Config, dataset: Dataset, steps: int, processes: int) -> float:
     return sum(found)
 
 
-def through_ray(config: Config, dataset: Dataset, first: int, last: int) -> float:
-    """Return the examples/s of Ray Train's workers between two steps, from the metrics they write."""
-    from twotower.cluster.train import train
+def through_ray(config: Config, dataset: Dataset, first: int, last: int, without: bool = False) -> float:
+    """Return the examples/s of Ray Train's workers between two steps, from the metrics they write.
+
+    Args:
+        config: of the training.
+        dataset: prepared.
+        first: step from which is counted.
+        last: step to which is counted.
+        without: train in this process instead, without Ray.
+    """
+    from twotower.cluster.train import on_ray
+    from twotower.pipeline.train import in_this_process, train
 
     with tempfile.TemporaryDirectory() as root:
         here = config.model_copy(update={"storage": config.storage.model_copy(update={"root": root})})
-        train(here, dataset, fit="all")
+        train(here, dataset, fit="all", engine=in_this_process if without else on_ray())
         (lines,) = (here.home / "logs").glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in Path(lines).read_text().splitlines()]
     at = {row["step"]: datetime.fromisoformat(row["time"]) for row in rows if "loss" in row}
@@ -234,7 +246,7 @@ def main() -> None:
     two_steps, two_repeats = (10, 1) if quick else (30, 5)
     sequence_steps, sequence_repeats = (10, 1) if quick else (30, 7)
     small, large, windows = (256, 1024, 16) if quick else (1024, 8192, WINDOWS)
-    names_of_runs = ("bare", "ray", "bare_sequence", "ray_sequence", "ceiling", "two")
+    names_of_runs = ("bare", "ray", "library", "bare_sequence", "ray_sequence", "ceiling", "two")
     found: dict[str, list[float]] = {name: [] for name in names_of_runs}
     with tempfile.TemporaryDirectory() as root:
         one = configuration(root, round(small * (steps + WARM_UP + 1) * 1.15), small, 1)
@@ -246,6 +258,7 @@ def main() -> None:
             found["bare"].append(bare(one, data[1], steps, 1))
             while another(len(found["ray"]), repeats, ONE_BY_S):
                 found["ray"].append(through_ray(one, data[1], WARM_UP, WARM_UP + steps))
+                found["library"].append(through_ray(one, data[1], WARM_UP, WARM_UP + steps, without=True))
                 found["bare"].append(bare(one, data[1], steps, 1))
             found["bare_sequence"].append(bare(sequence, data["sequence"], sequence_steps, 1))
             while another(len(found["ray_sequence"]), sequence_repeats, SEQUENCE_BY_S):
@@ -263,12 +276,14 @@ def main() -> None:
 
     ratios = {
         "ray_over_bare": over_bare("ray", "bare"),
+        "library_over_ray": [a / b for a, b in zip(found["library"], found["ray"], strict=True)],
         "sequence_ray_over_bare": over_bare("ray_sequence", "bare_sequence"),
         "two_over_ceiling": [a / b for a, b in zip(found["two"], found["ceiling"], strict=True)],
     }
     names = {
         "bare": f"bare loop, batch {small}",
         "ray": f"one Ray Train worker, batch {small}",
+        "library": f"this process without Ray, batch {small}",
         "bare_sequence": f"bare loop, {windows} windows of {LENGTH} positions",
         "ray_sequence": f"one Ray Train worker, {windows} windows of {LENGTH} positions",
         "ceiling": f"two unconnected processes, batch {large}",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
@@ -42,8 +41,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     return command.Result(path=generation, metrics=stages.index_metrics(generation), details=details)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("build_index", __doc__, work, add_arguments, argv)
+JOB = command.Job("build_index", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

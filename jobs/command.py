@@ -1,11 +1,12 @@
 """The command line that all jobs share: configuration in, one library call, one JSON line out.
 
-A job's module holds ``work(config, arguments) -> Result`` and calls :func:`run`. Progress goes to stderr. The
-last line on stdout is ``TWOTOWER_RESULT`` and one JSON object. Exit codes: 0 done, 1 the machine, a disk, the
-network or Ray refused something (or a defect, with its stack trace), 2 bad configuration or input, 3 refused
-by a gate, 130 interrupted by Ctrl-C, 143 stopped by SIGTERM, 129 by SIGHUP. A job imports Ray and the
-``twotower.cluster`` modules inside ``work``, since Ray reads its environment when it is imported and that is
-set here first.
+A job's module holds ``work(config, arguments) -> Result`` and a :class:`Job` that names it; ``python -m
+jobs.NAME`` and the command ``twotower`` both call :meth:`Job.run`. Progress goes to stderr. The last line on
+stdout is ``TWOTOWER_RESULT`` and one JSON object; with ``--json`` that object is all of stdout. Exit codes: 0
+done, 1 the machine, a disk, the network or Ray refused something (or a defect, with its stack trace), 2 bad
+configuration or input, 3 refused by a gate, 130 interrupted by Ctrl-C, 143 stopped by SIGTERM, 129 by SIGHUP.
+A job imports Ray and the ``twotower.cluster`` modules inside ``work``, since Ray reads its environment when
+it is imported and that is set here first.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from jobs import output
 from jobs.reference import config_reference
+from twotower import progress
 from twotower.config import Config, load_config
 from twotower.environment import apply_environment
-from twotower.errors import ConfigError
+from twotower.environment import check_storage as check_storage
 from twotower.faults import explain
 from twotower.progress import note
 
@@ -46,6 +48,10 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     lines: Sequence[str] = ()
     """Lines for people, printed on stdout before the result line."""
+    exit_code: int = 0
+    """The exit code of a job that did its work, and found something that its caller has to know."""
+    remark: str | None = None
+    """What that is, for stderr."""
 
     def to_json(self, job: str) -> dict[str, Any]:
         """Return the object of the result line."""
@@ -64,6 +70,92 @@ Work = Callable[[Config, argparse.Namespace], Result]
 Arguments = Callable[[argparse.ArgumentParser], None]
 
 
+@dataclass(frozen=True)
+class Job:
+    """One command: what it is called, what it takes, what it does."""
+
+    name: str
+    """Name of the module below ``jobs``."""
+    description: str | None
+    """Help text: the module's docstring."""
+    work: Work
+    """Does the job."""
+    arguments: Arguments | None = None
+    """Adds the job's own arguments to the parser."""
+    default_config: str | None = None
+    """The file read without ``--config``; built-in defaults when not given."""
+    reads_config: bool = True
+    """Whether it takes ``--config`` and ``--set``; ``work`` gets the built-in defaults otherwise."""
+    local: bool = False
+    """Whether it only looks around on this machine: any storage root is taken, and the result line is left
+    out, which is for ``ray job submit``."""
+
+    def run(self, argv: Sequence[str] | None = None, program: str | None = None) -> int:
+        """Run the job and return its exit code.
+
+        Args:
+            argv: the command line without the program; that of the process when not given.
+            program: how the job was called, for messages; ``python -m jobs.NAME`` when not given.
+        """
+        label = program or f"jobs.{self.name}"
+        options = self.parser(program).parse_intermixed_args(argv)
+        apply_environment()
+        _stopped.clear()
+        stop_on_sigterm()
+        try:
+            with progress.quieted(options.quiet):
+                result = self._result(options)
+        except KeyboardInterrupt:
+            return _ended(label, "interrupted; run it again to go on", EXIT_INTERRUPTED)
+        except SystemExit as stop:
+            # Inside a call of Ray the code becomes 1, and Ray's own handler exits with the signal's number.
+            number = _stopped[-1] if _stopped else signal.SIGTERM
+            if not _stopped and stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
+                raise
+            return _ended(
+                label, f"stopped by {signal.Signals(number).name}; run it again to go on", 128 + number
+            )
+        except Exception as error:
+            return failed(label, error, options.debug)
+        if result.remark is not None:
+            return _ended(label, result.remark, result.exit_code)
+        return result.exit_code
+
+    def parser(self, program: str | None = None) -> argparse.ArgumentParser:
+        """Return the parser of the job's command line."""
+        parser = argparse.ArgumentParser(
+            prog=program or f"python -m jobs.{self.name}",
+            description=_spoken(self.description, program),
+            epilog=config_reference() if self.reads_config else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if self.reads_config:
+            add_config(parser, self.default_config)
+        parser.add_argument("--result", metavar="FILE", type=Path, help="write the result as JSON here too")
+        add_common(parser)
+        if self.arguments is not None:
+            self.arguments(parser)
+        return parser
+
+    def _result(self, options: argparse.Namespace) -> Result:
+        output.check(options.result)
+        config = Config()
+        if self.reads_config:
+            config = load_config(options.config, [item for group in options.set for item in group])
+        if not self.local:
+            check_storage(config)
+        # Only the result belongs on stdout, whatever a library prints.
+        with _library_output(options.quiet) as elsewhere, contextlib.redirect_stdout(elsewhere):
+            result = self.work(config, options)
+        value = json.dumps(result.to_json(self.name), ensure_ascii=False, allow_nan=False)
+        lines = [value] if options.json else list(result.lines)
+        if not (self.local or options.json):
+            lines.append(f"{RESULT_PREFIX} {value}")
+        output.report(lines, value, options.result)
+        return result
+
+
 def run(
     job: str,
     description: str | None,
@@ -72,47 +164,28 @@ def run(
     argv: Sequence[str] | None = None,
     default_config: str | None = None,
 ) -> int:
-    """Run a job and return its exit code.
-
-    Args:
-        job: name of the module below ``jobs``.
-        description: help text, the module's docstring.
-        work: does the job.
-        arguments: adds the job's own arguments to the parser.
-        argv: the command line without the program; that of the process when not given.
-        default_config: the file read without ``--config``; built-in defaults when not given.
-    """
-    options = _parser(job, description, arguments, default_config).parse_intermixed_args(argv)
-    apply_environment()
-    _stopped.clear()
-    stop_on_sigterm()
-    try:
-        output.check(options.result)
-        config = load_config(options.config, [item for group in options.set for item in group])
-        check_storage(config)
-        # Only the result belongs on stdout, whatever a library prints.
-        with contextlib.redirect_stdout(sys.stderr):
-            result = work(config, options)
-        value = json.dumps(result.to_json(job), ensure_ascii=False, allow_nan=False)
-        output.report([*result.lines, f"{RESULT_PREFIX} {value}"], value, options.result)
-    except KeyboardInterrupt:
-        return _ended(job, "interrupted; run it again to go on", EXIT_INTERRUPTED)
-    except SystemExit as stop:
-        # Inside a call of Ray the code becomes 1, and Ray's own handler exits with the signal's number.
-        number = _stopped[-1] if _stopped else signal.SIGTERM
-        if not _stopped and stop.code not in (signal.SIGTERM, EXIT_TERMINATED):
-            raise
-        return _ended(job, f"stopped by {signal.Signals(number).name}; run it again to go on", 128 + number)
-    except Exception as error:
-        return failed(job, error, options.debug)
-    return 0
+    """Run a job that no module declares, and return its exit code; see :class:`Job`."""
+    return Job(job, description, work, arguments, default_config).run(argv)
 
 
-def failed(job: str, error: Exception, debug: bool) -> int:
+def _spoken(description: str | None, program: str | None) -> str:
+    """Return help text whose examples call the job as it was called."""
+    text = (description or "").strip()
+    if program is None:
+        return text
+    return re.sub(r"python -m jobs\.(\w+)", lambda found: f"twotower {found[1].replace('_', '-')}", text)
+
+
+def _library_output(quiet: bool) -> contextlib.AbstractContextManager[TextIO]:
+    """Return where goes what libraries print: stderr, or nowhere."""
+    return open(os.devnull, "w") if quiet else contextlib.nullcontext(sys.stderr)
+
+
+def failed(label: str, error: Exception, debug: bool) -> int:
     """Say what ended a job, and return its exit code.
 
     Args:
-        job: name of the module below ``jobs``.
+        label: how the job was called.
         error: what was raised. A defect is raised again: its stack trace is what a report of it needs.
         debug: show the stack trace of any other error too.
     """
@@ -121,74 +194,26 @@ def failed(job: str, error: Exception, debug: bool) -> int:
         raise error
     if debug:
         note("".join(traceback.format_exception(error)))
-    return _ended(job, str(told), told.exit_code)
+    return _ended(label, str(told), told.exit_code)
 
 
-def _ended(job: str, message: str, code: int) -> int:
-    note(f"\njobs.{job}: {message}\n")
+def _ended(label: str, message: str, code: int) -> int:
+    note(f"\n{label}: {message}\n")
     return code
 
 
-def check_storage(config: Config, environment: Mapping[str, str] | None = None) -> None:
-    """Check that every process of the job means the same folder by ``storage.root``.
+def add_config(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add ``--config`` and ``--set``.
 
-    Raises:
-        ConfigError: the root is a URL; or it is relative and the job was submitted to a cluster (it runs in a
-            copy of the working directory that is thrown away) or the cluster is on another machine.
+    Args:
+        parser: of a job.
+        default: the file read without ``--config``.
     """
-    environment = os.environ if environment is None else environment
-    root = config.storage.root
-    if "://" in root:
-        raise ConfigError(
-            f"storage.root ({root}) is a URL; artefacts live in a folder that every node sees: give its "
-            "path. Generations alone may live in a bucket, which storage.store names"
-        )
-    if Path(root).expanduser().is_absolute():
-        return
-    remedy = f"give an absolute folder that every node sees, such as --set storage.root=/shared/{root}"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment:
-        raise ConfigError(
-            f"storage.root ({root}) is relative, and a submitted job runs in a temporary copy of the working "
-            f"directory, where its results would be lost; {remedy}"
-        )
-    address = environment.get("RAY_ADDRESS", "")
-    if not _is_here(address):
-        raise ConfigError(
-            f"storage.root ({root}) is relative, and the cluster is on another machine "
-            f"(RAY_ADDRESS={address}); {remedy}"
-        )
-
-
-def _is_here(address: str) -> bool:
-    """Return whether RAY_ADDRESS names no other machine. Nothing is sent to it."""
-    if address in ("", "auto", "local"):
-        return True
-    host = address.split("://")[-1].split("/")[0].rpartition(":")[0].strip("[]") or address
-    try:
-        family, kind, protocol, _, resolved = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        # Only an address of this machine can be bound.
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(resolved)
-    except OSError:
-        return False
-    return True
-
-
-def _parser(
-    job: str, description: str | None, arguments: Arguments | None, default_config: str | None
-) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{job}",
-        description=(description or "").strip(),
-        epilog=config_reference(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        default=default_config,
-        help=f"YAML file ({default_config or 'built-in values'} when not given)",
+        default=default,
+        help=f"YAML file ({default or 'built-in values'} when not given)",
     )
     parser.add_argument(
         "--set",
@@ -199,11 +224,13 @@ def _parser(
         help="values that replace those of the file, such as train.epochs=5 train.loss.temperature=0.1; a "
         "text is taken as it is, a list is [64, 32], no value is null; of two for one key the later counts",
     )
-    parser.add_argument("--result", metavar="FILE", type=Path, help="write the result as JSON here too")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes: ``--quiet``, ``--json`` and ``--debug``."""
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr; errors are still said")
+    parser.add_argument("--json", action="store_true", help="only the result on stdout, as one line of JSON")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of whatever ends the job")
-    if arguments is not None:
-        arguments(parser)
-    return parser
 
 
 def stop_on_sigterm() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.artefacts import read_manifest
@@ -56,8 +55,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("evaluate", __doc__, work, add_arguments, argv)
+JOB = command.Job("evaluate", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
@@ -50,8 +49,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     return command.Result(path=config.home, details=details, lines=lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("forget", __doc__, work, add_arguments, argv)
+JOB = command.Job("forget", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

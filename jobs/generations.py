@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from jobs import command, stages
@@ -193,8 +192,8 @@ _ACTIONS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("generations", __doc__, work, add_arguments, argv)
+JOB = command.Job("generations", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

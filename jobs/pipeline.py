@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.artefacts import read_manifest
@@ -53,8 +52,8 @@ def run(config: Config, dataset: Dataset, force: bool = False) -> command.Result
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("pipeline", __doc__, work, stages.add_force, argv)
+JOB = command.Job("pipeline", __doc__, work, stages.add_force)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
@@ -26,8 +25,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     return command.Result(path=dataset.path, details=details)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("prepare", __doc__, work, argv=argv)
+JOB = command.Job("prepare", __doc__, work)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +122,8 @@ def _post(url: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return answer, elapsed_ms
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(
-        "quickstart", __doc__, work, argv=argv, default_config=str(_CONFIGS / "movielens.yaml")
-    )
+JOB = command.Job("quickstart", __doc__, work, default_config=str(_CONFIGS / "movielens.yaml"))
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.artefacts import read_manifest
@@ -54,8 +53,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     return command.Result(path=path / PARTS, details={"generation": generation.name, **counts})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("recommend", __doc__, work, add_arguments, argv)
+JOB = command.Job("recommend", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ def config_reference() -> str:
     return "\n".join(lines)
 
 
+def config_keys() -> list[str]:
+    """Return the dotted keys that ``--set`` takes, without those of only one kind of source or feature."""
+    keys = [key for key, _ in _walk(Config, "", {})]
+    return [key for key in keys if "[" not in key and "NAME" not in key]
+
+
 def _walk(
     model: type[BaseModel], prefix: str, features: dict[str, type[BaseModel]]
 ) -> Iterator[tuple[str, FieldInfo]]:

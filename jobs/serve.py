@@ -14,7 +14,6 @@ import signal
 import sys
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Self
 
@@ -66,29 +65,41 @@ class _Signals:
             raise _Stop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(
+        prog=program or "python -m jobs.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_config(found)
+    found.add_argument("--pointer", default="CURRENT", help="pointer of the store to serve")
+    command.add_common(found)
+    return found
+
+
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the scenario")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a value"
-    )
-    parser.add_argument("--pointer", default="CURRENT", help="pointer of the store to serve")
-    parser.add_argument("--debug", action="store_true", help="show the stack trace of whatever ends it")
-    options = parser.parse_args(argv)
+    options = parser(program).parse_args(argv)
     try:
-        config = load_config(options.config, options.set)
-        with _Signals() as signals:
-            progress.stage(f"serve {config.name}")
-            with running(config, options.pointer, connected=signals.catch) as url:
-                _announce(url, config.serve.demo)
-                signals.wait()
+        with progress.quieted(options.quiet):
+            _serve(options)
     except Exception as error:
-        return command.failed("serve", error, options.debug)
-    progress.say("stopped")
+        return command.failed(program or "jobs.serve", error, options.debug)
     return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    config = load_config(options.config, [item for group in options.set for item in group])
+    with _Signals() as signals:
+        progress.stage(f"serve {config.name}")
+        with running(config, options.pointer, connected=signals.catch) as url:
+            if options.json:
+                # There is no result at the end: what a script waits for is where to ask.
+                print(json.dumps({"job": "serve", "url": url, "pointer": options.pointer}), flush=True)
+            _announce(url, config.serve.demo)
+            signals.wait()
+    progress.say("stopped")
 
 
 def _announce(url: str, demo: bool) -> None:

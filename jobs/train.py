@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.artefacts import read_manifest
@@ -37,8 +36,8 @@ def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     return command.Result(path=checkpoints.served, metrics=metrics, details=details)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("train", __doc__, work, stages.add_dataset, argv)
+JOB = command.Job("train", __doc__, work, stages.add_dataset)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

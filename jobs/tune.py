@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import command, stages
@@ -35,48 +34,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Tune:
-    """The job; remembers how many trials failed, for the exit code."""
+def work(config: Config, arguments: argparse.Namespace) -> command.Result:
+    from twotower.cluster.tune import KIND, tune
 
-    def __init__(self) -> None:
-        self.num_failed = 0
-
-    def work(self, config: Config, arguments: argparse.Namespace) -> command.Result:
-        from twotower.cluster.tune import KIND, tune
-
-        if arguments.sweep is not None:
-            own = itertools.chain.from_iterable(arguments.set)
-            config = load_config(arguments.config, [*own], arguments.sweep)
-        # What is wrong with the parameters is told before any data is prepared.
-        trials_of(config)
-        dataset = stages.dataset_for(config, arguments.dataset)
-        stage("tune")
-        with stages.on_ray(config):
-            path = tune(config, dataset)
-        manifest = read_manifest(path, KIND)
-        self.num_failed = manifest["trials"].get("failed", 0)
-        best, k = manifest["best"], manifest["k"]
-        return command.Result(
-            path=path,
-            metrics={f"validation_recall@{k}": best["recall"], f"validation_ndcg@{k}": best["ndcg"]},
-            details={
-                "trials": manifest["trials"],
-                "best_trial": best["trial"],
-                "best_parameters": best["parameters"],
-                "best_checkpoint": best["checkpoint"],
-                "set": best["set_line"],
-            },
-            lines=[*(path / "sweep.txt").read_text().splitlines(), "", f"best: {best['set_line']}"],
-        )
+    if arguments.sweep is not None:
+        own = itertools.chain.from_iterable(arguments.set)
+        config = load_config(arguments.config, [*own], arguments.sweep)
+    # What is wrong with the parameters is told before any data is prepared.
+    trials_of(config)
+    dataset = stages.dataset_for(config, arguments.dataset)
+    stage("tune")
+    with stages.on_ray(config):
+        path = tune(config, dataset)
+    manifest = read_manifest(path, KIND)
+    num_failed = manifest["trials"].get("failed", 0)
+    best, k = manifest["best"], manifest["k"]
+    return command.Result(
+        path=path,
+        metrics={f"validation_recall@{k}": best["recall"], f"validation_ndcg@{k}": best["ndcg"]},
+        details={
+            "trials": manifest["trials"],
+            "best_trial": best["trial"],
+            "best_parameters": best["parameters"],
+            "best_checkpoint": best["checkpoint"],
+            "set": best["set_line"],
+        },
+        lines=[*(path / "sweep.txt").read_text().splitlines(), "", f"best: {best['set_line']}"],
+        exit_code=TrainingError.exit_code if num_failed else 0,
+        remark=f"{num_failed} trials failed; run it again to try them again" if num_failed else None,
+    )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    job = Tune()
-    code = command.run("tune", __doc__, job.work, add_arguments, argv)
-    if code == 0 and job.num_failed:
-        print(f"\njobs.tune: {job.num_failed} trials failed; run it again to try them again", file=sys.stderr)
-        return TrainingError.exit_code
-    return code
+JOB = command.Job("tune", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

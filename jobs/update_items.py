@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 
 from jobs import command, stages
 from twotower.config import Config
@@ -89,8 +88,8 @@ def _compacted(config: Config, generation: str, arguments: argparse.Namespace) -
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run("update_items", __doc__, work, add_arguments, argv)
+JOB = command.Job("update_items", __doc__, work, add_arguments)
+main, parser = JOB.run, JOB.parser
 
 
 if __name__ == "__main__":

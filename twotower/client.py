@@ -131,11 +131,15 @@ class ServiceError(TwotowerError):
 class Client:
     """A client of one service; threads may share it, and connections are kept open between calls.
 
-    Example::
+    What a service is asked is what ``Retriever`` answers in this process; the service answers from the
+    generation that is published. Calls raise ``ServiceError`` where there is no answer within ``timeout_s``
+    seconds, and where the service refuses the request.
 
-        with Client("http://127.0.0.1:8000", timeout_s=0.2) as client:
-            answer = client.retrieve(user_id="42", k=10, fields=["title"])
-            titles = [item.fields["title"] for item in answer.items]
+    Example:
+        >>> with tt.Client(url, timeout_s=5) as client:  # such as http://127.0.0.1:8000
+        ...     answer = client.retrieve(user_id="42", k=2, fields=["title"])
+        >>> answer.strategy, [item.fields["title"] for item in answer.items]
+        ('personal', ['Heat', 'Alien'])
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The environment variables that Ray must find before it is imported. This module does not import Ray.
+"""What must hold before Ray is imported: its environment variables, and one folder for all its processes.
 
 ``deploy/ray.env`` holds the same settings for a shell; it is read where it is there, so a value changed in
 that file is changed everywhere.
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+import socket
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from twotower.config import Config
+from twotower.errors import ConfigError
 
 RAY_ENV_PATH = Path(__file__).parents[1] / "deploy" / "ray.env"
 
@@ -57,3 +61,48 @@ def apply_environment(environment: MutableMapping[str, str] | None = None) -> di
         if not target.get(name):
             target[name] = value
     return {name: target[name] for name in settings}
+
+
+def check_storage(config: Config, environment: Mapping[str, str] | None = None) -> None:
+    """Check that every process of the job means the same folder by ``storage.root``.
+
+    Raises:
+        ConfigError: the root is a URL; or it is relative and the job was submitted to a cluster (it runs in a
+            copy of the working directory that is thrown away) or the cluster is on another machine.
+    """
+    environment = os.environ if environment is None else environment
+    root = config.storage.root
+    if "://" in root:
+        raise ConfigError(
+            f"storage.root ({root}) is a URL; artefacts live in a folder that every node sees: give its "
+            "path. Generations alone may live in a bucket, which storage.store names"
+        )
+    if Path(root).expanduser().is_absolute():
+        return
+    remedy = f"give an absolute folder that every node sees, such as --set storage.root=/shared/{root}"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment:
+        raise ConfigError(
+            f"storage.root ({root}) is relative, and a submitted job runs in a temporary copy of the working "
+            f"directory, where its results would be lost; {remedy}"
+        )
+    address = environment.get("RAY_ADDRESS", "")
+    if not _is_here(address):
+        raise ConfigError(
+            f"storage.root ({root}) is relative, and the cluster is on another machine "
+            f"(RAY_ADDRESS={address}); {remedy}"
+        )
+
+
+def _is_here(address: str) -> bool:
+    """Return whether RAY_ADDRESS names no other machine. Nothing is sent to it."""
+    if address in ("", "auto", "local"):
+        return True
+    host = address.split("://")[-1].split("/")[0].rpartition(":")[0].strip("[]") or address
+    try:
+        family, kind, protocol, _, resolved = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        # Only an address of this machine can be bound.
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(resolved)
+    except OSError:
+        return False
+    return True

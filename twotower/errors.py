@@ -25,6 +25,13 @@ class TwotowerError(Exception):
     """Base of every error that a person can act on; jobs print its message without a stack trace.
 
     Passwords and tokens in its message are hidden, wherever it is printed, logged or answered.
+
+    Example:
+        >>> try:
+        ...     tt.configure({"train.epoch": 5})
+        ... except tt.TwotowerError as error:
+        ...     print(error)
+        the configuration is not valid: ...epochs...
     """
 
     exit_code = 2

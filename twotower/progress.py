@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -24,13 +25,33 @@ _LINE = (
 _NO_TOTAL = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
 
 
+class _Switch:
+    """Whether this process shows anything, in all of its threads."""
+
+    quiet = False
+
+
+@contextlib.contextmanager
+def quieted(quiet: bool = True) -> Iterator[None]:
+    """Show no headings, lines and bars inside the block, where ``quiet`` says so; ``note`` still writes."""
+    before = _Switch.quiet
+    _Switch.quiet = quiet or before
+    try:
+        yield
+    finally:
+        _Switch.quiet = before
+
+
 def stage(title: str) -> None:
     """Print the heading of a stage."""
-    note(f"\n== {title}\n")
+    if not _Switch.quiet:
+        note(f"\n== {title}\n")
 
 
 def say(message: str) -> None:
     """Print one line."""
+    if _Switch.quiet:
+        return
     with tqdm.external_write_mode(file=sys.stderr):
         note(f"   {message}\n")
 
@@ -79,6 +100,7 @@ def bar(
         dynamic_ncols=terminal,
         initial=initial,
         leave=leave,
+        disable=_Switch.quiet,
     )
 
 

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from tests.generations import catalogue_vectors, plain_generation, untrained_checkpoint
-from twotower.cluster import build
-from twotower.cluster.build import build_generation, generation_id
-from twotower.cluster.encode import EncodeItems, encode_catalogue, load_vectors
+from twotower.cluster.build import build_generation
+from twotower.cluster.runner import OnRay
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
+from twotower.pipeline import build
+from twotower.pipeline.build import generation_id
+from twotower.pipeline.encode import EncodeItems, encode_catalogue, load_vectors
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.generation import Generation
 from twotower.retrieval.store import Store
@@ -89,7 +91,7 @@ def test_ray_encodes_as_one_process_does(
 ) -> None:
     out = tmp_path / "parts"
     catalogue = Catalogue.of(small_dataset)
-    parts = encode_catalogue(checkpoint.path, catalogue, out, config, num_shards, encoder)
+    parts = encode_catalogue(checkpoint.path, catalogue, out, config, num_shards, OnRay(config), encoder)
     assert len(parts) > 1
     assert (tmp_path / "died").exists() == (encoder is DyingEncoder)
     # Files of the attempt that died are gone.
@@ -108,7 +110,7 @@ def test_ray_encodes_as_one_process_does(
         for part in parts[2:]:
             Path(f"{part.path}.rows.npy").unlink()
         before = [Path(f"{part.path}.rows.npy").stat().st_mtime_ns for part in whole]
-        assert encode_catalogue(checkpoint.path, catalogue, out, config, num_shards) == parts
+        assert encode_catalogue(checkpoint.path, catalogue, out, config, num_shards, OnRay(config)) == parts
         assert [Path(f"{part.path}.rows.npy").stat().st_mtime_ns for part in whole] == before
         assert Path(f"{half.path}.rows.npy").is_file()
         assert (load_vectors(parts, small_dataset.num_catalogue_items) == found).all()
@@ -127,8 +129,9 @@ def test_items_are_counted_once(
     checkpoint: Checkpoint,
     tmp_path: Path,
 ) -> None:
+    catalogue, runner = Catalogue.of(small_dataset), OnRay(config)
     with pytest.raises(ArtefactError, match=message):
-        encode_catalogue(checkpoint.path, Catalogue.of(small_dataset), tmp_path / "parts", config, 2, encoder)
+        encode_catalogue(checkpoint.path, catalogue, tmp_path / "parts", config, 2, runner, encoder)
 
 
 def test_a_generation_built_on_ray_is_that_of_one_process(
@@ -261,9 +264,8 @@ def test_shards_reserve_gpus_where_those_have_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(build, "wants_gpu", lambda _: gpus)
     monkeypatch.setattr(build, "faiss_has_gpus", lambda: faiss_has_gpus)
-    assert build._on_gpu(config, factory, 24) is reserved
+    assert build._on_gpu(gpus, factory, 24) is reserved
     lines = capsys.readouterr().err
     assert said in lines
     assert bool(said) == bool(lines)

@@ -15,9 +15,8 @@ from tests import oracles
 from tests.generations import plain_generation
 from tests.report_content import Page
 from twotower.artefacts import has_manifest, read_manifest
-from twotower.cluster import evaluate as module
 from twotower.cluster.evaluate import evaluate, set_beside
-from twotower.cluster.pool import ranges, work_through
+from twotower.cluster.pool import work_through
 from twotower.config import parse_config
 from twotower.data.generated import true_scores
 from twotower.data.histories import Histories
@@ -26,6 +25,8 @@ from twotower.evaluation.side_by_side import report_of, set_side_by_side
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.model.towers import TwoTower
+from twotower.pipeline import evaluate as module
+from twotower.pipeline.runner import ranges
 
 FITTED = ["item_knn_cosine", "item_knn_tfidf", "ease", "ials"]
 RANKERS = ["model", "popularity", "recent_popularity", *FITTED, "true_model"]

@@ -15,11 +15,12 @@ from ray.train.torch import TorchTrainer
 
 from tests.streams import keys, keys_of, rows_of, uneven_dataset, with_train
 from twotower.cluster import ingest
-from twotower.cluster.ingest import BYTES_PER_INTERACTION, block_reader, choose_ingest, make_source
+from twotower.cluster.ingest import block_reader, choose_ingest, make_source
 from twotower.config import Config, parse_config
 from twotower.data.blocks import BlockIndex, read_blocks
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
+from twotower.pipeline.ingest import BYTES_PER_INTERACTION
 from twotower.schema import SPLITS
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs, fitted_part

@@ -297,7 +297,7 @@ def test_a_training_that_is_killed_interrupted_and_killed_at_its_end_ends_as_if_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("twotower.cluster.train._publish", killed)
+        patch.setattr("twotower.pipeline.train._publish", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config, small_dataset)
     assert not has_manifest(path)

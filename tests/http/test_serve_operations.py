@@ -213,7 +213,9 @@ def test_serve_run_and_serve_deploy(shop: Shop, cluster: Cluster, tmp_path: Path
 
     def deploy(num_replicas: int, max_k: int) -> None:
         deployment["num_replicas"] = num_replicas
-        application["args"] |= {"store": store, "max_k": max_k}
+        # A machine on which a replica starts beside other tests may take more than the default second.
+        limits = {"deadline_ms": 30_000}
+        application["args"] |= {"store": store, "max_k": max_k, "limits": limits}
         path.write_text(yaml.safe_dump(document))
         cluster.serve_and_wait("deploy", str(path), "-a", cluster.dashboard)
 

@@ -259,7 +259,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
 @pytest.mark.slow
 def test_what_ranks_and_trains_imports_nothing_to_draw_with():
-    code = "import sys, twotower.cluster.evaluate, twotower.evaluation.sweep; print(*sys.modules)"
+    code = "import sys, twotower.pipeline.evaluate, twotower.evaluation.sweep; print(*sys.modules)"
     done = run_apart(code)
     assert done.returncode == 0, done.stderr
     assert {"matplotlib", "scipy.stats", "tensorboardX"}.isdisjoint(done.stdout.split())

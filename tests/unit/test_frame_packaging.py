@@ -80,9 +80,11 @@ def test_the_installed_packages_that_are_pinned_have_the_pinned_version(flavour)
 
 def test_packages_are_listed_one_by_one():
     folders = {
-        str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "twotower").rglob("__init__.py")
+        str(p.parent.relative_to(ROOT)).replace("/", ".")
+        for root in ("twotower", "jobs", "serve")
+        for p in (ROOT / root).rglob("__init__.py")
     }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"jobs", "serve"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_python_and_licence():

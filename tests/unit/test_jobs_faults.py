@@ -245,7 +245,7 @@ def test_ray_that_does_not_start_is_tried_once_more(monkeypatch, capsys, failure
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
-    monkeypatch.setattr("twotower.cluster.session._running_cluster", lambda: None)
+    monkeypatch.setattr("twotower.cluster.session.running_cluster", lambda: None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setattr("ray.init", init)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from twotower import progress
-from twotower.cluster import watch
-from twotower.cluster.watch import Progress, Watch, epoch_line, progress_writer
+from twotower.pipeline import watch
+from twotower.pipeline.watch import Progress, Watch, epoch_line, progress_writer
 
 
 def report(epoch: int, **values: Any) -> dict[str, Any]:

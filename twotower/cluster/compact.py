@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from twotower.artefacts import building, fingerprint, finished, link_or_copy, locked, write_manifest
-from twotower.cluster.build import build_index, work_folder
-from twotower.cluster.session import session
+from twotower.cluster.runner import on_ray
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
+from twotower.pipeline.build import build_index, work_folder
 from twotower.progress import say
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.files import KIND, TOMBSTONES, list_files
@@ -63,12 +63,16 @@ def compact(config: Config, store: Store, generation_id: str) -> Path:
         if finished(directory, KIND, GenerationManifest):
             say(f"generation {name} is there already")
             return directory
-        with building(directory) as partial, work_folder(store.root, name) as work, session(config):
+        with (
+            building(directory) as partial,
+            work_folder(store.root, name) as work,
+            on_ray()(config) as runner,
+        ):
             shared = [n for n in base.manifest["files"] if n != TOMBSTONES and not n.startswith("shards/")]
             for file in shared:
                 link_or_copy(base.file(file), partial / file)
             catalogue = write_catalogue(base, work / "items")
-            index = build_index(settings, catalogue, checkpoint, partial, work)
+            index = build_index(settings, catalogue, checkpoint, partial, work, runner)
             write_manifest(
                 partial,
                 KIND,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -23,22 +23,12 @@ from twotower.config import Config
 from twotower.data.blocks import Block, block_of, read_table
 from twotower.data.dataset import Dataset
 from twotower.data.interactions import Interactions
-from twotower.progress import say
+from twotower.pipeline import ingest
+from twotower.pipeline.ingest import Ingest
 from twotower.training.collectives import World
 from twotower.training.examples import Fit, TowerInputs
-from twotower.training.loop import Source, memory_source
-from twotower.training.stream import ReadBlocks, StreamSource
-
-Ingest = Literal["memory", "stream"]
-
-BYTES_PER_INTERACTION = 100
-"""Memory of a worker for each interaction that it holds, at its peak while examples are made of them.
-
-Measured with two million: 58 to 70, and with explicit negatives 94 to 98; 48 to 57 stay, of which 22 are the
-columns and at most 8 the order of an epoch."""
-
-_SHARE_OF_NODE = 0.5
-"""Part of a node's memory that interactions may take; models, batches and the object store need the rest."""
+from twotower.training.loop import Source
+from twotower.training.stream import ReadBlocks
 
 _READERS = 2
 """Reading tasks of a worker at a time; one reads as fast as several workers train."""
@@ -56,32 +46,21 @@ def choose_ingest(config: Config, dataset: Dataset) -> Ingest:
         config: ``train.ingest`` and the workers.
         dataset: prepared.
     """
-    if config.train.ingest != "auto":
-        return config.train.ingest
-    total = int(dataset.counts["interactions"])
-    if config.train.negatives.mined.per_query:
-        say(f"ingest: memory (mining hard negatives needs all {total:,} interactions there)")
-        return "memory"
-    nodes = [(_workers_on(node, config), node["Resources"].get("memory", 0.0)) for node in ray.nodes()]
-    # Without a node that has room yet, the cluster will grow by ones that nothing is known of.
-    workers, memory = min((n for n in nodes if n[0]), key=lambda n: n[1] / n[0], default=(0, 0.0))
-    need = workers * total * BYTES_PER_INTERACTION
-    chosen: Ingest = "memory" if need <= _SHARE_OF_NODE * memory else "stream"
-    say(
-        f"ingest: {chosen} ({total:,} interactions in the memory of {workers} workers take "
-        f"{need / 2**30:.1f} GiB on a node of {memory / 2**30:.1f}; up to {_SHARE_OF_NODE:.0%} may be taken)"
-    )
-    return chosen
+
+    def room() -> tuple[int, float]:
+        nodes = [(_workers_on(node, config), node["Resources"].get("memory", 0.0)) for node in ray.nodes()]
+        # Without a node that has room yet, the cluster will grow by ones that nothing is known of.
+        return min((n for n in nodes if n[0]), key=lambda n: n[1] / n[0], default=(0, 0.0))
+
+    return ingest.choose_ingest(config, dataset, room)
 
 
 def make_source(
-    config: Config, dataset: Dataset, world: World, fit: Fit, ingest: Ingest
+    config: Config, dataset: Dataset, world: World, fit: Fit, chosen: Ingest
 ) -> Callable[[TowerInputs], Source]:
-    """Return what makes a training's source of batches, in a worker."""
-    if ingest == "memory":
-        return lambda inputs: memory_source(config, dataset, inputs, world, fit)
-    read = block_reader(dataset.path / "interactions.parquet")
-    return lambda inputs: StreamSource(dataset, inputs, config, world, fit, read)
+    """Return what makes a training's source of batches, in a worker; a stream is read through Ray Data."""
+    read = block_reader(dataset.path / "interactions.parquet") if chosen == "stream" else None
+    return ingest.make_source(config, dataset, world, fit, chosen, read)
 
 
 def block_reader(path: Path) -> ReadBlocks:

@@ -31,8 +31,6 @@ from twotower.faults import explain
 _ERROR = "error"
 _KEPT_S = 10.0
 """Seconds after its last part in which a process still keeps its worker, and the memory of it."""
-FEWEST = 64
-"""Users of a part that are not worth sharing out, where a part may be that large."""
 
 
 def work_through(
@@ -177,18 +175,6 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         context.enable_progress_bars = shown
-
-
-def ranges(count: int, config: Config) -> list[dict[str, int]]:
-    """Return ``start`` and ``stop`` of parts of ``count`` users: a few for each worker, none too large."""
-    step = part_size(count, config)
-    return [{"start": start, "stop": min(start + step, count)} for start in range(0, count, step)]
-
-
-def part_size(count: int, config: Config) -> int:
-    """Return the most users of a part of ``count`` users: a few parts for each worker, none too large."""
-    fair = -(-count // (4 * config.cluster.num_encoders))
-    return max(1, min(config.cluster.encode_batch_size, max(fair, FEWEST)))
 
 
 def pin_threads(threads: int) -> None:

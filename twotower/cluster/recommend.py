@@ -14,7 +14,7 @@ from typing import Any
 
 from twotower.artefacts import building, fingerprint, finished, remove, write_json, write_manifest
 from twotower.cluster.native_log import without_native_log
-from twotower.cluster.pool import FEWEST, part_size, ranges, work_through
+from twotower.cluster.pool import work_through
 from twotower.cluster.recommend_parts import (
     MAX_SHOWN,
     CheckQueries,
@@ -30,6 +30,7 @@ from twotower.data.item_files import read_item_ids
 from twotower.data.query_files import QueryFile, find_query_files, scan
 from twotower.errors import ConfigError, DataError, NotAllowedError
 from twotower.index.allowed import Allowed
+from twotower.pipeline.runner import FEWEST, part_size, ranges
 from twotower.progress import bar, say
 from twotower.retrieval.forget_lists import KIND as KIND
 from twotower.retrieval.forget_lists import RecommendationsManifest

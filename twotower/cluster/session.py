@@ -7,31 +7,25 @@ import functools
 import importlib
 import logging
 import os
-import socket
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
 
+from twotower.cluster.place import check_folder, folder, knock, running_cluster
 from twotower.config import Config
 from twotower.errors import ConfigError, SystemFaultError
 from twotower.progress import say
 
 _OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray: no vectors travel through it, only tables of features in blocks."""
-_KNOCK_S = 10.0
-_SOCKET_BYTES = 107
-_LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-"""What Ray puts below its folder, with the longest number of a process."""
 
 
 @contextlib.contextmanager
-def session(config: Config) -> Iterator[None]:
-    """Have Ray inside the block; what the block started is stopped at its end."""
-    started = connect(config)
+def session(config: Config, address: str | None = None) -> Iterator[None]:
+    """Have Ray inside the block; what the block started is stopped at its end. See ``connect``."""
+    started = connect(config, address)
     try:
         yield
     finally:
@@ -39,22 +33,29 @@ def session(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
-def connect(config: Config) -> bool:
+def connect(config: Config, address: str | None = None) -> bool:
     """Join the cluster of RAY_ADDRESS or the one running on this machine, else start Ray here.
+
+    Args:
+        config: for a Ray that is started here.
+        address: of a cluster to be joined, or "local" to start Ray here; as above when it is not given, or
+            "auto". A Ray that this process is connected to already is used in any case.
 
     Returns:
         whether this call initialised Ray, so that its caller has to shut it down.
 
     Raises:
-        ConfigError: RAY_ADDRESS names a cluster that does not answer, or RAY_TMPDIR no usable folder.
+        ConfigError: the address is of a cluster that does not answer, or RAY_TMPDIR no usable folder.
         SystemFaultError: Ray did not start, twice.
     """
     if ray.is_initialized():
         return False
     quiet()
-    address = _address()
+    remedy = "give HOST:PORT of its head, start it, or give no address"
+    if address is None or address == "auto":
+        address, remedy = _address(), "give HOST:PORT of its head, start it, or unset RAY_ADDRESS"
     if address != "local":
-        _join(address)
+        _join(address, remedy)
         say(f"Ray: joined the cluster at {address}")
         return True
     cpus = config.cluster.local_num_cpus
@@ -71,41 +72,20 @@ def connect(config: Config) -> bool:
         except Exception as again:
             raise SystemFaultError(
                 f"Ray did not start ({_reason(again)}); free memory and processors and run it again, or look "
-                f"at {_folder() / 'ray' / 'session_latest' / 'logs'}"
+                f"at {folder() / 'ray' / 'session_latest' / 'logs'}"
             ) from again
     say(f"Ray: started on this machine with {cpus} logical CPUs")
     return True
 
 
-def _join(address: str) -> None:
-    remedy = "give HOST:PORT of its head, start it, or unset RAY_ADDRESS"
+def _join(address: str, remedy: str) -> None:
     try:
-        _knock(address)
+        knock(address)
         with _without_words():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         _end()
         raise ConfigError(f"no Ray cluster answers at {address!r} ({_reason(error)}); {remedy}") from error
-
-
-def _knock(address: str) -> None:
-    """Connect to the head of a cluster: Ray itself would try for minutes, and then end this process.
-
-    Raises:
-        ValueError: the address is none.
-        OSError: nothing listens there.
-    """
-    scheme, _, place = address.rpartition("://")
-    if address == "auto" or scheme not in ("", "ray"):
-        return
-    host, _, port = place.partition("/")[0].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ValueError("it is not HOST:PORT")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S):
-            pass
-    except UnicodeError:
-        raise ValueError("it is no name of a host") from None
 
 
 def _start(cpus: int) -> None:
@@ -115,7 +95,7 @@ def _start(cpus: int) -> None:
         ConfigError: its folder for temporary files can not be used.
         Exception: whatever Ray says when it does not start.
     """
-    _check_folder()
+    check_folder()
     # Nobody takes this machine away from under a training; what would watch for it is a process of its own.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
@@ -131,35 +111,6 @@ def _start(cpus: int) -> None:
     except BaseException:
         _end()
         raise
-
-
-def _check_folder() -> None:
-    """Check that Ray can use RAY_TMPDIR: its sockets lie there, and the system limits their paths.
-
-    Raises:
-        ConfigError: it is too long, or no files can be made in it.
-    """
-    folder = _folder()
-    if not folder.is_absolute():
-        raise ConfigError(f"RAY_TMPDIR ({folder}) must be an absolute path")
-    room = _SOCKET_BYTES - len(_LONGEST_SOCKET)
-    if len(os.fsencode(folder)) > room:
-        raise ConfigError(
-            f"RAY_TMPDIR ({folder}) is {len(os.fsencode(folder))} bytes long, and Ray's sockets leave room "
-            f"for {room}; choose a shorter path"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_TMPDIR ({folder}) can not be written ({error.strerror}); choose another folder"
-        ) from error
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
 
 
 @contextlib.contextmanager
@@ -205,21 +156,7 @@ def would_start() -> bool:
 
 
 def _address() -> str:
-    return os.environ.get("RAY_ADDRESS") or _running_cluster() or "local"
-
-
-def _running_cluster() -> str | None:
-    """Return the address of the cluster that ``ray start`` last started on this machine, if it still answers.
-
-    Ray's own "auto" would also take any other Ray process of the machine, such as a test's.
-    """
-    path = _folder() / "ray" / "ray_current_cluster"
-    with contextlib.suppress(OSError, ValueError):
-        address = path.read_text().strip()
-        host, port = address.rsplit(":", 1)
-        with socket.create_connection((host, int(port)), timeout=2):
-            return address
-    return None
+    return os.environ.get("RAY_ADDRESS") or running_cluster() or "local"
 
 
 def has_gpus() -> bool:

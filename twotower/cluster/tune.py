@@ -30,7 +30,7 @@ from twotower.artefacts import (
     write_manifest,
 )
 from twotower.cluster.session import session, wants_gpu
-from twotower.cluster.train import checkpoint_id, stop_file, train
+from twotower.cluster.train import train
 from twotower.cluster.trial_records import Recorder, Records, run_of
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
@@ -41,6 +41,7 @@ from twotower.evaluation.page.sweep import write_sweep_page
 from twotower.evaluation.sweep import Trial, TrialResult, carry_over, ranked, set_line, trials_of, write_sweep
 from twotower.listing import STORED, Count
 from twotower.model.checkpoint import TrainedManifest
+from twotower.pipeline.train import checkpoint_id, stop_file
 from twotower.progress import say
 from twotower.training.preflight import problems
 

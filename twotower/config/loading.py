@@ -36,6 +36,13 @@ def load_config(
 
     Raises:
         ConfigError: a file is not there or not YAML, or a key or value is not allowed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> size = Path("shop.yaml").write_text("name: shop")
+        >>> config = tt.load_config("shop.yaml", ["train.epochs=5"])
+        >>> config.name, config.train.epochs
+        ('shop', 5)
     """
     values: dict[str, Any] = {}
     if path is not None:

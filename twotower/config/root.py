@@ -26,7 +26,16 @@ from twotower.schema import residual_feature
 
 
 class Config(Section):
-    """Everything a pipeline needs to know."""
+    """Everything a pipeline needs to know: sections, of which each value has a default; none can be changed.
+
+    ``configure`` and ``load_config`` make one, with errors that name the key and the remedy. Widths are in
+    numbers of components, shares in (0, 1), and what has a unit has it in its name, such as ``timeout_s``.
+
+    Example:
+        >>> config = tt.Config(name="shop")
+        >>> config.train.epochs > 0, config.store.parts[-2:]
+        (True, ('shop', 'store'))
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "twotower"
     """Name of the scenario; its artefacts are in ``storage.root/name``."""

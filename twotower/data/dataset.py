@@ -61,7 +61,16 @@ class DatasetManifest(BaseModel):
 
 
 class Dataset:
-    """A finished dataset directory; large parts are read when first asked for and then kept."""
+    """A finished dataset directory; large parts are read when first asked for and then kept.
+
+    Rows count from 0, and stand for ids by ``user_ids`` and ``item_ids``; times are int64 microseconds UTC.
+
+    Example:
+        >>> tt.Dataset.open(data.path).num_items == data.num_items
+        True
+        >>> data.user_ids.id(0), data.interactions.time.dtype.name
+        ('u0', 'int64')
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], schema: FeatureSchema) -> None:
         """Take what ``open`` has checked."""

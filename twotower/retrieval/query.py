@@ -17,7 +17,12 @@ class UnknownItemError(NotAllowedError):
 
 @dataclass(frozen=True)
 class HistoryItem:
-    """One item of a history that comes with a query."""
+    """One item of a history that comes with a query.
+
+    Example:
+        >>> tt.HistoryItem("i1", time=1_700_000_000_000_000, weight=0.5).weight
+        0.5
+    """
 
     item_id: str
     """External id."""
@@ -43,7 +48,14 @@ class HistoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """The question "which k items for this user, now?"."""
+    """The question "which k items for this user, now?".
+
+    Example:
+        >>> known = tt.Query(user_id="u1", k=2, exclude_items=["i3"])
+        >>> unknown = tt.Query(k=2, history=[tt.HistoryItem("i1"), tt.HistoryItem("i2")])
+        >>> [len(tt.Retriever.open(generation).retrieve(query).items) for query in (known, unknown)]
+        [2, 2]
+    """
 
     k: int
     """Number of items wanted, 1 or more."""

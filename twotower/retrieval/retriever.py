@@ -42,7 +42,18 @@ class Found:
 
 
 class Retriever(Front):
-    """The query tower, the user table, the item table and the shards of one generation."""
+    """The query tower, the user table, the item table and the shards of one generation: answers in process.
+
+    ``retrieve`` takes a ``Query`` and returns its items, best first, each a dictionary of ``item_id``,
+    ``score`` (an inner product: a cosine in [-1, 1], unless the model has ``normalize: false``) and the
+    fields that were asked for. It raises ``RequestError`` for what can not be asked.
+
+    Example:
+        >>> retriever = tt.Retriever.open(generation)
+        >>> answer = retriever.retrieve(tt.Query(user_id="u1", k=3, fields=["title"]))
+        >>> len(answer.items), answer.strategy, sorted(answer.items[0])
+        (3, 'personal', ['item_id', 'score', 'title'])
+    """
 
     def __init__(self, generation: Generation, threads: int = 1, device: str = "cpu") -> None:
         """Load what answers need.

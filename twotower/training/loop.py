@@ -34,6 +34,7 @@ from twotower.training.mining import mine
 from twotower.training.negatives import CandidateMemory, CandidateSampler
 from twotower.training.optim import Optimizers, schedule
 from twotower.training.step import Step
+from twotower.training.threads import limited_threads
 from twotower.training.unknown_items import UnknownItemsFit
 from twotower.training.validation import validate, validation_queries
 from twotower.training.weights import Factors
@@ -169,6 +170,8 @@ class Trainer:
     ) -> EpochReport:
         """Train an epoch, or what is left of it, and validate.
 
+        It takes ``train.threads_per_worker`` CPU threads; the caller's own number is set again behind it.
+
         Args:
             on_step: called on every rank after each step.
             stop_asked: asked before each step; the answer of any rank reaches all in their step report.
@@ -176,6 +179,12 @@ class Trainer:
         Raises:
             TrainingError: the loss or a gradient is not finite; nothing was updated with it.
         """
+        with limited_threads(self.config.train.threads_per_worker):
+            return self._run_epoch(on_step, stop_asked)
+
+    def _run_epoch(
+        self, on_step: Callable[[StepReport], None] | None, stop_asked: Callable[[], bool]
+    ) -> EpochReport:
         self.model.train()
         while self._epoch_steps < self.source.steps_per_epoch:
             first = self._epoch_steps

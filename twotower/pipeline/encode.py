@@ -1,4 +1,4 @@
-"""The whole catalogue through the item tower, on a pool of Ray Data workers.
+"""The whole catalogue through the item tower, part by part, by the workers of a runner.
 
 A worker is given rows of a Parquet file; it reads them while it encodes and writes vectors to files, so that
 nothing large passes through the driver. Parts are named by what they hold: those that an earlier run
@@ -15,9 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from twotower.cluster.failures import plain_errors
-from twotower.cluster.native_log import without_native_log
-from twotower.cluster.pool import work_through
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
 from twotower.data.sources.tables import parquet_rows
@@ -25,6 +22,7 @@ from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
 from twotower.model.checkpoint import Checkpoint
+from twotower.pipeline.runner import Runner
 from twotower.progress import bar
 from twotower.retrieval.catalogue import Catalogue
 from twotower.retrieval.encoding import encode_table
@@ -39,7 +37,7 @@ _FEWEST_ROWS = 64
 
 
 class EncodeItems:
-    """Encodes rows of item files and writes the vectors; holds the model once. A worker of the pool."""
+    """Encodes rows of item files and writes the vectors; holds the model once. A worker of a runner."""
 
     def __init__(
         self,
@@ -98,17 +96,19 @@ def encode_catalogue(
     out_dir: Path,
     config: Config,
     num_shards: int,
+    runner: Runner,
     encoder: type[EncodeItems] = EncodeItems,
 ) -> list[Part]:
-    """Encode all items of a catalogue into parts, each item row exactly once. Ray must be initialised.
+    """Encode all items of a catalogue into parts, each item row exactly once.
 
     Args:
         checkpoint_dir: its item tower encodes.
         catalogue: of the vocabulary that the checkpoint was trained on.
-        out_dir: folder for the parts, created; all nodes must reach it under this path. What it holds must be
-            of the same checkpoint, catalogue and number of shards: whole parts are taken as they are.
+        out_dir: folder for the parts, created; all workers must reach it under this path. What it holds must
+            be of the same checkpoint, catalogue and number of shards: whole parts are taken as they are.
         config: for batches, workers and what they reserve.
         num_shards: shards that the rows of a part are grouped by.
+        runner: whose workers encode.
         encoder: class of the workers.
 
     Raises:
@@ -130,13 +130,9 @@ def encode_catalogue(
     work = _work(catalogue, config)
     done = {part["name"]: Part.open(out_dir / str(part["name"])) for part in work}
     missing = [part for part in work if done[part["name"]] is None]
-    with (
-        plain_errors(),
-        without_native_log(),
-        bar(catalogue.num_items, "encode", unit="items") as progress,
-    ):
+    with bar(catalogue.num_items, "encode", unit="items") as progress:
         progress.update(sum(part.num_rows for part in done.values() if part is not None))
-        for fact in work_through(encoder, settings, missing, config, gpu=True):
+        for fact in runner.work_through(encoder, settings, missing):
             progress.update(fact["items"])
     found = [Part.open(out_dir / str(part["name"])) for part in work]
     parts = [part for part in found if part is not None]
