@@ -85,6 +85,11 @@ class Config(Section):
                 "train.loss.kind: bsl falls without end as scores grow, so it needs unit vectors; use "
                 "model.normalize: true, or another kind"
             )
+        if self.train.loss.kind == "bsl" and self.model.item_bias:
+            raise ValueError(
+                "train.loss.kind: bsl falls without end as scores grow, and model.item_bias has no limit; "
+                "use item_bias: false, or another kind"
+            )
         source = self.data.source
         if self.split.kind == "given" and isinstance(source, FilesSource) and source.columns.split is None:
             raise ValueError("split.kind: given needs data.source.columns.split, the column that says so")

@@ -60,6 +60,7 @@ class Tower(nn.Module):
         config: TowerConfig,
         residual_columns: slice | None,
         normalize: bool,
+        bias: Literal["none", "learned", "one"] = "none",
         encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Build the layers.
@@ -71,6 +72,7 @@ class Tower(nn.Module):
             residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide; None
                 where there is none.
             normalize: scale the output to length 1.
+            bias: what the last coordinate is: one as the others, one that is never scaled, or 1.
             encoders: of the features that are sequences, by name; ``TwoTower.inputs`` calls them.
         """
         super().__init__()
@@ -88,6 +90,7 @@ class Tower(nn.Module):
             width = size
         self.output = nn.Linear(width, out_dim)
         self.normalize = normalize
+        self.bias = bias
         self.residual_columns = residual_columns if config.residual in ("auto", "id") else None
         if config.residual == "linear":
             self.skip = nn.Linear(in_dim, out_dim, bias=False)
@@ -99,7 +102,7 @@ class Tower(nn.Module):
     def forward(
         self, x: torch.Tensor, row_keys: torch.Tensor | None = None, valid: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return [B, D] float32, L2-normalised where ``normalize`` is set.
+        """Return [B, D] float32, L2-normalised where ``normalize`` is set, but for a ``bias``.
 
         Args:
             x: [B, in_dim] float32.
@@ -125,7 +128,11 @@ class Tower(nn.Module):
             out = out + self.skip_scale * x[:, self.residual_columns]
         elif hasattr(self, "skip"):
             out = out + self.skip(x)
-        return F.normalize(out, dim=-1) if self.normalize else out
+        if self.bias == "none":
+            return F.normalize(out, dim=-1) if self.normalize else out
+        nearness = F.normalize(out[:, :-1], dim=-1) if self.normalize else out[:, :-1]
+        last = out[:, -1:] if self.bias == "learned" else torch.ones_like(out[:, -1:])
+        return torch.cat([nearness, last], dim=-1)
 
 
 class Towers(nn.Module):
@@ -325,4 +332,7 @@ def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelCo
     encoders = {
         s.name: make_encoder(s, model.init_std) for s in specs if isinstance(s, HistoryFeature) and s.encoded
     }
-    return Tower(width, model.embedding_dim, tower, columns, model.normalize, encoders)
+    bias: Literal["none", "learned", "one"] = "none"
+    if model.item_bias:
+        bias = "learned" if side == "item" else "one"
+    return Tower(width, model.embedding_dim, tower, columns, model.normalize, bias, encoders)
