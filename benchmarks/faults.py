@@ -31,8 +31,8 @@ import orjson
 
 from benchmarks import measure
 from benchmarks.load import LoadResult, percentile, run_load
+from serve.running import serving
 from twotower.cluster.processes import Guard, Process, descendants, free_port
-from twotower.cluster.service import serving
 from twotower.config import Config, parse_config
 from twotower.environment import apply_environment
 from twotower.retrieval.generation import Generation

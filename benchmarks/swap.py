@@ -172,8 +172,8 @@ def _serve(
 ) -> tuple[LoadResult, list[Swap], float]:
     """Return what became of the requests, when the swaps were, and the rate of the requests."""
     from serve.app import BuildArgs, build
+    from serve.running import serving
     from twotower.cluster.processes import free_port
-    from twotower.cluster.service import serving
     from twotower.retrieval.store import Store
 
     names = [each.generation.name for each in made]
