@@ -44,8 +44,8 @@ def check_published(config: Config, pointer: str = "CURRENT") -> None:
     Raises:
         ArtefactError: there is none, or it is damaged and nothing may answer in its place.
     """
-    from twotower.retrieval.generation import Generation
-    from twotower.retrieval.store import open_store
+    from twotower.generations.generation import Generation
+    from twotower.generations.store import open_store
 
     store = open_store(config)
     generation_id = store.current(pointer)

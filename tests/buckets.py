@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tests.generations import edit_manifest
 from twotower.artefacts import MANIFEST
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.files import file_facts
+from twotower.generations.objects import Objects
+from twotower.generations.store import Store
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -16,8 +16,8 @@ from tests.following import Make, User
 from tests.generations import edit_manifest, plain_generation, untrained_checkpoint
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.store import Store
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from serve.checks import check_published
 from tests.following import damage
 from twotower.config import Config, parse_config
 from twotower.errors import ArtefactError
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 
 @pytest.fixture

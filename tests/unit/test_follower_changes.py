@@ -16,12 +16,12 @@ from tests.buckets import change, hashes
 from tests.following import Make, point
 from tests.generations import edit_manifest
 from twotower.errors import ArtefactError
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.store import Store
 from twotower.retrieval import follower as module
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
 
 
 def held_up(names: list[str]) -> tuple[Callable[[Generation], Retriever], dict[str, threading.Event]]:

@@ -18,12 +18,12 @@ from twotower.artefacts import write_json
 from twotower.config import Config, parse_config
 from twotower.data.prepare import prepare
 from twotower.errors import RefusedError
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import forget_users
+from twotower.lifecycle.update import update_items
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,9 @@ def test_an_update_of_another_machine_comes_too_late(shop: Config, store: Remote
 JOB = """
 import os, signal, sys
 from twotower.config import load_config
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.store import open_store
+from twotower.lifecycle.forget import forget_users
+from twotower.generations.objects import Objects
+from twotower.generations.store import open_store
 
 _, config_path, user, fatal = sys.argv
 left = [int(fatal)]

@@ -20,15 +20,15 @@ from twotower.artefacts import MANIFEST, write_json
 from twotower.config import Config, load_config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ConfigError, RefusedError
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.publications import Publication
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.files import file_facts
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.publications import Publication
+from twotower.generations.store import Store, open_store, store_at, too_late
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import Query
-from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store, open_store, store_at, too_late
-from twotower.retrieval.update import update_items
 
 
 def test_what_is_pushed_arrives_byte_for_byte(here: RemoteStore, elsewhere: RemoteStore) -> None:

@@ -7,10 +7,10 @@ import pytest
 from tests.buckets import contents
 from tests.following import Make, damage
 from twotower.errors import ArtefactError, UnavailableError
-from twotower.retrieval.generation import Generation
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
 from twotower.retrieval.holder import GroupHolder
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
 
 FILE = "popularity.npy"
 

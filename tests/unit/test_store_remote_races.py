@@ -13,9 +13,9 @@ from tests.apart import run_apart
 from tests.buckets import change, contents, hashes, keys
 from tests.generations import edit_manifest
 from twotower.errors import RefusedError
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
 
 
 def test_a_publication_that_was_not_logged_is_not_lost(here: RemoteStore) -> None:
@@ -192,8 +192,8 @@ def test_another_generation_of_that_id_is_taken_from_the_bucket(
 
 _PUSHER = """
 import os, signal, sys
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
+from twotower.generations.objects import Objects
+from twotower.generations.bucket import RemoteStore
 stage, url, cache = sys.argv[1:]
 done = 0
 def killing(name):

@@ -14,10 +14,10 @@ from tests.updates import copied
 from twotower.artefacts import has_manifest
 from twotower.config import Config
 from twotower.errors import RefusedError, UnavailableError
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.update import update_items
+from twotower.generations.bucket import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.lifecycle.update import update_items
 
 POINTER = "pointers/CURRENT"
 

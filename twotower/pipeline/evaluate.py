@@ -53,6 +53,8 @@ from twotower.evaluation.report_text import metric_table, sentences
 from twotower.evaluation.side_by_side import check_comparable, set_side_by_side
 from twotower.evaluation.slices import Slice, attribute_vectors, item_slices, user_slices
 from twotower.evaluation.summary import collapse_of, slice_tables
+from twotower.generations.manifest import generation_manifest
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.model.checkpoint import Checkpoint
 from twotower.pipeline.baselines import Fits
 from twotower.pipeline.encode import encode_catalogue
@@ -60,8 +62,6 @@ from twotower.pipeline.examples import ShownExamples
 from twotower.pipeline.ranking import WARM_UP, RankUsers, join_vectors, place_popular, time_requests
 from twotower.pipeline.runner import Begin, Runner, one_process, ranges
 from twotower.progress import bar, say
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.manifest import generation_manifest
 from twotower.schema import KINDS, SPLITS
 
 _VERSION = 4

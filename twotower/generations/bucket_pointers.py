@@ -13,10 +13,10 @@ from typing import Annotated
 from pydantic import Field
 
 from twotower.errors import ArtefactError, UnavailableError
+from twotower.generations.objects import Content, Objects, at_once
+from twotower.generations.publications import Publication
+from twotower.generations.survey import checked_pointer
 from twotower.jsonfiles import check_shape, parse_json
-from twotower.retrieval.objects import Content, Objects, at_once
-from twotower.retrieval.publications import Publication
-from twotower.retrieval.survey import checked_pointer
 
 _REMEDY = "It holds no publication; remove it."
 _NUMBER = Annotated[int, Field(strict=True, ge=1, lt=1 << 53)]

@@ -15,10 +15,10 @@ from typing import Any
 
 from twotower.artefacts import REPLACED
 from twotower.errors import ArtefactError
+from twotower.generations.manifest import generation_manifest
+from twotower.generations.publications import LOG
+from twotower.generations.superseded import SUPERSEDED
 from twotower.listing import NAME
-from twotower.retrieval.manifest import generation_manifest
-from twotower.retrieval.publications import LOG
-from twotower.retrieval.superseded import SUPERSEDED
 
 GENERATIONS = "generations"
 RESERVED = (GENERATIONS, LOG, SUPERSEDED)

@@ -22,16 +22,16 @@ from typing import Any
 
 from twotower.artefacts import MANIFEST, has_manifest, locked
 from twotower.errors import ArtefactError, RefusedError, UnavailableError
+from twotower.generations.bucket_generations import RemoteGenerations
+from twotower.generations.bucket_pointers import RemotePointers
+from twotower.generations.files import file_facts
+from twotower.generations.objects import Objects
+from twotower.generations.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
+from twotower.generations.publications import Publication
+from twotower.generations.store import CURRENT, Store, too_late
+from twotower.generations.superseded import SUPERSEDED, added
+from twotower.generations.survey import by_age, survey
 from twotower.progress import say
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
-from twotower.retrieval.publications import Publication
-from twotower.retrieval.remote_generations import RemoteGenerations
-from twotower.retrieval.remote_pointers import RemotePointers
-from twotower.retrieval.store import CURRENT, Store, too_late
-from twotower.retrieval.superseded import SUPERSEDED, added
-from twotower.retrieval.survey import by_age, survey
 
 
 class RemoteStore(Store):

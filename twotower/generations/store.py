@@ -16,13 +16,21 @@ from typing import Any, Final
 from twotower.artefacts import has_manifest, locked, write_bytes
 from twotower.config import Config
 from twotower.errors import ArtefactError, ConfigError, OvertakenError, RefusedError
+from twotower.generations.generation import Generation
+from twotower.generations.manifest import generation_manifest
+from twotower.generations.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
+from twotower.generations.publications import (
+    LOG,
+    Publication,
+    append,
+    earlier,
+    now,
+    read_log,
+    reasons_against,
+)
+from twotower.generations.superseded import SUPERSEDED, added, holds
+from twotower.generations.survey import Survey, checked_name, checked_pointer, read_pointer, survey
 from twotower.hashing import hashing_aside
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import generation_manifest
-from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
-from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
-from twotower.retrieval.superseded import SUPERSEDED, added, holds
-from twotower.retrieval.survey import Survey, checked_name, checked_pointer, read_pointer, survey
 
 CURRENT = "CURRENT"
 _OUTDATED = (
@@ -62,7 +70,7 @@ def store_at(place: str, cache: Path | str | None = None) -> Store:
     if cache is None:
         raise ConfigError(f"the store {place} is read through a local folder; give one as its cache")
     # Its client is an extra that local stores do without.
-    from twotower.retrieval.remote import RemoteStore
+    from twotower.generations.bucket import RemoteStore
 
     return RemoteStore(place, cache)
 
