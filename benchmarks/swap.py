@@ -31,7 +31,7 @@ from benchmarks.arrivals import LoadResult, percentile
 from benchmarks.clients import closed_loop, require_wrk
 from benchmarks.load import run_load
 from twotower.environment import apply_environment
-from twotower.generations.store import CURRENT
+from twotower.generations.names import CURRENT
 
 if TYPE_CHECKING:
     from benchmarks.catalogue import Catalogue

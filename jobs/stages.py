@@ -77,7 +77,7 @@ def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
 
 def store_of(config: Config) -> Store:
     """Return the store of generations of the configuration."""
-    from twotower.generations.store import open_store
+    from twotower.generations.opening import open_store
 
     return open_store(config)
 

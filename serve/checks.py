@@ -45,7 +45,7 @@ def check_published(config: Config, pointer: str = "CURRENT") -> None:
         ArtefactError: there is none, or it is damaged and nothing may answer in its place.
     """
     from twotower.generations.generation import Generation
-    from twotower.generations.store import open_store
+    from twotower.generations.opening import open_store
 
     store = open_store(config)
     generation_id = store.current(pointer)

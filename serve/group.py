@@ -17,7 +17,7 @@ from serve.arguments import BuildArgs
 from serve.frames import serve_frames
 from serve.links import Holding, part_of
 from serve.probe import lowest_priority
-from twotower.generations.store import store_at
+from twotower.generations.opening import store_at
 from twotower.retrieval.groups import answer, is_exact
 from twotower.retrieval.holder import GroupHolder
 

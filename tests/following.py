@@ -9,7 +9,8 @@ from typing import Any
 
 from twotower.artefacts import write_bytes
 from twotower.generations.generation import Generation
-from twotower.generations.store import CURRENT, Store
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.retriever import Retriever
 

@@ -20,7 +20,8 @@ from twotower.config import Config
 from twotower.errors import ArtefactError
 from twotower.generations.files import file_facts
 from twotower.generations.generation import Generation
-from twotower.generations.store import CURRENT, Store
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.query import HistoryItem, Query

@@ -24,7 +24,8 @@ from tests.following import Make, damage, point
 from tests.generations import edit_manifest
 from twotower.errors import ArtefactError
 from twotower.generations.generation import Generation
-from twotower.generations.store import CURRENT, Store
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.hashing import sha256_file
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.query import Query

@@ -29,7 +29,8 @@ from twotower.generations.files import (
 )
 from twotower.generations.generation import Generation
 from twotower.generations.manifest import GenerationManifest
-from twotower.generations.store import CURRENT, Store
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.index.build import build_shard, write_index
 from twotower.index.parts import save_array
 from twotower.lifecycle.delta import CatalogueState
