@@ -24,7 +24,6 @@ from twotower.errors import ArtefactMismatchError, ConfigError
 from twotower.evaluation.about import about
 from twotower.evaluation.baselines import popularity_counts
 from twotower.evaluation.baselines.fit import Fitted
-from twotower.evaluation.baselines.matrix import open_matrix
 from twotower.evaluation.baselines.rankers import KNOWN, POPULAR
 from twotower.evaluation.comparison import Measure, Outcome
 from twotower.evaluation.holdout import (
@@ -35,6 +34,7 @@ from twotower.evaluation.holdout import (
 )
 from twotower.evaluation.intervals import differences, intervals
 from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts
+from twotower.evaluation.matrix import open_matrix
 from twotower.evaluation.metrics import metric_names
 from twotower.evaluation.outcomes import USERS, Outcomes
 from twotower.evaluation.page.render import NAME as PAGE
