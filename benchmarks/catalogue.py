@@ -23,9 +23,9 @@ from twotower.cluster.train import train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.index.choice import choose
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
 
 WORK = Path(__file__).parents[1] / "runs" / "benchmarks"
 _HISTORY = 20

@@ -21,10 +21,10 @@ from twotower.cluster.train import train
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.retriever import HistoryItem, Query, Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 CHANGED = 1_000
 DIM = 128

@@ -27,11 +27,11 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import ITEM_ROW, Dataset
 from twotower.data.prepare import prepare
 from twotower.index.parts import save_array
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.features import encode_columns, item_batch
 from twotower.model.towers import TwoTower
 from twotower.pipeline.encode import encode_catalogue
-from twotower.retrieval.catalogue import Catalogue
 
 DIM = 128
 BATCH = 8_192

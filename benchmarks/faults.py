@@ -31,14 +31,14 @@ import orjson
 
 from benchmarks import measure
 from benchmarks.load import LoadResult, percentile, run_load
+from serve.running import serving
 from twotower.cluster.processes import Guard, Process, descendants, free_port
-from twotower.cluster.service import serving
 from twotower.config import Config, parse_config
 from twotower.environment import apply_environment
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.retrieval.groups import GroupQuery, ShardGroup
 from twotower.retrieval.retriever import Query, Retriever
-from twotower.retrieval.store import Store
 
 GROUPS, REPLICAS = 2, 2
 LATE_SHARE = 0.02

@@ -133,8 +133,8 @@ def _serve(
 ) -> tuple[Rounds, Rounds]:
     """Return what was measured of the service alone, and then beside other applications of the same Serve."""
     from serve.app import BuildArgs, build
+    from serve.running import serving
     from twotower.cluster.processes import free_port
-    from twotower.cluster.service import serving
 
     def arguments(made: Catalogue, **more: Any) -> BuildArgs:
         return BuildArgs(store=str(made.config.store), threads=THREADS, workers=WORKERS, max_k=MAX_K, **more)
@@ -194,8 +194,8 @@ def _sequence(size: Size) -> tuple[dict[str, float], list[list[object]]]:
         write_bodies,
     )
     from serve.app import BuildArgs, build
+    from serve.running import serving
     from twotower.cluster.processes import free_port
-    from twotower.cluster.service import serving
     from twotower.retrieval.retriever import Retriever
 
     factory = chosen_factory(size.num_items, SEQUENCE_DIM)

@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.faults import CONNECTIONS, check_settings, made_service, user_bodies
 from benchmarks.load import run_load
+from serve.running import running
 from twotower.cluster.processes import descendants
-from twotower.cluster.service import running
 from twotower.environment import apply_environment
 
 WARM_UP_S = 120.0

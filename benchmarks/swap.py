@@ -31,7 +31,7 @@ from benchmarks.arrivals import LoadResult, percentile
 from benchmarks.clients import closed_loop, require_wrk
 from benchmarks.load import run_load
 from twotower.environment import apply_environment
-from twotower.retrieval.store import CURRENT
+from twotower.generations.names import CURRENT
 
 if TYPE_CHECKING:
     from benchmarks.catalogue import Catalogue
@@ -172,9 +172,9 @@ def _serve(
 ) -> tuple[LoadResult, list[Swap], float]:
     """Return what became of the requests, when the swaps were, and the rate of the requests."""
     from serve.app import BuildArgs, build
+    from serve.running import serving
     from twotower.cluster.processes import free_port
-    from twotower.cluster.service import serving
-    from twotower.retrieval.store import Store
+    from twotower.generations.store import Store
 
     names = [each.generation.name for each in made]
     config = made[0].config
@@ -198,7 +198,7 @@ def _serve(
 
 def _alternate(url: str, store_path: str, names: list[str], count: int, quiet_s: float) -> list[Swap]:
     """Let the pointer name the generations in turn, each time until the service holds only the new one."""
-    from twotower.retrieval.store import Store
+    from twotower.generations.store import Store
 
     store = Store(store_path)
     # The first requests of a run warm up what there is to warm up.

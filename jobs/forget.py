@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     from twotower.data.item_files import read_user_ids
-    from twotower.retrieval.forget import UNREACHABLE, forget_users
+    from twotower.lifecycle.forget import UNREACHABLE, forget_users
 
     if not (arguments.users or arguments.user_id):
         raise ConfigError("nobody to forget: give --user-id or --users")

@@ -75,7 +75,7 @@ def _list(config: Config, arguments: argparse.Namespace) -> command.Result:
 
 
 def _inspect(config: Config, arguments: argparse.Namespace) -> command.Result:
-    from twotower.retrieval.promise import curve_table
+    from twotower.lifecycle.measurement import curve_table
 
     store = stages.store_of(config)
     path = stages.generation_for(config, arguments.id)
@@ -136,7 +136,7 @@ def _mb(num_bytes: float) -> str:
 
 
 def _verify(config: Config, arguments: argparse.Namespace) -> command.Result:
-    from twotower.retrieval.generation import Generation
+    from twotower.generations.generation import Generation
 
     path = stages.generation_for(config, arguments.id)
     Generation.open(path, verify=True)

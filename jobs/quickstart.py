@@ -33,7 +33,7 @@ _TIMEOUT_S = 30
 
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
-    from twotower.cluster.service import running
+    from serve.running import running
 
     begin = time.monotonic()
     overrides = [item for group in arguments.set for item in group]

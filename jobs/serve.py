@@ -18,8 +18,8 @@ from types import FrameType
 from typing import NoReturn, Self
 
 from jobs import command
+from serve.running import running
 from twotower import progress
-from twotower.cluster.service import running
 from twotower.config import load_config
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

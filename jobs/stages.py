@@ -24,8 +24,8 @@ from twotower.training import preflight
 from twotower.training.preflight import Step
 
 if TYPE_CHECKING:
+    from twotower.generations.store import Store
     from twotower.pipeline.train import Checkpoints
-    from twotower.retrieval.store import Store
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def checkpoints_for(config: Config, dataset: Dataset) -> Checkpoints:
 
 def store_of(config: Config) -> Store:
     """Return the store of generations of the configuration."""
-    from twotower.retrieval.store import open_store
+    from twotower.generations.opening import open_store
 
     return open_store(config)
 
@@ -119,7 +119,7 @@ def on_ray(config: Config) -> Iterator[None]:
 
 def index_metrics(generation: Path) -> dict[str, float]:
     """Return the measured index recall of a generation, by the metric's name."""
-    from twotower.retrieval.manifest import generation_manifest
+    from twotower.generations.manifest import generation_manifest
 
     index = generation_manifest(generation)["index"]
     return {f"index_recall@{index['recall_k']}": index["index_recall"]}

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(config: Config, arguments: argparse.Namespace) -> command.Result:
     from twotower.data.item_files import read_item_ids, read_items
-    from twotower.retrieval.update import update_items
+    from twotower.lifecycle.update import update_items
 
     if not (arguments.items or arguments.delete or arguments.delete_id or arguments.compact):
         raise ConfigError("nothing to update: give --items, --delete, --delete-id or --compact")

@@ -22,8 +22,8 @@ from serve.admission import deadline_of
 from serve.errors import json_response
 from serve.schemas import BadRequest
 from serve.service import Service
+from twotower.generations.generation import Generation
 from twotower.ids import MAX_ID_LENGTH
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.lookup import UnknownUserError, find_items, find_users, user_history
 from twotower.retrieval.request import InvalidQueryError, shown, unknown_key
 

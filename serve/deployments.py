@@ -16,9 +16,9 @@ from serve.fused import FusedService
 from serve.metrics import Metrics, RaySink
 from serve.middleware import read_token
 from serve.settings import MAX_ONGOING_REQUESTS, serve_settings, warn_of_missing
+from twotower.generations.opening import store_at
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import store_at
 
 logger = logging.getLogger("ray.serve")
 

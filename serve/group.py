@@ -17,9 +17,9 @@ from serve.arguments import BuildArgs
 from serve.frames import serve_frames
 from serve.links import Holding, part_of
 from serve.probe import lowest_priority
+from twotower.generations.opening import store_at
 from twotower.retrieval.groups import answer, is_exact
 from twotower.retrieval.holder import GroupHolder
-from twotower.retrieval.store import store_at
 
 _DRAIN_S = 3.0
 """How long a replica of a group that is to go answers on; gateways look for its successor every second."""

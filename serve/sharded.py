@@ -21,10 +21,10 @@ from serve.links import GroupLinks, ask_through, part_of
 from serve.metrics import Metrics, RaySink
 from serve.middleware import read_token
 from serve.settings import MAX_ONGOING_REQUESTS, serve_settings, warn_of_missing
+from twotower.generations.generation import Generation
+from twotower.generations.opening import store_at
 from twotower.retrieval.follower import Follower
 from twotower.retrieval.front import Front
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import store_at
 
 T = TypeVar("T")
 _LOAD_TIMEOUT_S = 600.0

@@ -23,9 +23,9 @@ context.set_forkserver_preload(
         "tests.apart",
         "tests.parity.workers",
         "twotower.data.prepare",
-        "twotower.retrieval.forget",
-        "twotower.retrieval.remote",
-        "twotower.retrieval.update",
+        "twotower.lifecycle.forget",
+        "twotower.generations.bucket",
+        "twotower.lifecycle.update",
     ]
 )
 

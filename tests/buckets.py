@@ -7,17 +7,16 @@ from pathlib import Path
 
 from tests.generations import edit_manifest
 from twotower.artefacts import MANIFEST
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
+from twotower.generations.files import file_facts
+from twotower.generations.objects import Objects
+from twotower.generations.store import Store
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def keys(store: RemoteStore, prefix: str) -> list[str]:
+def keys(store: Store, prefix: str) -> list[str]:
     return sorted(o.key for o in Objects(store.where).list(prefix))
 
 

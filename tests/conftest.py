@@ -321,9 +321,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def client(shop: Any, ray_local: None) -> Iterator[Any]:
     """A client of the service that runs for the whole run, of the HTTP tests and of the browser."""
+    from serve.checks import SIDE_PORTS
+    from serve.running import running
     from tests.service import Client
     from twotower.cluster.processes import free_port
-    from twotower.cluster.service import SIDE_PORTS, running
 
     with pytest.MonkeyPatch.context() as patch:
         # The usual ports are left to the services that tests of another process start at the same moment.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from twotower.artefacts import write_bytes
+from twotower.generations.generation import Generation
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.retrieval.follower import Follower
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import CURRENT, Store
 
 
 class User:

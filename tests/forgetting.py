@@ -21,10 +21,10 @@ from twotower.artefacts import write_manifest
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 GONE = "zz-erase-me-4711"
 """Id of the user; nobody else is called anything like it."""

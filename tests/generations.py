@@ -11,18 +11,18 @@ import numpy as np
 from twotower.artefacts import MANIFEST, write_manifest
 from twotower.config import Config
 from twotower.data.dataset import Dataset
+from twotower.generations.encoding import encode_table
+from twotower.generations.files import KIND, list_files
+from twotower.generations.generation import Generation
+from twotower.generations.shards import write_shard
+from twotower.generations.store import Store
+from twotower.generations.writing import finish, write_tables
 from twotower.index.choice import choose
 from twotower.index.parts import Part, write_part
 from twotower.index.spec import shard_of
+from twotower.lifecycle.measurement import measure
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
-from twotower.retrieval.encoding import encode_table
-from twotower.retrieval.files import KIND, list_files
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.promise import measure
-from twotower.retrieval.shards import write_shard
-from twotower.retrieval.store import Store
-from twotower.retrieval.writing import finish, write_tables
 
 
 def untrained_checkpoint(config: Config, dataset: Dataset, directory: Path, seed: int = 3) -> Checkpoint:

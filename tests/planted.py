@@ -13,10 +13,10 @@ from tests.generations import plain_generation
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 from twotower.training.collectives import World
 from twotower.training.loop import Trainer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from serve.gateway import GatewayService
 from serve.hedging import Replicas
+from twotower.generations.generation import Generation
 from twotower.retrieval.front import Front
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup, answer
 
 LONG_S = 30.0

@@ -19,9 +19,9 @@ from tests.sequences import with_history
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
+from twotower.generations.store import Store
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
-from twotower.retrieval.store import Store
 
 NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 37, 59, 3
 HOSTILE_TITLES = {

@@ -11,8 +11,8 @@ import pyarrow as pa
 import yaml
 
 from twotower.config import Config, parse_config
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 
 Item = dict[str, Any]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.doctor.findings import Finding, ok, problem, warning
+from serve.checks import SIDE_PORTS, check_port
 from twotower.cluster import place
 from twotower.cluster.processes import port_is_free
-from twotower.cluster.service import SIDE_PORTS, check_port
 from twotower.config import Config
 from twotower.environment import read_settings
 from twotower.errors import ConfigError

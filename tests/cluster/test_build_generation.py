@@ -19,15 +19,15 @@ from twotower.cluster.runner import OnRay
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.index.spec import shard_of
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.model.checkpoint import Checkpoint, weights_of, write_checkpoint
 from twotower.model.towers import TwoTower
 from twotower.pipeline import build
 from twotower.pipeline.build import generation_id
 from twotower.pipeline.encode import EncodeItems, encode_catalogue, load_vectors
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
 
 
 @pytest.fixture(scope="module")

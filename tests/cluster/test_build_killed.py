@@ -17,8 +17,8 @@ from tests.apart import Apart
 from tests.generations import catalogue_vectors, untrained_checkpoint
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 
 # The job kills itself before it renames something to the name in the last argument, if there is one.
 JOB = """
@@ -27,7 +27,7 @@ from pathlib import Path
 from twotower.cluster.build import build_generation
 from twotower.config import load_config
 from twotower.data.dataset import Dataset
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 _, config_path, dataset_path, checkpoint_path, fatal = sys.argv
 

@@ -20,14 +20,14 @@ from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from tests.updates import Item, copied, items_of, table_of, write_config
 from twotower.cluster import compact
 from twotower.config import Config, parse_config
+from twotower.generations.files import file_facts
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.index.spec import shard_of
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import WEIGHTS
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 DEADLINE_S = 240
 

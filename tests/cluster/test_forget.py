@@ -11,9 +11,9 @@ from twotower.cluster.build import build_generation
 from twotower.cluster.evaluate import evaluate
 from twotower.cluster.recommend import PARTS, recommend
 from twotower.data.prepare import prepare
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import forget_users
 
 
 def test_the_other_jobs_go_on_without_him(ray_local: None, tmp_path: Path) -> None:

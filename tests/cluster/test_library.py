@@ -13,7 +13,7 @@ import twotower as tt
 from twotower.artefacts import read_manifest
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
 
 ADDRESSES = (None, "auto")
 

@@ -13,7 +13,7 @@ from twotower.cluster import recommend as module
 from twotower.cluster.recommend import recommend
 from twotower.cluster.recommend_parts import SCHEMA
 from twotower.errors import ArtefactError
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 

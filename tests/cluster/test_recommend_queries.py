@@ -27,8 +27,8 @@ from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.query_files import find_query_files, scan
 from twotower.errors import ConfigError, DataError
+from twotower.generations.generation import Generation
 from twotower.model.checkpoint import Checkpoint
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
 

@@ -24,10 +24,10 @@ from tests.service import Client, Shop
 from tests.updates import copied, table_of
 from twotower.cluster.processes import Process, descendants, free_port
 from twotower.config import parse_config
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.retriever import Query, Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 RECOVERY_S = 180
 GROUPS, REPLICAS = 2, 2

@@ -219,7 +219,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         assert "Traceback" not in printed
         return printed
 
-    monkeypatch.setattr("twotower.cluster.service._ray", no_ray)
+    monkeypatch.setattr("serve.running._ray", no_ray)
     return run
 
 

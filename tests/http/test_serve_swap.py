@@ -21,11 +21,11 @@ from tests.generations import plain_generation
 from tests.http.conftest import Client
 from tests.shop import NUM_USERS, build_store, fresh_checkpoint
 from twotower.artefacts import write_bytes
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 POINTER = "LIVE"
 THREADS = 6

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from tests.shop import NUM_ITEMS, build_store
 from tests.updates import Item, items_of, table_of
+from twotower.generations.encoding import encode_table
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.index.allowed import Allowed
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import Checkpoint
-from twotower.retrieval.encoding import encode_table
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError
 from twotower.evaluation.sweep import TrialResult
+from twotower.generations.generation import Generation
+from twotower.generations.publications import read_log
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import REQUEST, _pending
 from twotower.model.checkpoint import Checkpoint
-from twotower.retrieval.forget import REQUEST, _pending
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.publications import read_log
-from twotower.retrieval.store import Store
 
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 1.5, 2**31, 2**63, 10**400, 1e308, "", "x", "../x", "a\x00b", "\u2028", "é" * 3000,

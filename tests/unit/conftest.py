@@ -16,8 +16,8 @@ from tests.following import Make, User
 from tests.generations import edit_manifest, plain_generation, untrained_checkpoint
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
+from twotower.generations.opening import store_at
+from twotower.generations.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -82,15 +82,15 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 
 @pytest.fixture
-def here(store: Store, bucket: str) -> RemoteStore:
+def here(store: Store, bucket: str) -> Store:
     """A bucket, and a folder in which b, a and c were built and not pushed."""
-    return RemoteStore(bucket, store.root)
+    return store_at(bucket, store.root)
 
 
 @pytest.fixture
-def elsewhere(bucket: str, tmp_path: Path) -> RemoteStore:
+def elsewhere(bucket: str, tmp_path: Path) -> Store:
     """The same bucket from a machine that has nothing."""
-    return RemoteStore(bucket, tmp_path / "elsewhere" / "store")
+    return store_at(bucket, tmp_path / "elsewhere" / "store")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ BUILDER = """
 import re, sys, threading
 from pathlib import Path
 from twotower.index.parts import Part
-from twotower.retrieval.shards import train_shards, write_shard
+from twotower.generations.shards import train_shards, write_shard
 
 folder, factory = Path(sys.argv[1]), sys.argv[2]
 

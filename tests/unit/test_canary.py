@@ -18,13 +18,14 @@ from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.artefacts import MANIFEST, read_manifest
 from twotower.config import Config
 from twotower.errors import ArtefactError
+from twotower.generations.files import file_facts
+from twotower.generations.generation import Generation
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
-from twotower.retrieval.files import file_facts
 from twotower.retrieval.follower import Follower
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import CURRENT, Store
 
 
 @pytest.fixture(scope="module")

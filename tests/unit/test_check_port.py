@@ -9,9 +9,9 @@ import socket
 import pytest
 
 from jobs import serve
-from twotower.cluster import service
+from serve import checks
+from serve.checks import check_port
 from twotower.cluster.processes import free_port
-from twotower.cluster.service import check_port
 from twotower.errors import ConfigError
 
 pytestmark = pytest.mark.sockets
@@ -59,7 +59,7 @@ def test_a_host_that_does_not_exist_is_told_as_such(host):
     ],
 )
 def test_every_other_reason_is_told(monkeypatch, number, says):
-    monkeypatch.setattr(service, "bind_error", lambda host, port: OSError(number, os.strerror(number)))
+    monkeypatch.setattr(checks, "bind_error", lambda host, port: OSError(number, os.strerror(number)))
     with pytest.raises(ConfigError, match=says):
         check_port("127.0.0.1", 80)
 
@@ -83,12 +83,12 @@ def test_a_port_beside_the_service_is_the_one_that_the_environment_names(monkeyp
     name = "RAY_SERVE_HAPROXY_METRICS_PORT"
     wanted = free_port()
     monkeypatch.setenv(name, str(wanted))
-    assert service._side_port(name) == wanted
+    assert checks.side_port(name) == wanted
     with socket.socket() as taken:
         taken.bind(("", wanted))
         taken.listen(1)
-        assert service._side_port(name) != wanted
+        assert checks.side_port(name) != wanted
     for wrong in ("metrics", "0", "65536", "-1"):
         monkeypatch.setenv(name, wrong)
         with pytest.raises(ConfigError, match=f"^{name} is '{wrong}'; it must be a port, 1 to 65535$"):
-            service._side_port(name)
+            checks.side_port(name)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from serve.checks import check_published
 from tests.following import damage
-from twotower.cluster.service import check_published
 from twotower.config import Config, parse_config
 from twotower.errors import ArtefactError
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from tests.generations import plain_generation, untrained_checkpoint
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import RefusedError
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.comparison import Comparison, compare
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 from twotower.schema import KINDS, SPLITS
 
 K = 20

@@ -18,10 +18,11 @@ from twotower.evaluation.baselines import popular_order, recent_order
 from twotower.evaluation.baselines.ease import EaseScores, fit_ease, size
 from twotower.evaluation.baselines.fit import BASELINES, FITTED, fit, wanted, write_known, write_orders
 from twotower.evaluation.baselines.ials import fit_ials
-from twotower.evaluation.baselines.matrix import fit_matrix, open_matrix, query_matrix, write_matrix
+from twotower.evaluation.baselines.matrix import fit_matrix, query_matrix
 from twotower.evaluation.baselines.memory import available_bytes
 from twotower.evaluation.baselines.neighbours import item_similarity, products
 from twotower.evaluation.baselines.rankers import open_ranker
+from twotower.evaluation.matrix import open_matrix, write_matrix
 from twotower.evaluation.metrics import ndcg_at_k
 
 NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 31, 23, 2

@@ -23,12 +23,13 @@ from serve.fused import FusedService
 from tests.following import Make, damage, point
 from tests.generations import edit_manifest
 from twotower.errors import ArtefactError
+from twotower.generations.generation import Generation
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
 from twotower.hashing import sha256_file
 from twotower.retrieval.follower import Follower
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import CURRENT, Store
 
 
 def test_what_the_pointer_names_answers_without_a_restart(store: Store, make: Make) -> None:

@@ -16,12 +16,11 @@ from tests.buckets import change, hashes
 from tests.following import Make, point
 from tests.generations import edit_manifest
 from twotower.errors import ArtefactError
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.store import Store
 from twotower.retrieval import follower as module
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
 
 
 def held_up(names: list[str]) -> tuple[Callable[[Generation], Retriever], dict[str, threading.Event]]:
@@ -206,7 +205,7 @@ def test_nonsense_is_not_tried_again(store: Store, make: Make, monkeypatch: pyte
 
 
 def test_a_bucket_that_lacks_a_file_is_asked_again(
-    here: RemoteStore, elsewhere: RemoteStore, make: Make, monkeypatch: pytest.MonkeyPatch
+    here: Store, elsewhere: Store, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_FIRST_RETRY_S", 0.02)
     here.publish("b")

@@ -34,13 +34,13 @@ from twotower.artefacts import locked, read_manifest
 from twotower.config import Config
 from twotower.data.prepare import prepare
 from twotower.errors import DataError, RefusedError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import REQUEST, forget_users
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import Checkpoint
-from twotower.retrieval.forget import REQUEST, forget_users
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_a_publisher_in_between_is_seen_or_refused(
                 forget_users(shop, store, [GONE])
             return super().publish(*args, **kwargs)
 
-    monkeypatch.setattr("twotower.retrieval.forget.busy", lambda *_: [])
+    monkeypatch.setattr("twotower.lifecycle.forget.busy", lambda *_: [])
     with pytest.raises(RefusedError, match="made with users"):
         update_items(Slow(store.root), deletes=["1007"])
     assert late

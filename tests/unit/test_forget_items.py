@@ -24,12 +24,12 @@ from tests.forgetting import (
 from twotower.artefacts import read_manifest, write_manifest
 from twotower.config import Config
 from twotower.errors import ArtefactError
-from twotower.retrieval.forget import REQUEST, forget_users
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import REQUEST, forget_users
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 
 @pytest.fixture(scope="module")

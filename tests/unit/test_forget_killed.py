@@ -12,9 +12,9 @@ from tests.apart import run_apart
 from tests.forgetting import COLOUR, GONE, ITEM, files_with, make_shop
 from tests.updates import write_config
 from twotower.config import Config, load_config
-from twotower.retrieval.forget import REQUEST, forget_users
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import REQUEST, forget_users
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,8 @@ def watch(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
 from twotower.config import load_config
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.store import Store
+from twotower.lifecycle.forget import forget_users
+from twotower.generations.store import Store
 
 sys.addaudithook(watch)
 config = load_config(config_path)

@@ -18,12 +18,13 @@ from twotower.artefacts import write_json
 from twotower.config import Config, parse_config
 from twotower.data.prepare import prepare
 from twotower.errors import RefusedError
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
+from twotower.generations.bucket import Bucket
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.opening import store_at
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import forget_users
+from twotower.lifecycle.update import update_items
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def shop(made: Any, bucket: str, tmp_path: Path) -> Config:
     values["storage"] = {"root": str(tmp_path / "runs"), "store": bucket, "keep_generations": None}
     config = parse_config(values)
     shutil.copytree(made[2], tmp_path / "runs")
-    store = RemoteStore(bucket, config.store)
+    store = store_at(bucket, config.store)
     for name in ("other", "build", made[1]["update"]):
         store.publish(name)
     store.publish("other", "candidate")
@@ -54,11 +55,11 @@ def shop(made: Any, bucket: str, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def store(shop: Config) -> RemoteStore:
-    return RemoteStore(str(shop.storage.store), shop.store)
+def store(shop: Config) -> Store:
+    return store_at(str(shop.storage.store), shop.store)
 
 
-def objects_with(store: RemoteStore, *needles: str) -> set[str]:
+def objects_with(store: Store, *needles: str) -> set[str]:
     objects = Objects(store.where)
     found = set()
     for key in keys(store, ""):
@@ -69,7 +70,7 @@ def objects_with(store: RemoteStore, *needles: str) -> set[str]:
     return found
 
 
-def assert_gone(store: RemoteStore, shop: Config, names: dict[str, str]) -> None:
+def assert_gone(store: Store, shop: Config, names: dict[str, str]) -> None:
     assert objects_with(store, GONE, COLOUR) == set()
     assert files_with(shop.home, GONE, COLOUR, ITEM) == set()
     manifests = {name: store.manifest(name) for name in store.generations()}
@@ -81,7 +82,7 @@ def assert_gone(store: RemoteStore, shop: Config, names: dict[str, str]) -> None
     assert set(keys(store, "objects/")) == needed
 
 
-def test_nothing_of_the_user_is_left_in_the_bucket(made: Any, shop: Config, store: RemoteStore) -> None:
+def test_nothing_of_the_user_is_left_in_the_bucket(made: Any, shop: Config, store: Store) -> None:
     names = made[1]
     assert objects_with(store, GONE) == {"objects"}
     assert objects_with(store, COLOUR) == {"objects"}
@@ -90,7 +91,7 @@ def test_nothing_of_the_user_is_left_in_the_bucket(made: Any, shop: Config, stor
     dataset = prepare(shop)
     before = {name: answers(store.fetch(name), others(dataset)) for name in names.values()}
     large = {f["sha256"] for n, f in store.manifest("build")["files"].items() if n.endswith("index.faiss")}
-    elsewhere = RemoteStore(store.where, shop.home.parent / "elsewhere")
+    elsewhere = store_at(store.where, shop.home.parent / "elsewhere")
     elsewhere.fetch("build")
 
     done = forget_users(shop, store, [GONE])
@@ -113,28 +114,27 @@ def test_nothing_of_the_user_is_left_in_the_bucket(made: Any, shop: Config, stor
     assert "build" not in store.generations()
 
 
-def test_an_update_of_another_machine_comes_too_late(shop: Config, store: RemoteStore) -> None:
+def test_an_update_of_another_machine_comes_too_late(shop: Config, store: Store) -> None:
     """It read the generation before, and publishes after."""
+    # The user who is forgotten when everything is built, or when everything is pushed.
+    when: dict[str, str] = {}
 
-    class Slow(RemoteStore):
-        """Users are forgotten when everything is built, or when everything is pushed."""
-
-        when = "publish"
-
+    class Slow(Store):
         def publish(self, *args: Any, **kwargs: Any) -> Any:
-            if self.when == "publish":
-                forget_users(shop, store, [GONE])
+            if "publish" in when:
+                forget_users(shop, store, [when["publish"]])
             return super().publish(*args, **kwargs)
 
+    class SlowBucket(Bucket):
         def push(self, *args: Any, **kwargs: Any) -> None:
             # After the first question whether it may be published, and before there is anything to find.
-            if self.when == "push":
-                forget_users(shop, store, ["14"])
+            if "push" in when:
+                forget_users(shop, store, [when["push"]])
             super().push(*args, **kwargs)
 
-    other = Slow(store.where, shop.home.parent / "elsewhere")
-    for when, user in (("publish", GONE), ("push", "14")):
-        other.when = when
+    other = Slow(SlowBucket(store.where, shop.home.parent / "elsewhere"))
+    for stage, user in (("publish", GONE), ("push", "14")):
+        when = {stage: user}
         with pytest.raises(RefusedError):
             update_items(other, deletes=["1007"])
         for name in store.generations():
@@ -151,9 +151,9 @@ def test_an_update_of_another_machine_comes_too_late(shop: Config, store: Remote
 JOB = """
 import os, signal, sys
 from twotower.config import load_config
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.store import open_store
+from twotower.lifecycle.forget import forget_users
+from twotower.generations.objects import Objects
+from twotower.generations.opening import open_store
 
 _, config_path, user, fatal = sys.argv
 left = [int(fatal)]
@@ -175,7 +175,7 @@ print(-left[0])
 
 
 def test_a_killed_run_is_finished_by_the_next_one(
-    made: Any, shop: Config, store: RemoteStore, tmp_path: Path
+    made: Any, shop: Config, store: Store, tmp_path: Path
 ) -> None:
     """At several writes to the bucket, one after the other; nothing of an earlier run is in the way."""
     file = write_config(shop, tmp_path / "config.yaml")
@@ -183,12 +183,12 @@ def test_a_killed_run_is_finished_by_the_next_one(
         done = run_apart(JOB, file, GONE, fatal)
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         for name in store.pointers().values():
-            Generation.open(RemoteStore(store.where, tmp_path / "reader").fetch(name), verify=True)
+            Generation.open(store_at(store.where, tmp_path / "reader").fetch(name), verify=True)
     forget_users(shop, store, [GONE])
     assert_gone(store, shop, made[1])
 
 
-def test_the_job_on_a_bucket(made: Any, shop: Config, store: RemoteStore, tmp_path: Path) -> None:
+def test_the_job_on_a_bucket(made: Any, shop: Config, store: Store, tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", shop.to_json())
     assert job.main(["--config", str(tmp_path / "config.json"), "--user-id", GONE]) == 0
     assert_gone(store, shop, made[1])

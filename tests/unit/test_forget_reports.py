@@ -17,8 +17,8 @@ from twotower.artefacts import read_manifest, write_json, write_manifest
 from twotower.config import Config
 from twotower.evaluation.examples import user_key
 from twotower.evaluation.page.render import write_page
-from twotower.retrieval.forget import forget_users
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
+from twotower.lifecycle.forget import forget_users
 
 
 @pytest.fixture(scope="module")

@@ -66,5 +66,7 @@ def test_the_tree_names_every_module_of_the_library():
     for folder in (ROOT / "twotower").iterdir():
         if folder.is_dir() and (folder / "__init__.py").is_file():
             assert folder.name in shown, f"twotower/{folder.name} is not in the README's tree"
-    for path in set(re.findall(r"\b((?:model|index|cluster|retrieval)/\w+\.py)", README)):
+    for path in set(
+        re.findall(r"\b((?:model|index|cluster|generations|retrieval|lifecycle)/\w+\.py)", README)
+    ):
         assert (ROOT / "twotower" / path).is_file(), f"{path} is mentioned and does not exist"

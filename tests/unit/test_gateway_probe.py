@@ -16,9 +16,9 @@ from tests.shard_groups import SETTINGS, away, caller, held_by
 from tests.shop import NUM_ITEMS, build_store
 from tests.unit.test_serve_metrics import Collected
 from tests.unit.test_shard_groups import QUERIES
+from twotower.generations.generation import Generation
 from twotower.index.search import Searcher
 from twotower.retrieval.front import Front
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import is_exact
 from twotower.retrieval.query import Answer, Query
 from twotower.retrieval.retriever import Retriever

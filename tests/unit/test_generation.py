@@ -22,11 +22,11 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.errors import ArtefactError, ArtefactMismatchError, DamagedError, RequestError, may_pass
+from twotower.generations.encoding import real_queries
+from twotower.generations.generation import Generation
 from twotower.hashing import sha256_file
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, profile_values
-from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.generation import Generation
 from twotower.schema import KINDS, SPLITS
 
 

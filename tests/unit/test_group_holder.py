@@ -19,11 +19,11 @@ from tests.shop import build_store
 from tests.updates import copied
 from twotower.config import Config
 from twotower.errors import ArtefactError, DamagedError
+from twotower.generations.files import file_facts
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.hashing import sha256_file
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.holder import LEASE_S, RETRY_S, GroupHolder
-from twotower.retrieval.store import Store
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from twotower.config import parse_config
 from twotower.data.item_files import read_item_ids, read_items
 from twotower.data.prepare import prepare
 from twotower.errors import DataError, NotAllowedError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.ids import MAX_ID_LENGTH, id_problem
-from twotower.retrieval.generation import Generation
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.request import QueryRow, RetrieveRequest, parse
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 BAD = ["a\nb", "a\r", "\ta", "a\x00b", "a\x1b[2J", "a\x7f", "a\x85b", "a\u2028b", "x" * (MAX_ID_LENGTH + 1)]
 GOOD = ["a b", "ä", "x" * MAX_ID_LENGTH, "é" * MAX_ID_LENGTH, "a\u00a0b", "🙂", "-1", "<b>"]

@@ -12,7 +12,7 @@ import yaml
 from jobs import generations, stages
 from tests.generations import edit_index, edit_manifest
 from twotower.config import Config, load_config
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from twotower.artefacts import MANIFEST, building, discard, write_bytes, write_j
 from twotower.data.sources.download import fetch_zip
 from twotower.errors import ArtefactError
 from twotower.evaluation.sweep import carry_over
+from twotower.generations.files import FACTS, list_files
+from twotower.generations.shards import shard_folders, write_shard
+from twotower.generations.store import Store
 from twotower.index.parts import write_part
-from twotower.retrieval.files import FACTS, list_files
-from twotower.retrieval.shards import shard_folders, write_shard
-from twotower.retrieval.store import Store
 
 
 def add(store: Store, *names: str) -> None:

@@ -23,7 +23,7 @@ import twotower as tt
 from tests.conftest import ROOT
 from twotower.artefacts import read_manifest
 from twotower.errors import ArtefactMismatchError, ConfigError, RefusedError, TrainingError
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 from twotower.training.loop import Trainer
 
 NAMES = [name for name in tt.__all__ if name != "__version__"]

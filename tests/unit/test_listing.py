@@ -17,14 +17,14 @@ from twotower.artefacts import MANIFEST
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.generations.writing import write_tables
+from twotower.lifecycle.update import update_items
 from twotower.listing import listed_file, name_problem
 from twotower.model.checkpoint import Checkpoint
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
-from twotower.retrieval.writing import write_tables
 
 OUT = [
     "../x", "a/../../x", "a/..", "..", ".", "", "/etc/passwd", "a//b", "./a", "a/", "a\\b", "..\\x", "a\x00b",

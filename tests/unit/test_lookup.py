@@ -12,10 +12,10 @@ from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.data.dataset import Dataset
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import RequestError
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.lookup import UnknownUserError, find_items, find_users, user_history
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 from twotower.schema import KINDS
 
 

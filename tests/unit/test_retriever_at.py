@@ -15,9 +15,9 @@ from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.errors import NotAllowedError
+from twotower.generations.generation import Generation
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.front import make_inputs
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.lookup import user_history
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever

@@ -15,13 +15,13 @@ from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.config import Config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ConfigError, DataError, NotAllowedError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import Checkpoint
 from twotower.retrieval.front import allowed_items
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 Item = dict[str, Any]
 FILTERS: list[tuple[dict[str, Any], Callable[[Item], bool]]] = [

@@ -11,11 +11,11 @@ import pytest
 
 from tests.shop import NUM_ITEMS, NUM_USERS, build_store
 from twotower.data.dataset import Dataset
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import HistoryItem, HistoryUse, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 # "1059" only occurred in interactions before it was added; users have had it.
 ADDED, CHANGED, DELETED = ["9001", "9002", "1059"], "1003", ["1005", "1020"]

@@ -18,8 +18,10 @@ from tests.unit.test_retriever_filters import FILTERS
 from tests.updates import copied, table_of
 from twotower.config import Config
 from twotower.errors import ArtefactError, NotAllowedError, RequestError
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
 from twotower.index.hits import Hits
-from twotower.retrieval.generation import Generation
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.groups import (
     GroupQuery,
     answer,
@@ -31,8 +33,6 @@ from twotower.retrieval.groups import (
 )
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 from twotower.schema import MAX_WEIGHT
 
 QUERIES = [

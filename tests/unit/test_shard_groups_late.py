@@ -24,8 +24,8 @@ from tests.shop import build_store
 from tests.unit.test_serve_metrics import Collected
 from twotower.config import Config
 from twotower.errors import may_pass
+from twotower.generations.generation import Generation
 from twotower.retrieval.front import Front
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup, answer, unpack_search
 from twotower.retrieval.query import Answer, Query
 

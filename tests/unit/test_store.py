@@ -18,7 +18,7 @@ from twotower.artefacts import MANIFEST
 from twotower.config import parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, RefusedError
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 
 def test_an_empty_store_has_nothing(tmp_path: Path) -> None:

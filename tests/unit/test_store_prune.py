@@ -14,11 +14,11 @@ import pytest
 from tests.generations import light_manifest
 from twotower.artefacts import building, locked
 from twotower.errors import ArtefactError, ConfigError
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.prune import freed_bytes, unwanted
+from twotower.generations.generation import Generation
+from twotower.generations.prune import freed_bytes, unwanted
+from twotower.generations.store import Store
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store
 
 OLD = time.time() - 10 * 86_400
 
@@ -131,7 +131,7 @@ _HOLDER = """
 import sys, time
 from pathlib import Path
 from twotower.artefacts import building, locked
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 store = Store(sys.argv[1])
 with locked(store.root / ".work" / "k.lock"), building(store.path("k")) as partial:
     (partial / "data").write_bytes(b"half")

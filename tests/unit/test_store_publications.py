@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.generations import edit_index
 from twotower.errors import ArtefactError, RefusedError
-from twotower.retrieval.publications import LOG, Publication, append, earlier, read_log, reasons_against
-from twotower.retrieval.store import Store
+from twotower.generations.publications import LOG, Publication, append, earlier, read_log, reasons_against
+from twotower.generations.store import Store
 
 
 def entry(

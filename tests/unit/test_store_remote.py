@@ -20,18 +20,20 @@ from twotower.artefacts import MANIFEST, write_json
 from twotower.config import Config, load_config, parse_config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ConfigError, RefusedError
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.publications import Publication
+from twotower.generations.bucket import Bucket
+from twotower.generations.files import file_facts
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.opening import open_store, store_at
+from twotower.generations.place import too_late
+from twotower.generations.publications import Publication
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 from twotower.retrieval.query import Query
-from twotower.retrieval.remote import RemoteStore
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.store import Store, open_store, store_at, too_late
-from twotower.retrieval.update import update_items
 
 
-def test_what_is_pushed_arrives_byte_for_byte(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_what_is_pushed_arrives_byte_for_byte(here: Store, elsewhere: Store) -> None:
     assert here.publish("a") is None
     assert elsewhere.current() == "a"
     assert elsewhere.generations() == ["a"]
@@ -49,7 +51,7 @@ def test_what_is_pushed_arrives_byte_for_byte(here: RemoteStore, elsewhere: Remo
         elsewhere.fetch("nope")
 
 
-def test_a_large_file_goes_up_in_parts(here: RemoteStore, tmp_path: Path) -> None:
+def test_a_large_file_goes_up_in_parts(here: Store, tmp_path: Path) -> None:
     objects = Objects(here.where)
     path = tmp_path / "large"
     path.write_bytes(os.urandom(1 << 20) * 20)
@@ -58,7 +60,7 @@ def test_a_large_file_goes_up_in_parts(here: RemoteStore, tmp_path: Path) -> Non
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
 
-def test_generations_share_what_is_equal(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_generations_share_what_is_equal(here: Store, elsewhere: Store) -> None:
     here.publish("a")
     change(here, "b")
     here.publish("b")
@@ -71,7 +73,7 @@ def test_generations_share_what_is_equal(here: RemoteStore, elsewhere: RemoteSto
     assert contents(second) == contents(here.path("b"))
 
 
-def test_gates_pointers_the_log_and_the_way_back(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_gates_pointers_the_log_and_the_way_back(here: Store, elsewhere: Store) -> None:
     edit_index(here.path("c"), index_recall=0.5)
     with pytest.raises(RefusedError, match="0.5000"):
         here.publish("c")
@@ -94,9 +96,7 @@ def test_gates_pointers_the_log_and_the_way_back(here: RemoteStore, elsewhere: R
         here.rollback()
 
 
-def test_a_damaged_or_missing_object_is_found_when_it_arrives(
-    here: RemoteStore, elsewhere: RemoteStore
-) -> None:
+def test_a_damaged_or_missing_object_is_found_when_it_arrives(here: Store, elsewhere: Store) -> None:
     here.publish("a")
     objects = Objects(here.where)
     facts = here.manifest("a")["files"]["popularity.npy"]
@@ -126,7 +126,7 @@ def test_a_damaged_or_missing_object_is_found_when_it_arrives(
     ],
 )
 def test_a_manifest_that_is_not_understood_is_refused(
-    here: RemoteStore, elsewhere: RemoteStore, changes: dict[str, Any], message: str
+    here: Store, elsewhere: Store, changes: dict[str, Any], message: str
 ) -> None:
     here.publish("a")
     manifest = {**here.manifest("a"), **changes}
@@ -181,7 +181,7 @@ def test_what_is_published_in_one_place_answers_alike_in_another(
         assert generations.main([action, "--config", str(path)]) == 0
 
 
-def test_an_update_made_elsewhere_sends_only_what_changed(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_an_update_made_elsewhere_sends_only_what_changed(here: Store, elsewhere: Store) -> None:
     here.publish("a")
     before = keys(here, "objects/")
     gone = Generation.open(here.path("a")).item_ids.id(7)
@@ -193,7 +193,7 @@ def test_an_update_made_elsewhere_sends_only_what_changed(here: RemoteStore, els
     assert len(answered) > 100
     # One who was slower leaves nothing in its own folder.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RemoteStore, "_set", _always_late)
+        patch.setattr(Bucket, "swap", _always_late)
         with pytest.raises(RefusedError, match="faster"):
             update_items(elsewhere, deletes=[Generation.open(here.path("a")).item_ids.id(8)])
     assert sorted(p.name for p in (elsewhere.root / "generations").glob("[!.]*")) == sorted(
@@ -201,7 +201,7 @@ def test_an_update_made_elsewhere_sends_only_what_changed(here: RemoteStore, els
     )
 
 
-def _always_late(store: RemoteStore, entry: Publication) -> None:
+def _always_late(place: Bucket, entry: Publication, check: object) -> None:
     raise too_late(entry, "z")
 
 
@@ -214,7 +214,7 @@ def test_places_that_can_not_be_used_are_named(
         store_at("ftp://x/y", tmp_path)
     with pytest.raises(ConfigError, match="give one as its cache"):
         store_at(bucket)
-    assert type(store_at(str(tmp_path))) is Store
+    assert store_at(str(tmp_path)).where == str(tmp_path)
     missing = store_at("s3://no-such-bucket/x", tmp_path)
     for call in (missing.current, missing.generations, lambda: missing.fetch("a")):
         with pytest.raises(ArtefactError, match="no such bucket"):
@@ -227,7 +227,7 @@ def test_places_that_can_not_be_used_are_named(
         store_at(bucket, tmp_path)
 
 
-def test_a_pointer_without_a_publication_is_named(here: RemoteStore) -> None:
+def test_a_pointer_without_a_publication_is_named(here: Store) -> None:
     objects = Objects(here.where)
     for data in (b"a", b"{}", b'{"number": 1}', b"[]"):
         objects.put("pointers/CURRENT", data)
@@ -235,13 +235,13 @@ def test_a_pointer_without_a_publication_is_named(here: RemoteStore) -> None:
             here.current()
 
 
-def test_the_age_of_objects_is_by_the_clock(here: RemoteStore) -> None:
+def test_the_age_of_objects_is_by_the_clock(here: Store) -> None:
     here.push("a")
     (first, *_) = Objects(here.where).list("objects/")
     assert abs((datetime.datetime.now(datetime.UTC) - first.modified).total_seconds()) < 600
 
 
-def test_what_does_not_belong_into_a_bucket_is_passed_over(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_what_does_not_belong_into_a_bucket_is_passed_over(here: Store, elsewhere: Store) -> None:
     for name in ("a", "c"):
         here.publish(name)
     objects = Objects(here.where)

@@ -7,10 +7,12 @@ import pytest
 from tests.buckets import contents
 from tests.following import Make, damage
 from twotower.errors import ArtefactError, UnavailableError
-from twotower.retrieval.generation import Generation
+from twotower.generations.folder import Folder
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.opening import store_at
+from twotower.generations.store import Store
 from twotower.retrieval.holder import GroupHolder
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
 
 FILE = "popularity.npy"
 
@@ -29,9 +31,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def test_only_what_is_damaged_is_fetched_again(
-    here: RemoteStore, elsewhere: RemoteStore, downloads: list[str]
-) -> None:
+def test_only_what_is_damaged_is_fetched_again(here: Store, elsewhere: Store, downloads: list[str]) -> None:
     here.publish("a")
     path = elsewhere.fetch("a")
     before = (path / "model" / "model.safetensors").stat().st_ino
@@ -46,12 +46,10 @@ def test_only_what_is_damaged_is_fetched_again(
     assert contents(path) == contents(here.path("a"))
     # Nothing to take it from.
     assert not elsewhere.repair("b")
-    assert not super(RemoteStore, here).repair("a")
+    assert not Folder(here.root).repair("a")
 
 
-def test_a_follower_repairs_a_copy(
-    here: RemoteStore, elsewhere: RemoteStore, make: Make, downloads: list[str]
-) -> None:
+def test_a_follower_repairs_a_copy(here: Store, elsewhere: Store, make: Make, downloads: list[str]) -> None:
     here.publish("a")
     damage(elsewhere.fetch("a") / FILE)
     user = make(elsewhere)
@@ -70,7 +68,7 @@ def test_a_follower_repairs_a_copy(
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_group_repairs_its_part(here: RemoteStore, elsewhere: RemoteStore, damaged: bool) -> None:
+def test_a_group_repairs_its_part(here: Store, elsewhere: Store, damaged: bool) -> None:
     here.publish("a")
     path = elsewhere.fetch("a")
     (shard, *_) = Generation.open(path).shard_groups(1)[0]
@@ -88,14 +86,14 @@ def test_a_group_repairs_its_part(here: RemoteStore, elsewhere: RemoteStore, dam
 
 
 def test_a_copy_answers_while_the_bucket_does_not(
-    here: RemoteStore, elsewhere: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    here: Store, elsewhere: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here.publish("a")
     here.publish("b")
     path = elsewhere.fetch("a")
     # obstore refuses to ask.
     monkeypatch.setenv("AWS_ALLOW_HTTP", "false")
-    away = RemoteStore(here.where, elsewhere.root)
+    away = store_at(here.where, elsewhere.root)
     assert away.fetch("a") == path
     with pytest.raises(UnavailableError, match="reading generations/b/manifest.json failed"):
         away.fetch("b")

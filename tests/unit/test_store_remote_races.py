@@ -13,12 +13,13 @@ from tests.apart import run_apart
 from tests.buckets import change, contents, hashes, keys
 from tests.generations import edit_manifest
 from twotower.errors import RefusedError
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.opening import store_at
+from twotower.generations.store import Store
 
 
-def test_a_publication_that_was_not_logged_is_not_lost(here: RemoteStore) -> None:
+def test_a_publication_that_was_not_logged_is_not_lost(here: Store) -> None:
     here.publish("a")
     here.publish("b")
     objects = Objects(here.where)
@@ -30,7 +31,7 @@ def test_a_publication_that_was_not_logged_is_not_lost(here: RemoteStore) -> Non
     assert len(keys(here, "publications/")) == 3
 
 
-def test_of_two_publishers_the_later_is_told(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_of_two_publishers_the_later_is_told(here: Store, elsewhere: Store) -> None:
     shutil.copytree(here.root, elsewhere.root)
     here.publish("a", expected=None)
     with pytest.raises(RefusedError, match="CURRENT names a, not None"):
@@ -39,7 +40,7 @@ def test_of_two_publishers_the_later_is_told(here: RemoteStore, elsewhere: Remot
 
 
 def test_a_pointer_that_moves_at_the_last_moment_is_not_overwritten(
-    here: RemoteStore, elsewhere: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    here: Store, elsewhere: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bucket decides, not what was read before."""
     shutil.copytree(here.root, elsewhere.root)
@@ -59,7 +60,7 @@ def test_a_pointer_that_moves_at_the_last_moment_is_not_overwritten(
     assert [e.id for e in here.publications()] == ["b", "c"]
 
 
-def test_publishers_at_once_leave_one_history(here: RemoteStore, tmp_path: Path) -> None:
+def test_publishers_at_once_leave_one_history(here: Store, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         here.push(name)
     barrier = threading.Barrier(3)
@@ -67,7 +68,7 @@ def test_publishers_at_once_leave_one_history(here: RemoteStore, tmp_path: Path)
     lost: list[str] = []
 
     def publish(name: str) -> None:
-        store = RemoteStore(here.where, shutil.copytree(here.root, tmp_path / f"root-{name}"))
+        store = store_at(here.where, shutil.copytree(here.root, tmp_path / f"root-{name}"))
         barrier.wait()
         try:
             store.publish(name)
@@ -88,7 +89,7 @@ def test_publishers_at_once_leave_one_history(here: RemoteStore, tmp_path: Path)
     assert here.current() == log[-1].id
 
 
-def test_an_answer_that_was_lost_is_no_defeat(here: RemoteStore) -> None:
+def test_an_answer_that_was_lost_is_no_defeat(here: Store) -> None:
     objects = Objects(here.where)
     assert objects.swap("pointers/x", b"1", None)
     assert objects.swap("pointers/x", b"1", None)
@@ -99,7 +100,7 @@ def test_an_answer_that_was_lost_is_no_defeat(here: RemoteStore) -> None:
     assert objects.swap("pointers/x", b"2", now)
 
 
-def test_a_prune_counts_references(here: RemoteStore, elsewhere: RemoteStore) -> None:
+def test_a_prune_counts_references(here: Store, elsewhere: Store) -> None:
     change(here, "b")
     change(here, "a", "users/seen_offsets.npy")
     for name in ("b", "a", "c"):
@@ -129,7 +130,7 @@ def test_a_prune_counts_references(here: RemoteStore, elsewhere: RemoteStore) ->
 
 
 def test_what_is_published_while_it_is_pruned_survives(
-    here: RemoteStore, elsewhere: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    here: Store, elsewhere: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(here, "b")
     for name in ("b", "a", "c"):
@@ -151,12 +152,12 @@ def test_what_is_published_while_it_is_pruned_survives(
         monkeypatch.setattr(Objects, "delete", late)
         assert "b" not in here.prune(1, grace_s=0).generations
         assert set(keys(here, "objects/")) >= hashes(elsewhere, "b")
-        Generation.open(RemoteStore(here.where, here.root.parent / f"fresh-{before}").fetch("b"))
+        Generation.open(store_at(here.where, here.root.parent / f"fresh-{before}").fetch("b"))
         Objects(here.where).delete(["pointers/CURRENT"])
 
 
 def test_a_push_puts_back_what_a_prune_took_under_its_hands(
-    here: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    here: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here.push("a")
     Objects(here.where).delete(["generations/a/manifest.json"])
@@ -173,9 +174,7 @@ def test_a_push_puts_back_what_a_prune_took_under_its_hands(
     assert set(keys(here, "objects/")) == hashes(here, "a")
 
 
-def test_another_generation_of_that_id_is_taken_from_the_bucket(
-    here: RemoteStore, elsewhere: RemoteStore
-) -> None:
+def test_another_generation_of_that_id_is_taken_from_the_bucket(here: Store, elsewhere: Store) -> None:
     """Two machines build the same inputs; the first to push says what the id means."""
     shutil.copytree(here.root, elsewhere.root)
     edit_manifest(elsewhere.path("a"), created="9")
@@ -192,8 +191,8 @@ def test_another_generation_of_that_id_is_taken_from_the_bucket(
 
 _PUSHER = """
 import os, signal, sys
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
+from twotower.generations.objects import Objects
+from twotower.generations.opening import store_at
 stage, url, cache = sys.argv[1:]
 done = 0
 def killing(name):
@@ -208,12 +207,12 @@ def killing(name):
     setattr(Objects, name, call)
 for name in ("upload", "swap"):
     killing(name)
-RemoteStore(url, cache).publish("b")
+store_at(url, cache).publish("b")
 """
 
 
 @pytest.mark.parametrize("stage", ["objects/", "generations/", "pointers/", "publications/"])
-def test_a_push_that_is_killed_changes_nothing(here: RemoteStore, elsewhere: RemoteStore, stage: str) -> None:
+def test_a_push_that_is_killed_changes_nothing(here: Store, elsewhere: Store, stage: str) -> None:
     here.publish("a")
     for file in contents(here.path("b")):
         if file.endswith(".npy"):

@@ -17,7 +17,7 @@ from tests.updates import write_config
 from twotower.artefacts import MANIFEST
 from twotower.config import Config, parse_config
 from twotower.errors import ArtefactError, RefusedError
-from twotower.retrieval.store import Store
+from twotower.generations.store import Store
 
 
 def nested(path: Path) -> None:
@@ -173,6 +173,6 @@ def test_a_folder_that_can_not_be_read_is_an_error_in_a_line(shop: Config, monke
     def refuse(path: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("twotower.retrieval.survey.os.listdir", refuse)
+    monkeypatch.setattr("twotower.generations.survey.os.listdir", refuse)
     with pytest.raises(ArtefactError, match=r"generations can not be read \(Permission denied\)"):
         Store(shop.store).generations()

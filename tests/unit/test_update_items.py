@@ -22,14 +22,14 @@ from tests.updates import Item, content, copied, items_of, table_of, write_confi
 from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError, DataError, RefusedError
+from twotower.generations.files import write_shard_facts
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.delta import equal_rows
+from twotower.lifecycle.update import update_items
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.towers import TwoTower
-from twotower.retrieval.delta import equal_rows
-from twotower.retrieval.files import write_shard_facts
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.retriever import Query, Retriever
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
 
 
 @pytest.fixture(scope="module")

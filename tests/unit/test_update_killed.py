@@ -11,9 +11,9 @@ from tests.apart import run_apart
 from tests.shop import NUM_ITEMS, build_store
 from tests.updates import content
 from twotower.config import Config
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +22,9 @@ UPDATER = """
 import os, signal, sys
 from pathlib import Path
 import pyarrow as pa
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.store import Store
-from twotower.retrieval.update import update_items
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 
 _, root, fatal = sys.argv
 

@@ -14,10 +14,11 @@ from tests.updates import copied
 from twotower.artefacts import has_manifest
 from twotower.config import Config
 from twotower.errors import RefusedError, UnavailableError
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.remote import RemoteStore
-from twotower.retrieval.update import update_items
+from twotower.generations.generation import Generation
+from twotower.generations.objects import Objects
+from twotower.generations.opening import store_at
+from twotower.generations.store import Store
+from twotower.lifecycle.update import update_items
 
 POINTER = "pointers/CURRENT"
 
@@ -28,20 +29,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture
-def store(shop: Config, bucket: str, tmp_path: Path) -> RemoteStore:
-    store = RemoteStore(bucket, copied(shop, tmp_path / "runs").store)
+def store(shop: Config, bucket: str, tmp_path: Path) -> Store:
+    store = store_at(bucket, copied(shop, tmp_path / "runs").store)
     store.publish("g1")
     return store
 
 
-def local(store: RemoteStore) -> set[str]:
+def local(store: Store) -> set[str]:
     """The ids of the finished generations in the local folder."""
     return {p.name for p in (store.root / "generations").iterdir() if has_manifest(p)}
 
 
-def assert_whole(store: RemoteStore, name: str, root: Path) -> None:
+def assert_whole(store: Store, name: str, root: Path) -> None:
     """A machine that has nothing can serve it."""
-    Generation.open(RemoteStore(store.where, root).fetch(name), verify=True)
+    Generation.open(store_at(store.where, root).fetch(name), verify=True)
 
 
 def silent(
@@ -62,7 +63,7 @@ def silent(
 
 
 def test_an_update_that_is_published_and_not_logged_is_done(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end = silent(monkeypatch, "swap", "publications/CURRENT/00000002")
     update = update_items(store, deletes=["1001"])
@@ -78,7 +79,7 @@ def test_an_update_that_is_published_and_not_logged_is_done(
 
 
 def test_what_a_pointer_names_is_not_removed_when_the_last_look_fails(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A prune has removed its manifest at that moment: the local copy is the only whole one."""
     swap, ends = Objects.swap, []
@@ -107,7 +108,7 @@ def test_what_a_pointer_names_is_not_removed_when_the_last_look_fails(
 
 @pytest.mark.parametrize("after", [True, False], ids=["carried out", "not carried out"])
 def test_where_the_pointer_is_not_known_the_same_update_again_settles_it(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: bool
 ) -> None:
     end = silent(monkeypatch, "swap", POINTER, after)
     with pytest.raises(UnavailableError, match="it is not known whether CURRENT names generation"):
@@ -122,7 +123,7 @@ def test_where_the_pointer_is_not_known_the_same_update_again_settles_it(
 
 
 def test_what_could_not_be_pushed_is_published_by_the_same_update(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     end = silent(monkeypatch, "upload", "objects/")
     with pytest.raises(UnavailableError, match="no answer"):
@@ -135,9 +136,9 @@ def test_what_could_not_be_pushed_is_published_by_the_same_update(
 
 
 def test_what_was_refused_and_is_not_named_is_removed(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    other = RemoteStore(store.where, tmp_path / "other")
+    other = store_at(store.where, tmp_path / "other")
     swap = Objects.swap
 
     def late(self: Objects, key: str, *rest: Any) -> bool:
@@ -155,15 +156,15 @@ def test_what_was_refused_and_is_not_named_is_removed(
 
 
 def test_what_was_refused_and_is_named_all_the_same_is_kept(
-    store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = RemoteStore.publish
+    publish = Store.publish
 
-    def late(self: RemoteStore, name: str, *rest: Any, **named: Any) -> Any:
+    def late(self: Store, name: str, *rest: Any, **named: Any) -> Any:
         publish(self, name, "candidate")
         raise RefusedError("another publisher was faster")
 
-    monkeypatch.setattr(RemoteStore, "publish", late)
+    monkeypatch.setattr(Store, "publish", late)
     with pytest.raises(RefusedError):
         update_items(store, deletes=["1001"])
     assert local(store) == {"g1", str(store.current("candidate"))}

@@ -18,14 +18,14 @@ from twotower.artefacts import building, fingerprint, finished, link_or_copy, lo
 from twotower.cluster.runner import on_ray
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
+from twotower.generations.files import KIND, TOMBSTONES, list_files
+from twotower.generations.generation import Generation
+from twotower.generations.manifest import GenerationManifest
+from twotower.generations.store import Store
+from twotower.generations.writing import built_shards
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.pipeline.build import build_index, work_folder
 from twotower.progress import say
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.files import KIND, TOMBSTONES, list_files
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import GenerationManifest
-from twotower.retrieval.store import Store
-from twotower.retrieval.writing import built_shards
 
 _VERSION = 1
 """Changes whenever the same generation is compacted to another one."""

@@ -3,7 +3,7 @@
 Serve runs HAProxy as a child of one of its actors, from a configuration file in a folder named after the
 Ray node. That name tells our processes from anybody else's: nothing is ever ended by program name.
 
-Run as ``python -m twotower.cluster.processes`` this module is the guard of ``cluster.service``: it reads node
+Run as ``python -m twotower.cluster.processes`` this module is the guard of ``serve.running``: it reads node
 ids and processes from its standard input until that closes, which also happens when the service's process
 is killed, and ends what is left of them.
 """

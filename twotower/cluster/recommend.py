@@ -29,14 +29,14 @@ from twotower.config.service import LIST_COLUMNS
 from twotower.data.item_files import read_item_ids
 from twotower.data.query_files import QueryFile, find_query_files, scan
 from twotower.errors import ConfigError, DataError, NotAllowedError
+from twotower.generations.generation import Generation
+from twotower.generations.manifest import generation_manifest
 from twotower.index.allowed import Allowed
+from twotower.lifecycle.forget_lists import KIND as KIND
+from twotower.lifecycle.forget_lists import RecommendationsManifest
 from twotower.pipeline.runner import FEWEST, part_size, ranges
 from twotower.progress import bar, say
-from twotower.retrieval.forget_lists import KIND as KIND
-from twotower.retrieval.forget_lists import RecommendationsManifest
 from twotower.retrieval.front import allowed_items
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import generation_manifest
 from twotower.retrieval.query_rows import check_columns
 from twotower.training.preflight import check_fields
 

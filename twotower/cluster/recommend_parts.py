@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from twotower.cluster.pool import pin_threads
 from twotower.data.vocabulary import FORGOTTEN
 from twotower.errors import ArtefactError, DataError, NotAllowedError
+from twotower.generations.generation import Generation
 from twotower.index.allowed import Allowed
 from twotower.retrieval.front import make_inputs
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.query_rows import read_queries
 from twotower.retrieval.retriever import Retriever

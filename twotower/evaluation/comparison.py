@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactError
-from twotower.evaluation.baselines.matrix import open_matrix, write_matrix
 from twotower.evaluation.holdout import QueryInputs
 from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts, ListStats, Overlap
+from twotower.evaluation.matrix import open_matrix, write_matrix
 from twotower.evaluation.metrics import MetricSums, hit_matrix
 from twotower.evaluation.portrait import Found
 from twotower.evaluation.ranking import rank_block

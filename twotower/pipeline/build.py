@@ -20,22 +20,22 @@ from twotower.config import Config
 from twotower.data.attributes import attribute_table
 from twotower.data.dataset import Dataset
 from twotower.errors import ArtefactError, SystemFaultError, TwotowerError
+from twotower.generations.generation import Generation
+from twotower.generations.manifest import KIND, GenerationManifest
+from twotower.generations.shards import shard_folders, train_shards, write_shard
+from twotower.generations.store import Store
+from twotower.generations.writing import finish, write_tables
 from twotower.index.choice import choose, num_shards
 from twotower.index.gpu import faiss_has_gpus
 from twotower.index.gpu_build import require_gpu
 from twotower.index.parts import Part
 from twotower.index.spec import CAGRA, builds_on_gpu, empty_index
+from twotower.lifecycle.catalogue import Catalogue
+from twotower.lifecycle.measurement import describe, measure
 from twotower.model.checkpoint import Checkpoint
 from twotower.pipeline.encode import encode_catalogue
 from twotower.pipeline.runner import Begin, Runner, one_process
 from twotower.progress import bar, say
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import KIND, GenerationManifest
-from twotower.retrieval.promise import describe, measure
-from twotower.retrieval.shards import shard_folders, train_shards, write_shard
-from twotower.retrieval.store import Store
-from twotower.retrieval.writing import finish, write_tables
 
 _VERSION = 2
 """Changes whenever the same inputs give another generation."""

@@ -18,14 +18,14 @@ import torch
 from twotower.config import Config
 from twotower.data.dataset import ITEM_ROW
 from twotower.data.sources.tables import parquet_rows
+from twotower.generations.encoding import encode_table
 from twotower.index.build import check_vectors
 from twotower.index.parts import Part, check_parts, load_vectors, remove_strays, write_part
 from twotower.index.spec import shard_of
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.model.checkpoint import Checkpoint
 from twotower.pipeline.runner import Runner
 from twotower.progress import bar
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.encoding import encode_table
 from twotower.training.ahead import made_ahead
 
 __all__ = ["EncodeItems", "encode_catalogue", "load_vectors"]

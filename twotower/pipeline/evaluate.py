@@ -24,7 +24,6 @@ from twotower.errors import ArtefactMismatchError, ConfigError
 from twotower.evaluation.about import about
 from twotower.evaluation.baselines import popularity_counts
 from twotower.evaluation.baselines.fit import Fitted
-from twotower.evaluation.baselines.matrix import open_matrix
 from twotower.evaluation.baselines.rankers import KNOWN, POPULAR
 from twotower.evaluation.comparison import Measure, Outcome
 from twotower.evaluation.holdout import (
@@ -35,6 +34,7 @@ from twotower.evaluation.holdout import (
 )
 from twotower.evaluation.intervals import differences, intervals
 from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts
+from twotower.evaluation.matrix import open_matrix
 from twotower.evaluation.metrics import metric_names
 from twotower.evaluation.outcomes import USERS, Outcomes
 from twotower.evaluation.page.render import NAME as PAGE
@@ -53,6 +53,8 @@ from twotower.evaluation.report_text import metric_table, sentences
 from twotower.evaluation.side_by_side import check_comparable, set_side_by_side
 from twotower.evaluation.slices import Slice, attribute_vectors, item_slices, user_slices
 from twotower.evaluation.summary import collapse_of, slice_tables
+from twotower.generations.manifest import generation_manifest
+from twotower.lifecycle.catalogue import Catalogue
 from twotower.model.checkpoint import Checkpoint
 from twotower.pipeline.baselines import Fits
 from twotower.pipeline.encode import encode_catalogue
@@ -60,8 +62,6 @@ from twotower.pipeline.examples import ShownExamples
 from twotower.pipeline.ranking import WARM_UP, RankUsers, join_vectors, place_popular, time_requests
 from twotower.pipeline.runner import Begin, Runner, one_process, ranges
 from twotower.progress import bar, say
-from twotower.retrieval.catalogue import Catalogue
-from twotower.retrieval.manifest import generation_manifest
 from twotower.schema import KINDS, SPLITS
 
 _VERSION = 4

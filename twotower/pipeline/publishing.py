@@ -22,8 +22,8 @@ def reasons_against(config: Config, dataset: Dataset, generation: Path) -> list[
         for ``publish``: why it should not be published, each a sentence. Where there is nothing to compare
         it with, that is said and none are returned.
     """
+    from twotower.generations.opening import open_store
     from twotower.retrieval.comparison import compare
-    from twotower.retrieval.store import open_store
 
     store = open_store(config)
     current = store.current()
@@ -57,7 +57,7 @@ def publish(
     Raises:
         RefusedError: a gate or ``reasons`` speak against it, or another publisher was faster.
     """
-    from twotower.retrieval.store import open_store
+    from twotower.generations.opening import open_store
 
     store = open_store(config)
     before = store.publish(generation, pointer, force=force, reasons=reasons)
@@ -67,7 +67,7 @@ def publish(
 
 def retain(config: Config) -> None:
     """Remove the generations that ``storage.keep_generations`` does not keep; nothing where it is null."""
-    from twotower.retrieval.store import open_store
+    from twotower.generations.opening import open_store
 
     if config.storage.keep_generations is not None:
         store = open_store(config)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
+from twotower.generations.yielding import pause
 from twotower.retrieval.front import Front
-from twotower.retrieval.pause import pause
 from twotower.retrieval.query import Answer, HistoryItem, Query, UnknownItemError
 
 FloatArray = npt.NDArray[np.float32]

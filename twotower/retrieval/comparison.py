@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Repeats, Rules, holdout, known
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
 from twotower.retrieval.query import HistoryItem, Query
 from twotower.retrieval.retriever import Retriever
 from twotower.schema import KINDS

@@ -26,10 +26,10 @@ from typing import Any, Generic, TypeVar
 
 from twotower.artefacts import has_manifest
 from twotower.errors import ArtefactError, DamagedError, TwotowerError, may_pass
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.generations.yielding import return_memory
 from twotower.hashing import hashing_aside
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.memory import return_memory
-from twotower.retrieval.store import Store
 
 T = TypeVar("T")
 _TURN_S = 0.0005

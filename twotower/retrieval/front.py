@@ -24,6 +24,9 @@ import torch
 
 from twotower.data.dataset import ITEM_ROW
 from twotower.errors import NotAllowedError, shown
+from twotower.generations.encoding import encode_table
+from twotower.generations.generation import Generation
+from twotower.generations.yielding import pause
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
 from twotower.index.recall import index_recalls
@@ -32,10 +35,7 @@ from twotower.model.checkpoint import Checkpoint
 from twotower.model.described import describe_items
 from twotower.model.features import QueryFeatures, encode_columns
 from twotower.model.unknown_items import DescribedItems
-from twotower.retrieval.encoding import encode_table
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.inputs import Input, Inputs, UserTable
-from twotower.retrieval.pause import pause
 from twotower.retrieval.popularity import Popularity
 from twotower.retrieval.query import HistoryItem, Query, UnknownItemError
 

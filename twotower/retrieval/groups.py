@@ -21,9 +21,9 @@ import numpy.typing as npt
 import orjson
 
 from twotower.errors import RequestError
+from twotower.generations.generation import Generation
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits, best_keys, hits_of, ranking_keys
-from twotower.retrieval.generation import Generation
 
 _LENGTH = struct.Struct("<I")
 _ROW = np.dtype(np.int64)

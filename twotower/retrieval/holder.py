@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from twotower.errors import ArtefactError, DamagedError, may_pass
+from twotower.generations.files import CONFIG, ITEM_IDS, TOMBSTONES, verify_files
+from twotower.generations.generation import Generation
+from twotower.generations.store import Store
+from twotower.generations.yielding import return_memory
 from twotower.hashing import hashing_aside, sha256_file
-from twotower.retrieval.files import CONFIG, ITEM_IDS, TOMBSTONES, verify_files
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.groups import ShardGroup
-from twotower.retrieval.memory import return_memory
-from twotower.retrieval.store import Store
 
 LEASE_S = 60.0
 """How long what a gateway needs is kept after it last said so (seconds)."""

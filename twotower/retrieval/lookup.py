@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from twotower.errors import NotAllowedError, shown
-from twotower.retrieval.generation import Generation
+from twotower.generations.generation import Generation
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BLOCK_USERS = 1 << 20

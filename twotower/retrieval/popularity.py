@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from twotower.generations.generation import Generation
 from twotower.index.allowed import Allowed
 from twotower.index.hits import Hits
-from twotower.retrieval.generation import Generation
 
 _BLOCK_ROWS = 1 << 22
 

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from twotower.errors import ArtefactError, RequestError
+from twotower.generations.generation import Generation
+from twotower.generations.yielding import pause
 from twotower.index.allowed import Allowed
 from twotower.index.gpu import GpuUnit
 from twotower.index.hits import Hits
 from twotower.retrieval.canary import check_answers, check_vectors, sampled_rows
 from twotower.retrieval.front import TIES, Front, allowed_items, timing
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.pause import pause
 from twotower.retrieval.query import Answer, HistoryItem, HistoryUse, Query, Strategy
 
 __all__ = ["Answer", "Found", "HistoryItem", "Query", "Retriever"]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from twotower.errors import ConfigError
-from twotower.evaluation.baselines.matrix import Csr, open_matrix, write_matrix
+from twotower.evaluation.matrix import Csr, open_matrix, write_matrix
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -17,14 +17,7 @@ from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Rules, holdout
 from twotower.evaluation.baselines.ease import fit_ease, needed_bytes, size
 from twotower.evaluation.baselines.ials import fit_ials
-from twotower.evaluation.baselines.matrix import (
-    Csr,
-    Ints,
-    fit_matrix,
-    open_matrix,
-    query_matrix,
-    write_matrix,
-)
+from twotower.evaluation.baselines.matrix import Ints, fit_matrix, query_matrix
 from twotower.evaluation.baselines.memory import available_bytes
 from twotower.evaluation.baselines.neighbours import item_similarity, products
 from twotower.evaluation.baselines.popularity import popular_order, recent_order
@@ -35,6 +28,7 @@ from twotower.evaluation.baselines.rankers import (
     SIMILARITY,
     regularised_ranker,
 )
+from twotower.evaluation.matrix import Csr, open_matrix, write_matrix
 from twotower.evaluation.metrics import ndcg_at_k
 
 FITTED = ("item_knn_cosine", "item_knn_tfidf", "ease", "ials")

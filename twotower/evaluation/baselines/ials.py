@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from twotower.config.evaluation import IalsConfig
-from twotower.evaluation.baselines.matrix import Csr
+from twotower.evaluation.matrix import Csr
 
 _QUERIES_AT_ONCE = 4_096
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from twotower.evaluation.baselines.matrix import Csr
+from twotower.evaluation.matrix import Csr
 
 _CELLS_AT_ONCE = 1 << 24
 """Similarities held at once, at most, dense: 64 MiB of float32."""

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from twotower.data.knowledge import Holdout
 from twotower.evaluation.baselines.ease import EaseScores
-from twotower.evaluation.baselines.matrix import Csr, open_matrix
 from twotower.evaluation.baselines.popularity import PopularityRanker
 from twotower.evaluation.comparison import Ranker
+from twotower.evaluation.matrix import Csr, open_matrix
 from twotower.evaluation.ranking import BLOCK_SCORES, rank_block, rank_order, rank_scores
 
 Ints = NDArray[np.int64]

@@ -11,10 +11,10 @@ import pyarrow as pa
 import torch
 
 from twotower.data.dataset import ITEM_ROW
+from twotower.generations.generation import Generation
 from twotower.model.batch import to_device
 from twotower.model.checkpoint import Checkpoint
 from twotower.model.features import QueryFeatures, encode_columns, item_batch
-from twotower.retrieval.generation import Generation
 
 _QUERY_BATCH = 1_024
 

@@ -1,7 +1,7 @@
 """A generation: everything that is needed to answer queries, in one immutable directory.
 
 It holds both towers, the users' histories and seen sets, and the index shards of one catalogue. Its towers
-and its shards are of one checkpoint. ``retrieval/writing.py`` makes it, ``Generation.open`` reads it
+and its shards are of one checkpoint. ``generations/writing.py`` makes it, ``Generation.open`` reads it
 memory-mapped; the manifest is the last file written and lists the bytes and SHA-256 of all others.
 
 A build writes base shards only. An update (``update_items``) shares them with the generation it was made
@@ -28,14 +28,7 @@ from twotower.config import AttributeConfig, Config, stored_config
 from twotower.data.histories import Histories
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
-from twotower.hashing import sha256_file
-from twotower.index.attributes import Attributes
-from twotower.index.build import read_index
-from twotower.index.filter_plan import FilterPlan
-from twotower.index.search import Searcher, Shard
-from twotower.index.spec import Effort
-from twotower.listing import listed_file
-from twotower.retrieval.files import (
+from twotower.generations.files import (
     AGAIN,
     ATTRIBUTES,
     BASE,
@@ -52,9 +45,16 @@ from twotower.retrieval.files import (
     read_shard_facts,
     verify_files,
 )
-from twotower.retrieval.items import ItemTables, mapped_table
-from twotower.retrieval.manifest import generation_manifest
-from twotower.retrieval.pause import pause
+from twotower.generations.items import ItemTables, mapped_table
+from twotower.generations.manifest import generation_manifest
+from twotower.generations.yielding import pause
+from twotower.hashing import sha256_file
+from twotower.index.attributes import Attributes
+from twotower.index.build import read_index
+from twotower.index.filter_plan import FilterPlan
+from twotower.index.search import Searcher, Shard
+from twotower.index.spec import Effort
+from twotower.listing import listed_file
 from twotower.schema import FeatureSchema
 
 if TYPE_CHECKING:

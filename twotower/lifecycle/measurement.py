@@ -16,6 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config
+from twotower.generations.encoding import real_queries
+from twotower.generations.files import ATTRIBUTES, read_shard_facts
+from twotower.generations.generation import Generation
+from twotower.generations.items import mapped_table
 from twotower.index.attributes import Attributes
 from twotower.index.build import read_index
 from twotower.index.choice import choose, finds_more
@@ -29,10 +33,6 @@ from twotower.index.spec import CAGRA, Effort
 from twotower.index.tuning import curve, least_effort, search_times
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
-from twotower.retrieval.encoding import real_queries
-from twotower.retrieval.files import ATTRIBUTES, read_shard_facts
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.items import mapped_table
 
 _FILTER_QUERIES = 128
 """Queries that each strategy of searching among some of the items is measured with, at most."""

@@ -1,4 +1,4 @@
-"""A store in a bucket, with a local folder as its cache: built here, pushed; fetched, and read here.
+"""Generations and pointers in a bucket, with a local folder as cache: built here, pushed; fetched, read here.
 
     PREFIX/objects/SHA256                  files of generations, each once; never changed
     PREFIX/generations/ID/manifest.json    put when all its files are there
@@ -10,32 +10,34 @@ A bucket has no renames, links or memory maps, so that generations are read from
 verified when they arrive and are links where another generation has them already. A push that is killed
 leaves objects that nothing refers to; a prune removes them when they are old.
 
-The first two kinds of keys are those of ``remote_generations``, the next two those of ``remote_pointers``.
+The first two kinds of keys are those of ``bucket_generations``, the next two those of ``bucket_pointers``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from twotower.artefacts import MANIFEST, has_manifest, locked
 from twotower.errors import ArtefactError, RefusedError, UnavailableError
+from twotower.generations.bucket_generations import BucketGenerations
+from twotower.generations.bucket_pointers import BucketPointers
+from twotower.generations.files import file_facts
+from twotower.generations.folder import Folder
+from twotower.generations.names import generation_path
+from twotower.generations.objects import Objects
+from twotower.generations.place import too_late
+from twotower.generations.prune import ANY_AGE_S, Pruned, prune_folder, unwanted
+from twotower.generations.publications import Publication
+from twotower.generations.superseded import SUPERSEDED
+from twotower.generations.survey import by_age, survey
 from twotower.progress import say
-from twotower.retrieval.files import file_facts
-from twotower.retrieval.objects import Objects
-from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
-from twotower.retrieval.publications import Publication
-from twotower.retrieval.remote_generations import RemoteGenerations
-from twotower.retrieval.remote_pointers import RemotePointers
-from twotower.retrieval.store import CURRENT, Store, too_late
-from twotower.retrieval.superseded import SUPERSEDED, added
-from twotower.retrieval.survey import by_age, survey
 
 
-class RemoteStore(Store):
-    """Generations and pointers in a bucket. The bucket is the truth; the folder holds copies and builds."""
+class Bucket:
+    """A bucket as a place. The bucket is the truth; the local folder holds copies and builds."""
 
     def __init__(self, url: str, cache: Path | str) -> None:
         """Take the places; nothing is read yet.
@@ -47,10 +49,11 @@ class RemoteStore(Store):
         Raises:
             ConfigError: the URL is none, or obstore is not installed.
         """
-        super().__init__(cache)
+        self.root = Path(cache)
+        self._folder = Folder(cache)
         self._objects = Objects(url)
-        self._generations = RemoteGenerations(self._objects)
-        self._pointers = RemotePointers(self._objects)
+        self._generations = BucketGenerations(self._objects)
+        self._pointers = BucketPointers(self._objects)
 
     @property
     def where(self) -> str:
@@ -67,7 +70,7 @@ class RemoteStore(Store):
             ArtefactError: there is none of that id, or it is of a newer schema.
             UnavailableError: the bucket does not answer, or an object of it is missing or damaged.
         """
-        path = self.path(generation_id)
+        path = generation_path(self.root, generation_id)
         try:
             found = self._generations.get(generation_id)
         except UnavailableError as error:
@@ -91,7 +94,7 @@ class RemoteStore(Store):
         Raises:
             UnavailableError: the bucket does not answer, or an object of it is missing or damaged.
         """
-        path = self.path(generation_id)
+        path = generation_path(self.root, generation_id)
         found = self._generations.get(generation_id)
         if found is None:
             return False
@@ -114,11 +117,15 @@ class RemoteStore(Store):
             ArtefactError: it is not finished.
             RefusedError: the store holds another one of that id.
         """
-        self._generations.push(generation_id, super().fetch(generation_id), replace)
+        self._generations.push(generation_id, self._folder.fetch(generation_id), replace)
 
     def has(self, generation_id: str) -> bool:
         """Return whether there is a generation of that id, here or there."""
-        return has_manifest(self.path(generation_id)) or self._generations.exists(generation_id)
+        return self._folder.has(generation_id) or self._generations.exists(generation_id)
+
+    def is_shared(self, generation_id: str) -> bool:
+        """Return whether the bucket has a generation of that id."""
+        return self._generations.exists(generation_id)
 
     def manifest(self, generation_id: str) -> dict[str, Any]:
         """Return the manifest of a generation, as the store has it.
@@ -128,12 +135,12 @@ class RemoteStore(Store):
         """
         found = self._generations.get(generation_id)
         if found is None:
-            return super().manifest(generation_id)
+            return self._folder.manifest(generation_id)
         return self._generations.parse(generation_id, found.data)
 
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Return the manifests of all generations that can be read, here or there, the oldest first."""
-        return by_age({**super().manifests(), **self._generations.manifests()[0]})
+        return by_age({**self._folder.manifests(), **self._generations.manifests()[0]})
 
     def pointers(self) -> dict[str, str]:
         """Return the id that each pointer names, by the pointer's name."""
@@ -146,7 +153,7 @@ class RemoteStore(Store):
     def require(self) -> None:
         """Do nothing: a prefix in a bucket is there as soon as something is written below it."""
 
-    def current(self, pointer: str = CURRENT) -> str | None:
+    def current(self, pointer: str) -> str | None:
         """Return the id that a pointer names; None when it was never set.
 
         Raises:
@@ -155,11 +162,64 @@ class RemoteStore(Store):
         found = self._pointers.get(pointer)
         return None if found is None else found.entry.id
 
+    def swap(self, entry: Publication, check: Callable[[], None]) -> str | None:
+        """Push the generation and swap the pointer if it still names ``entry.previous``.
+
+        Args:
+            entry: what is published.
+            check: raises a ``RefusedError`` where it may not be; called before the push, and after it.
+
+        Returns:
+            the id that the pointer named before.
+
+        Raises:
+            RefusedError: the pointer names another one, or ``check`` refuses; it has not been set.
+            UnavailableError: the bucket does not answer; the message says so if the pointer may be set.
+        """
+        for pushed in (False, True):
+            now = self._pointers.get(entry.pointer)
+            current = None if now is None else now.entry.id
+            if current == entry.id:
+                self._complete(entry)
+                return current
+            if current != entry.previous:
+                raise too_late(entry, current)
+            if not pushed:
+                check()
+                self.push(entry.id)
+                self._check_pushed(entry, check)
+        if now is not None:
+            self._pointers.log(now)
+        unknown = f"it is not known whether {entry.pointer} names generation {entry.id} now; publish it again"
+        with _explained(unknown):
+            done = self._pointers.swap(entry, now)
+        if done is None:
+            raise too_late(entry, self.current(entry.pointer))
+        try:
+            self._pointers.log(done)
+        except UnavailableError as error:
+            # The pointer says it too, and the next publisher writes what it says into the log.
+            say(f"{entry.pointer} names generation {entry.id}, which is not logged yet: {error}")
+        self._complete(entry)
+        return entry.previous
+
     def publications(self) -> list[Publication]:
         """Return what was published and rolled back; those of each pointer in order."""
         return self._pointers.publications()
 
-    def prune(self, keep: int, grace_s: float = GRACE_S, dry_run: bool = False) -> Pruned:
+    def superseded(self) -> bytes | None:
+        """Return the object of superseded vocabularies; None where there is none."""
+        found = self._objects.get(SUPERSEDED)
+        return None if found is None else found.data
+
+    def supersede(self, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace the object of superseded vocabularies; ``change`` is called until nobody was faster."""
+        done = False
+        while not done:
+            now = self._objects.get(SUPERSEDED)
+            done = self._objects.swap(SUPERSEDED, change(None if now is None else now.data), now)
+
+    def prune(self, keep: int, grace_s: float, dry_run: bool) -> Pruned:
         """Remove old generations and objects that nothing refers to, there and in the cache.
 
         Args:
@@ -176,12 +236,31 @@ class RemoteStore(Store):
     def remove(self, ids: Collection[str]) -> Pruned:
         """Remove generations that no pointer names, there and here, and all that nothing refers to."""
         wanted = set(ids) - self._in_use()
-        gone = [name for name in self.generations() if name in wanted]
+        gone = [name for name in self.manifests() if name in wanted]
         return self._clear(gone, lambda _: [i for i in self._local() if i in gone], ANY_AGE_S, False)
+
+    def _complete(self, entry: Publication) -> None:
+        """Push what a pointer names by now again, where a prune removed it while nothing named it."""
+        with _explained(
+            f"{entry.pointer} names generation {entry.id} now, but it is not known whether {self.where} has "
+            f"all of it; run python -m jobs.generations publish {entry.id} --pointer {entry.pointer}"
+        ):
+            if not self._generations.exists(entry.id):
+                # Where another machine has pushed one of that id meanwhile, the pointer names that.
+                with contextlib.suppress(RefusedError):
+                    self.push(entry.id)
+
+    def _check_pushed(self, entry: Publication, check: Callable[[], None]) -> None:
+        """Check again: what forgets users supersedes their vocabularies before it looks for generations."""
+        try:
+            check()
+        except RefusedError:
+            self.remove([entry.id])
+            raise
 
     def _local(self) -> list[str]:
         """Return the ids of generations in the folder."""
-        return list(super().manifests())
+        return list(self._folder.manifests())
 
     def _in_use(self) -> set[str]:
         """Return the ids that pointers name, of a pointer that is damaged what it was set to last.
@@ -216,7 +295,7 @@ class RemoteStore(Store):
             unused = []
         if not dry_run:
             self._objects.delete([o.key for o in unused])
-        with locked(self._lock):
+        with locked(self._folder.lock):
             local = prune_folder(self.root, stale(kept), grace_s, dry_run)
         named = self._generations.blob_keys(before)
         return Pruned(
@@ -225,83 +304,12 @@ class RemoteStore(Store):
             sum(o.num_bytes for o in unused) + local.num_bytes,
         )
 
-    def supersede(self, vocabulary_hashes: Iterable[str]) -> None:
-        """Let nothing that was made with these vocabularies be published from now on, unless it is forced."""
-        hashes, done = list(vocabulary_hashes), False
-        while not done:
-            now = self._objects.get(SUPERSEDED)
-            data = added(None if now is None else now.data, hashes, f"{self.where}/{SUPERSEDED}")
-            done = self._objects.swap(SUPERSEDED, data, now)
-
-    def succeed(self, generation_id: str, successor_id: str) -> list[str]:
-        """Push the same generation without some users, and let every pointer to the other name it."""
-        if self._generations.exists(generation_id):
-            self.push(successor_id)
-        return super().succeed(generation_id, successor_id)
-
-    def _superseded(self) -> bytes | None:
-        found = self._objects.get(SUPERSEDED)
-        return None if found is None else found.data
-
-    def _set(self, entry: Publication) -> str | None:
-        """Push the generation and swap the pointer if it still names ``entry.previous``.
-
-        Raises:
-            RefusedError: the pointer names another one, or users were forgotten; it has not been set.
-            UnavailableError: the bucket does not answer; the message says so if the pointer may be set.
-        """
-        for pushed in (False, True):
-            now = self._pointers.get(entry.pointer)
-            current = None if now is None else now.entry.id
-            if current == entry.id:
-                self._complete(entry)
-                return current
-            if current != entry.previous:
-                raise too_late(entry, current)
-            if not pushed:
-                self._refuse_outdated(entry)
-                self.push(entry.id)
-                self._refuse_pushed(entry)
-        if now is not None:
-            self._pointers.log(now)
-        unknown = f"it is not known whether {entry.pointer} names generation {entry.id} now; publish it again"
-        with _explained(unknown):
-            done = self._pointers.swap(entry, now)
-        if done is None:
-            raise too_late(entry, self.current(entry.pointer))
-        try:
-            self._pointers.log(done)
-        except UnavailableError as error:
-            # The pointer says it too, and the next publisher writes what it says into the log.
-            say(f"{entry.pointer} names generation {entry.id}, which is not logged yet: {error}")
-        self._complete(entry)
-        return entry.previous
-
-    def _complete(self, entry: Publication) -> None:
-        """Push what a pointer names by now again, where a prune removed it while nothing named it."""
-        with _explained(
-            f"{entry.pointer} names generation {entry.id} now, but it is not known whether {self.where} has "
-            f"all of it; run python -m jobs.generations publish {entry.id} --pointer {entry.pointer}"
-        ):
-            if not self._generations.exists(entry.id):
-                # Where another machine has pushed one of that id meanwhile, the pointer names that.
-                with contextlib.suppress(RefusedError):
-                    self.push(entry.id)
-
-    def _refuse_pushed(self, entry: Publication) -> None:
-        """Refuse again: who forgets users supersedes their vocabularies before he looks for generations."""
-        try:
-            self._refuse_outdated(entry)
-        except RefusedError:
-            self.remove([entry.id])
-            raise
-
     def _cached(self) -> dict[str, Path]:
         """Return a local file by SHA-256."""
         files = {}
-        for name, manifest in super().manifests().items():
+        for name, manifest in self._folder.manifests().items():
             for file, facts in manifest["files"].items():
-                files[str(facts["sha256"])] = self.path(name) / file
+                files[str(facts["sha256"])] = generation_path(self.root, name) / file
         return files
 
 

@@ -1,8 +1,7 @@
-"""The store: generations side by side, and pointers that name the one in use.
+"""The store: generations side by side, pointers that name the one in use, and what may be published.
 
-``STORE/generations/ID`` holds generations, ``STORE/CURRENT`` (or another pointer) the id of one, and
-``STORE/publications.jsonl`` what was published when. A pointer only ever names a generation that was complete
-and verified when it was set. One lock orders publishers and prunes.
+A pointer only ever names a generation that was complete and verified when it was set. Where generations and
+pointers are, in a folder or in a bucket, is the place's business: see ``Place``.
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from twotower.artefacts import has_manifest, locked, write_bytes
-from twotower.config import Config
-from twotower.errors import ArtefactError, ConfigError, OvertakenError, RefusedError
+from twotower.errors import ArtefactError, RefusedError
+from twotower.generations.folder import Folder
+from twotower.generations.generation import Generation
+from twotower.generations.names import CURRENT, generation_path
+from twotower.generations.place import Place
+from twotower.generations.prune import GRACE_S, Pruned
+from twotower.generations.publications import Publication, earlier, now, reasons_against
+from twotower.generations.superseded import SUPERSEDED, added, holds
 from twotower.hashing import hashing_aside
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import generation_manifest
-from twotower.retrieval.prune import ANY_AGE_S, GRACE_S, Pruned, prune_folder, unwanted
-from twotower.retrieval.publications import LOG, Publication, append, earlier, now, read_log, reasons_against
-from twotower.retrieval.superseded import SUPERSEDED, added, holds
-from twotower.retrieval.survey import Survey, checked_name, checked_pointer, read_pointer, survey
 
-CURRENT = "CURRENT"
 _OUTDATED = (
     "it was made with users who have been forgotten since; build it again from a dataset without them, or "
     "run python -m jobs.forget for them again"
@@ -38,46 +35,27 @@ class _Unset(enum.Enum):
 _UNSET: Final = _Unset.UNSET
 
 
-def open_store(config: Config) -> Store:
-    """Return the store of a configuration: a folder below its root, or ``storage.store`` with that as cache.
-
-    Raises:
-        ConfigError: ``storage.store`` can not be used.
-    """
-    return store_at(config.storage.store or str(config.store), config.store)
-
-
-def store_at(place: str, cache: Path | str | None = None) -> Store:
-    """Return the store at a path or URL; nothing is read yet.
-
-    Args:
-        place: path of a folder, or ``s3://BUCKET/PREFIX`` or ``gs://BUCKET/PREFIX``.
-        cache: local folder for the generations of a URL.
-
-    Raises:
-        ConfigError: the URL can not be used, or has no cache.
-    """
-    if "://" not in place:
-        return Store(place)
-    if cache is None:
-        raise ConfigError(f"the store {place} is read through a local folder; give one as its cache")
-    # Its client is an extra that local stores do without.
-    from twotower.retrieval.remote import RemoteStore
-
-    return RemoteStore(place, cache)
-
-
 class Store:
-    """A local folder of generations and pointers; it need not exist before something is published."""
+    """Generations and pointers in a place, and the rules of publishing."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Take the folder."""
-        self.root = Path(path)
+    def __init__(self, place: Place | Path | str) -> None:
+        """Take the place; nothing is read yet.
+
+        Args:
+            place: where generations and pointers are; a path is that of a local folder, which need not exist
+                before something is published.
+        """
+        self._place: Place = Folder(place) if isinstance(place, Path | str) else place
 
     @property
     def where(self) -> str:
         """Its path or URL."""
-        return str(self.root)
+        return self._place.where
+
+    @property
+    def root(self) -> Path:
+        """The local folder in which generations are built and read."""
+        return self._place.root
 
     def path(self, generation_id: str) -> Path:
         """Return the local directory of a generation, whether it is there or not.
@@ -85,25 +63,37 @@ class Store:
         Raises:
             ArtefactError: the id is no name of a directory.
         """
-        return self.root / "generations" / checked_name(generation_id, "a generation id")
+        return generation_path(self.root, generation_id)
 
     def fetch(self, generation_id: str) -> Path:
-        """Return the local directory of a finished generation.
+        """Return the local directory of a finished generation, which is downloaded where it is not there.
 
         Raises:
             ArtefactError: there is none of that id.
+            UnavailableError: the place does not answer, or a file of it is missing or damaged there.
         """
-        path = self.path(generation_id)
-        generation_manifest(path)
-        return path
+        return self._place.fetch(generation_id)
 
     def repair(self, generation_id: str) -> bool:
         """Replace the damaged files of a copy; returns False where there is nothing to take them from."""
-        return False
+        return self._place.repair(generation_id)
+
+    def push(self, generation_id: str, replace: bool = False) -> None:
+        """Give others a generation that was built here, without letting a pointer name it.
+
+        Args:
+            generation_id: of a finished generation in the local folder.
+            replace: also where they have another generation of that id.
+
+        Raises:
+            ArtefactError: it is not finished.
+            RefusedError: they have another one of that id.
+        """
+        self._place.push(generation_id, replace)
 
     def has(self, generation_id: str) -> bool:
         """Return whether there is a finished generation of that id."""
-        return has_manifest(self.path(generation_id))
+        return self._place.has(generation_id)
 
     def manifest(self, generation_id: str) -> dict[str, Any]:
         """Return the manifest of a finished generation.
@@ -111,7 +101,7 @@ class Store:
         Raises:
             ArtefactError: there is none of that id, or it is of a newer schema.
         """
-        return generation_manifest(self.path(generation_id))
+        return self._place.manifest(generation_id)
 
     def generations(self) -> list[str]:
         """Return the ids of finished generations that can be read, the oldest first."""
@@ -119,21 +109,15 @@ class Store:
 
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Return the manifests of all generations that can be read, the oldest first."""
-        return survey(self.root).manifests
+        return self._place.manifests()
 
     def pointers(self) -> dict[str, str]:
         """Return the id that each pointer names, by the pointer's name."""
-        return survey(self.root).pointers
+        return self._place.pointers()
 
     def passed_over(self) -> list[str]:
         """Return what can not be read as part of the store, and so is passed over, each a sentence."""
-        found = survey(self.root)
-        lost = [
-            f"{self.where}: the pointer {pointer} names generation {name}, which is not there"
-            for pointer, name in found.pointers.items()
-            if not self.has(name)
-        ]
-        return found.passed + lost
+        return self._place.passed_over()
 
     def require(self) -> None:
         """Refuse a store that is not there: nothing was ever built in it.
@@ -141,19 +125,15 @@ class Store:
         Raises:
             ConfigError: it is not.
         """
-        if not self.root.is_dir():
-            raise ConfigError(
-                f"there is no store at {self.root}: nothing was built with this configuration. Run "
-                "python -m jobs.pipeline with it, or correct storage.root or name"
-            )
+        self._place.require()
 
     def current(self, pointer: str = CURRENT) -> str | None:
         """Return the id that a pointer names; None when it was never set.
 
         Raises:
-            ArtefactError: the pointer's file holds no id, or can not be read.
+            ArtefactError: what is there holds no id, or can not be read.
         """
-        return read_pointer(self._pointer(pointer))
+        return self._place.current(pointer)
 
     def published(self, pointer: str = CURRENT) -> str:
         """Return the id that a pointer names.
@@ -169,8 +149,8 @@ class Store:
         return generation_id
 
     def publications(self) -> list[Publication]:
-        """Return what was published and rolled back, in order."""
-        return read_log(self.root / LOG)
+        """Return what was published and rolled back; those of each pointer in order."""
+        return self._place.publications()
 
     def earlier(self, pointer: str = CURRENT) -> list[str]:
         """Return what a pointer named before what it names now, the latest first; some may have been removed.
@@ -272,25 +252,18 @@ class Store:
 
         Args:
             keep: how many of the newest generations stay; those that a pointer names stay in any case.
-            grace_s: seconds for which a leftover must not have changed.
+            grace_s: seconds for which a leftover must not have changed: a push may be about to refer to it.
             dry_run: only say what would be removed.
 
         Raises:
             ConfigError: ``keep`` is below 1.
         """
-        with locked(self._lock):
-            found = survey(self.root)
-            gone = unwanted(list(found.manifests), keep, self._named(found))
-            return prune_folder(self.root, gone, grace_s, dry_run)
+        return self._place.prune(keep, grace_s, dry_run)
 
     def supersede(self, vocabulary_hashes: Iterable[str]) -> None:
         """Let nothing that was made with these vocabularies be published from now on, unless it is forced."""
-        path = self.root / SUPERSEDED
-        with locked(self._lock):
-            data = self._superseded()
-            changed = added(data, vocabulary_hashes, str(path))
-            if changed != data:
-                write_bytes(path, changed)
+        hashes = list(vocabulary_hashes)
+        self._place.supersede(lambda data: added(data, hashes, self._superseded))
 
     def succeed(self, generation_id: str, successor_id: str) -> list[str]:
         """Let every pointer that names a generation name the same one without some users; returns pointers.
@@ -299,6 +272,8 @@ class Store:
             ArtefactError: the successor is not finished, or damaged.
             RefusedError: another publisher was faster.
         """
+        if self._place.is_shared(generation_id):
+            self._place.push(successor_id)
         _verified(self.fetch(successor_id), successor_id, self.fetch(generation_id))
         named = [pointer for pointer, name in self.pointers().items() if name == generation_id]
         for pointer in named:
@@ -310,35 +285,19 @@ class Store:
 
         A generation that a build or an update works on is left alone.
         """
-        with locked(self._lock):
-            found = survey(self.root)
-            wanted = set(ids) - self._named(found)
-            gone = [name for name in found.manifests if name in wanted]
-            return prune_folder(self.root, gone, ANY_AGE_S, dry_run=False)
-
-    def _named(self, found: Survey) -> set[str]:
-        """Return the ids that pointers name, of a pointer that is damaged what it was set to last.
-
-        Raises:
-            ArtefactError: a pointer and the log are damaged both.
-        """
-        named = set(found.pointers.values())
-        if found.damaged_pointers:
-            last = {entry.pointer: entry.id for entry in self.publications()}
-            named |= {name for pointer, name in last.items() if pointer in found.damaged_pointers}
-        return named
+        return self._place.remove(ids)
 
     def _successors(self) -> dict[str, str]:
         """Return by id the generation that stands in the place of one that is gone."""
         return {old: name for name, m in self.manifests().items() for old in m.get("replaces", ())}
 
-    def _superseded(self) -> bytes | None:
-        path = self.root / SUPERSEDED
-        return path.read_bytes() if path.exists() else None
-
     def _is_outdated(self, manifest: dict[str, Any]) -> bool:
-        where = f"{self.where}/{SUPERSEDED}"
-        return holds(self._superseded(), str(manifest["vocabulary_hash"]), where)
+        return holds(self._place.superseded(), str(manifest["vocabulary_hash"]), self._superseded)
+
+    @property
+    def _superseded(self) -> str:
+        """Where the superseded vocabularies are, for errors."""
+        return f"{self.where}/{SUPERSEDED}"
 
     def _refuse_outdated(self, entry: Publication) -> None:
         """Refuse what was made before users were forgotten; who forced it has been told."""
@@ -350,34 +309,7 @@ class Store:
 
     def _set(self, entry: Publication) -> str | None:
         """Swap a pointer if it still names ``entry.previous``; returns what it named."""
-        with locked(self._lock):
-            current = self.current(entry.pointer)
-            if current == entry.id:
-                return current
-            if current != entry.previous:
-                raise too_late(entry, current)
-            if not self.has(entry.id):
-                raise ArtefactError(f"{self.path(entry.id)} was removed meanwhile; build it again")
-            self._refuse_outdated(entry)
-            append(self.root / LOG, entry)
-            write_bytes(self._pointer(entry.pointer), f"{entry.id}\n".encode())
-        return entry.previous
-
-    @property
-    def _lock(self) -> Path:
-        return self.root / ".lock"
-
-    def _pointer(self, pointer: str) -> Path:
-        return self.root / checked_pointer(pointer)
-
-
-def too_late(entry: Publication, current: str | None) -> OvertakenError:
-    """Return the error of a publisher who was not the first."""
-    return OvertakenError(
-        f"generation {entry.id} is not published: another publisher was faster, {entry.pointer} names "
-        f"{current}, not {entry.previous}",
-        "Publish again to replace it",
-    )
+        return self._place.swap(entry, lambda: self._refuse_outdated(entry))
 
 
 def _verified(path: Path, generation_id: str, known: Path | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from twotower.artefacts import discard, lock_if_free, remove, settle
 from twotower.errors import ConfigError
-from twotower.retrieval.survey import GOING, LOCK, PARTIAL
+from twotower.generations.survey import GOING, LOCK, PARTIAL
 
 GRACE_S = 24 * 3600.0
 """Default age of leftovers: a lock that a build on another machine holds may not be seen on this one."""

@@ -7,7 +7,6 @@ it keeps nobody from the others.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,12 @@ from typing import Any
 
 from twotower.artefacts import REPLACED
 from twotower.errors import ArtefactError
-from twotower.listing import NAME
-from twotower.retrieval.manifest import generation_manifest
-from twotower.retrieval.publications import LOG
-from twotower.retrieval.superseded import SUPERSEDED
+from twotower.generations.manifest import generation_manifest
+from twotower.generations.names import GENERATIONS, IS_NAME, RESERVED
 
-GENERATIONS = "generations"
-RESERVED = (GENERATIONS, LOG, SUPERSEDED)
-"""What is beside the pointers in a store."""
 PARTIAL, LOCK, TEMPORARY = ".partial", ".lock", ".tmp"
 GOING = (".pruned", ".refused")
 """Endings of the hidden names of generations that are being deleted: whoever finds one goes on with it."""
-IS_NAME = re.compile(NAME)
 _OURS = (*GOING, REPLACED, PARTIAL, LOCK, TEMPORARY)
 _POINTER_BYTES = 256
 
@@ -79,31 +72,6 @@ def survey(root: Path) -> Survey:
         if named is not None:
             found.pointers[name] = named
     return found
-
-
-def checked_pointer(pointer: str) -> str:
-    """Return the name of a pointer.
-
-    Raises:
-        ArtefactError: it is none.
-    """
-    if pointer in RESERVED:
-        raise ArtefactError(f"a pointer can not be called {pointer}, as what is beside it in the store")
-    return checked_name(pointer, "a pointer's name")
-
-
-def checked_name(name: str, what: str) -> str:
-    """Return a name that stays inside the store.
-
-    Raises:
-        ArtefactError: it does not.
-    """
-    if not IS_NAME.fullmatch(name):
-        raise ArtefactError(
-            f"{what} is {name!r}; it must be up to 128 letters, digits, dots, dashes and underscores, and "
-            "begin with a letter or digit"
-        )
-    return name
 
 
 def by_age(manifests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

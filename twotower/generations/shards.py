@@ -17,6 +17,7 @@ from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_columns
 from twotower.data.dataset import ITEM_ROW
 from twotower.errors import ArtefactError
+from twotower.generations.files import FACTS, SHARD_FILES, read_shard_facts, write_items, write_shard_facts
 from twotower.index.build import (
     build_shard,
     check_item_rows,
@@ -27,7 +28,6 @@ from twotower.index.build import (
 from twotower.index.gpu import Gpu, gpus
 from twotower.index.parts import Part, load_shard, save_array
 from twotower.index.spec import empty_index, ivf_of
-from twotower.retrieval.files import FACTS, SHARD_FILES, read_shard_facts, write_items, write_shard_facts
 
 _READ_ROWS = 65_536
 _TRAIN_POINTS = 65_536

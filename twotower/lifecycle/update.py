@@ -18,11 +18,7 @@ import pyarrow as pa
 
 from twotower.artefacts import building, discard, fingerprint, finished, link_or_copy, locked, write_manifest
 from twotower.errors import ArtefactError, OvertakenError, TwotowerError, UnavailableError
-from twotower.index.build import build_shard, write_index
-from twotower.index.parts import save_array
-from twotower.progress import say
-from twotower.retrieval.delta import CatalogueState
-from twotower.retrieval.files import (
+from twotower.generations.files import (
     DELTA,
     ITEM_IDS,
     KIND,
@@ -31,9 +27,14 @@ from twotower.retrieval.files import (
     write_items,
     write_shard_facts,
 )
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.manifest import GenerationManifest
-from twotower.retrieval.store import CURRENT, Store
+from twotower.generations.generation import Generation
+from twotower.generations.manifest import GenerationManifest
+from twotower.generations.names import CURRENT
+from twotower.generations.store import Store
+from twotower.index.build import build_shard, write_index
+from twotower.index.parts import save_array
+from twotower.lifecycle.delta import CatalogueState
+from twotower.progress import say
 
 _FACTORY = "Flat"
 _AGAIN = "Run the update again: it is then made of what is published now"

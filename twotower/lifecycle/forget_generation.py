@@ -25,10 +25,7 @@ from twotower.data.forget import Erasure
 from twotower.data.histories import without_users
 from twotower.data.vocabulary import Vocabulary, vocabulary_hash
 from twotower.errors import ArtefactError
-from twotower.index.parts import save_array
-from twotower.model.features import encode_columns
-from twotower.model.forget import forget_in_checkpoint
-from twotower.retrieval.files import (
+from twotower.generations.files import (
     FACTS,
     HISTORY_CUT,
     ITEM_IDS,
@@ -38,9 +35,12 @@ from twotower.retrieval.files import (
     read_shard_facts,
     write_shard_facts,
 )
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.prune import WORK
-from twotower.retrieval.store import Store
+from twotower.generations.generation import Generation
+from twotower.generations.prune import WORK
+from twotower.generations.store import Store
+from twotower.index.parts import save_array
+from twotower.model.features import encode_columns
+from twotower.model.forget import forget_in_checkpoint
 from twotower.schema import CategoricalFeature, MultiHotFeature
 
 _PERSONAL = ("user_ids.arrow", "users/", "model/")

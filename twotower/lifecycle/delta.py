@@ -20,12 +20,12 @@ from twotower.data.fitting import stored_columns
 from twotower.data.hashing import array_hash, table_hash
 from twotower.data.vocabulary import Vocabulary
 from twotower.errors import DataError
+from twotower.generations.encoding import encode_table
+from twotower.generations.generation import Generation
 from twotower.ids import id_problem
 from twotower.index.build import check_vectors
 from twotower.model.checkpoint import Checkpoint
 from twotower.progress import say
-from twotower.retrieval.encoding import encode_table
-from twotower.retrieval.generation import Generation
 from twotower.values import as_text, is_text
 
 IntArray = npt.NDArray[np.int64]

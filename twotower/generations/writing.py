@@ -14,11 +14,7 @@ from twotower.config import Config
 from twotower.data.dataset import Dataset
 from twotower.data.histories import Histories
 from twotower.data.sampling import popularity
-from twotower.index.parts import save_array
-from twotower.model.checkpoint import CONFIG as CHECKPOINT_CONFIG
-from twotower.model.checkpoint import FEATURES, WEIGHTS, Checkpoint
-from twotower.model.features import encode_columns, profile_values
-from twotower.retrieval.files import (
+from twotower.generations.files import (
     BASE,
     CONFIG,
     FACTS,
@@ -31,6 +27,10 @@ from twotower.retrieval.files import (
     profile_file,
     read_shard_facts,
 )
+from twotower.index.parts import save_array
+from twotower.model.checkpoint import CONFIG as CHECKPOINT_CONFIG
+from twotower.model.checkpoint import FEATURES, WEIGHTS, Checkpoint
+from twotower.model.features import encode_columns, profile_values
 
 _METRIC = "inner_product"
 

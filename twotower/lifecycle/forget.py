@@ -27,18 +27,18 @@ from twotower.data.dataset import KIND as DATASET
 from twotower.data.dataset import Dataset
 from twotower.data.forget import Erasure, Forgetting
 from twotower.errors import ArtefactError, DataError, RefusedError, UnavailableError
+from twotower.generations.generation import Generation
+from twotower.generations.prune import WORK
+from twotower.generations.store import Store
 from twotower.jsonfiles import check_shape, read_json
+from twotower.lifecycle.forget_generation import Successors, blank_items, erasure_of
+from twotower.lifecycle.forget_lists import Lists
+from twotower.lifecycle.forget_reports import ReportedUsers
 from twotower.listing import STORED
 from twotower.model.checkpoint import checkpoint_manifest
 from twotower.model.forget import KIND as CHECKPOINT
 from twotower.model.forget import forget_in_checkpoint, knows_users
 from twotower.progress import say
-from twotower.retrieval.forget_generation import Successors, blank_items, erasure_of
-from twotower.retrieval.forget_lists import Lists
-from twotower.retrieval.forget_reports import ReportedUsers
-from twotower.retrieval.generation import Generation
-from twotower.retrieval.prune import WORK
-from twotower.retrieval.store import Store
 
 REQUEST = "forgetting.json"
 """What a run that has not ended is asked for."""

@@ -12,17 +12,17 @@ from typing import Any
 
 from twotower.artefacts import MANIFEST, building, link_or_copy, write_bytes
 from twotower.errors import ArtefactError, OvertakenError, UnavailableError
+from twotower.generations.files import AGAIN
+from twotower.generations.manifest import parse_generation
+from twotower.generations.names import IS_NAME, checked_name
+from twotower.generations.objects import Content, Found, Objects, at_once
 from twotower.listing import listed_file
 from twotower.progress import say
-from twotower.retrieval.files import AGAIN
-from twotower.retrieval.manifest import parse_generation
-from twotower.retrieval.objects import Content, Found, Objects, at_once
-from twotower.retrieval.survey import IS_NAME, checked_name
 
 _BLOBS, _GENERATIONS = "objects/", "generations/"
 
 
-class RemoteGenerations:
+class BucketGenerations:
     """Generations below a URL."""
 
     def __init__(self, objects: Objects) -> None:

@@ -1,4 +1,4 @@
-"""Keys and bytes in a bucket of S3 or Google Cloud Storage: what a remote store needs of it, and no more.
+"""Keys and bytes in a bucket of S3 or Google Cloud Storage: what a store there needs, and no more.
 
 ``obstore`` does the work: retries, uploads in parts, and the store's own conditional puts. Credentials and
 endpoint come from the environment, as other tools read them.

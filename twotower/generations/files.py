@@ -15,13 +15,13 @@ from twotower.artefacts import MANIFEST, remove, write_json
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_table
 from twotower.errors import ArtefactError, DamagedError
+from twotower.generations.manifest import BASE as BASE
+from twotower.generations.manifest import DELTA as DELTA
+from twotower.generations.manifest import KIND as KIND
+from twotower.generations.manifest import ShardFacts, generation_manifest
 from twotower.hashing import sha256_file
 from twotower.jsonfiles import check_shape, read_json
 from twotower.listing import listed_file
-from twotower.retrieval.manifest import BASE as BASE
-from twotower.retrieval.manifest import DELTA as DELTA
-from twotower.retrieval.manifest import KIND as KIND
-from twotower.retrieval.manifest import ShardFacts, generation_manifest
 
 FACTS = "shard.json"
 """The last file of a shard that is written."""

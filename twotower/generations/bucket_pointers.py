@@ -13,10 +13,10 @@ from typing import Annotated
 from pydantic import Field
 
 from twotower.errors import ArtefactError, UnavailableError
+from twotower.generations.names import checked_pointer
+from twotower.generations.objects import Content, Objects, at_once
+from twotower.generations.publications import Publication
 from twotower.jsonfiles import check_shape, parse_json
-from twotower.retrieval.objects import Content, Objects, at_once
-from twotower.retrieval.publications import Publication
-from twotower.retrieval.survey import checked_pointer
 
 _REMEDY = "It holds no publication; remove it."
 _NUMBER = Annotated[int, Field(strict=True, ge=1, lt=1 << 53)]
@@ -24,7 +24,7 @@ _POINTERS, _LOG = "pointers/", "publications/"
 
 
 @dataclass(frozen=True)
-class RemotePointer:
+class BucketPointer:
     """What a pointer's object holds."""
 
     entry: Publication
@@ -33,7 +33,7 @@ class RemotePointer:
     content: Content
 
 
-class RemotePointers:
+class BucketPointers:
     """Pointers below a URL, each replaced by compare-and-swap, and their log."""
 
     def __init__(self, objects: Objects) -> None:
@@ -58,7 +58,7 @@ class RemotePointers:
     def _names(self) -> list[str]:
         return sorted(o.key.removeprefix(_POINTERS) for o in self._objects.list(_POINTERS))
 
-    def get(self, pointer: str) -> RemotePointer | None:
+    def get(self, pointer: str) -> BucketPointer | None:
         """Return what a pointer's object holds; None when it was never set.
 
         Raises:
@@ -68,7 +68,7 @@ class RemotePointers:
         content = self._objects.get(key)
         return None if content is None else self._parse(content, key)
 
-    def swap(self, entry: Publication, replaced: RemotePointer | None) -> RemotePointer | None:
+    def swap(self, entry: Publication, replaced: BucketPointer | None) -> BucketPointer | None:
         """Set a pointer if nobody else has set it since; returns what it holds now, None if that was not so.
 
         Args:
@@ -80,9 +80,9 @@ class RemotePointers:
         key = f"{_POINTERS}{entry.pointer}"
         if not self._objects.swap(key, data, None if replaced is None else replaced.content):
             return None
-        return RemotePointer(entry, number, Content(data, {}))
+        return BucketPointer(entry, number, Content(data, {}))
 
-    def log(self, pointer: RemotePointer) -> None:
+    def log(self, pointer: BucketPointer) -> None:
         """Write what a pointer holds into the log, unless it is there."""
         self._objects.swap(_log_key(pointer), pointer.content.data, None)
 
@@ -103,13 +103,13 @@ class RemotePointers:
                 entries.setdefault(_log_key(found), found.entry)
         return [entries[key] for key in sorted(entries)]
 
-    def _parse(self, content: Content, key: str) -> RemotePointer:
+    def _parse(self, content: Content, key: str) -> BucketPointer:
         where = f"{self._objects.url}/{key}"
         value = parse_json(content.data, where, _REMEDY)
         entry = Publication.from_json(value, where)
         number = check_shape(value.get("number"), _NUMBER, where, _REMEDY)
-        return RemotePointer(entry, number, content)
+        return BucketPointer(entry, number, content)
 
 
-def _log_key(pointer: RemotePointer) -> str:
+def _log_key(pointer: BucketPointer) -> str:
     return f"{_LOG}{pointer.entry.pointer}/{pointer.number:08d}.json"
