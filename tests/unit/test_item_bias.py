@@ -21,8 +21,8 @@ from twotower.config import parse_config
 from twotower.config.model import TowerConfig
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError
+from twotower.generations.generation import Generation
 from twotower.model.towers import Tower
-from twotower.retrieval.generation import Generation
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 from twotower.training.collectives import World
