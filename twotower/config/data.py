@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from twotower.config.section import PositiveInt, Section, Share
+from twotower.config.section import PositiveInt, Section
 
 MovieLensName = Literal[
     "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small", "ml-latest"
@@ -222,17 +222,3 @@ class DataConfig(Section):
     """Smallest users and items."""
     positives: PositivesConfig = PositivesConfig()
     """Which interactions are positive."""
-
-
-class SplitConfig(Section):
-    """How interactions are held out for test and validation."""
-
-    kind: Literal["temporal_user", "temporal_global", "leave_one_out", "random", "given"] = "temporal_user"
-    """Held out: each user's last; all after one moment; each user's last one; at random; as the data says."""
-    test_share: Share = 0.2
-    """Share of test; per user it is ceil(share x n)."""
-    validation_share: Share = 0.1
-    """Share of the rest that validates (the last part of train)."""
-    ties: Literal["together", "order"] = "together"
-    """Interactions of one user at one time, such as a basket: a moment that no split by time parts and in
-    which nothing comes first; or in the order of the rows in the source."""
