@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from twotower.config.data import DataConfig, FilesSource, LightGCNSource
-from twotower.config.evaluation import EvaluationConfig
+from twotower.config.data import SOURCES, DataConfig
+from twotower.config.evaluation import BASELINES, EvaluationConfig
+from twotower.config.index_kinds import INDEX_KINDS
 from twotower.config.losses import LOSSES
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.section import Section
@@ -31,6 +32,9 @@ from twotower.schema import residual_feature
 @FEATURES.model
 @LOSSES.model
 @SPLIT_KINDS.model
+@SOURCES.model
+@INDEX_KINDS.model
+@BASELINES.model
 class Config(Section):
     """Everything a pipeline needs to know: sections, of which each value has a default; none can be changed.
 
@@ -93,16 +97,13 @@ class Config(Section):
             )
         source = self.data.source
         kind = SPLIT_KINDS[self.split.kind]
-        if kind.needs_given and isinstance(source, FilesSource) and source.columns.split is None:
+        if kind.needs_given and source.without_split:
             raise ValueError(
                 f"split.kind: {self.split.kind} needs data.source.columns.split, the column that says so"
             )
         self._check_residual("query", self.model.query_tower)
         self._check_residual("item", self.model.item_tower)
-        timeless = isinstance(self.data.source, LightGCNSource) or (
-            isinstance(self.data.source, FilesSource) and self.data.source.columns.time is None
-        )
-        if timeless and kind.needs_times:
+        if source.timeless and kind.needs_times:
             raise ValueError(self.split.needs_times_message())
         return self
 
