@@ -38,7 +38,7 @@ from twotower.features.numbers import as_number_column, finite_numbers
 from twotower.retrieval.query import Query
 from twotower.retrieval.request import InvalidQueryError, parse, query_of, request_model
 from twotower.retrieval.wire import Http
-from twotower.schema import SPLITS
+from twotower.schema import SPLITS, FittedFeature, IdFeature
 
 NUM_USERS, NUM_ITEMS, EACH = 24, 20, 10
 
@@ -373,6 +373,24 @@ def test_what_is_taken_out_is_refused_again(toys: None) -> None:
     LOSSES.remove("brief")
     with pytest.raises(ConfigError, match=r"must be one of softmax, bsl, bce, slatk, hinge \(got"):
         tt.configure({"train.loss.kind": "brief"})
+
+
+def test_what_a_type_learns_beside_the_usual_is_written_only_where_there_is_some() -> None:
+    plain, more = (FittedFeature(spec=IdFeature(name="id"), more=values) for values in ({}, {"edges": [1.5]}))
+    assert list(plain.model_dump()) == ["spec", "values", "mean", "std"]
+    assert FittedFeature.model_validate(more.model_dump()) == more != plain
+
+
+def test_types_are_named_by_their_files_alone() -> None:
+    # Ids, histories and profiles are what the model itself is about; the others are only read from columns.
+    types = "|".join(kind.__name__ for kind in FEATURES if kind.reads == "column")
+    told = {
+        str(path.relative_to(ROOT))
+        for folder in ("twotower", "serve", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(rf"\b({types})\b", path.read_text())
+    }
+    assert {path for path in told if not path.startswith("twotower/features/")} <= {"twotower/schema.py"}
 
 
 def test_the_page_names_files_and_names_that_exist() -> None:

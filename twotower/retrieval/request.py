@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -33,6 +34,7 @@ class InvalidQueryError(NotAllowedError):
         self.details = details
 
 
+@functools.cache
 def http_fields(query: type[Query]) -> dict[str, Http]:
     """Return how each field of a query is written in a request."""
     hints = get_type_hints(query, include_extras=True)
