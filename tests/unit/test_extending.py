@@ -201,17 +201,8 @@ def toys() -> Iterator[None]:
     BASELINES.add("unpopular", Unpopular())
     METRICS.add("f1", f1)
     yield
-    added = {
-        "quantile": FEATURES,
-        "hinge": LOSSES,
-        "every_fifth": SPLIT_KINDS,
-        "pairs": SOURCES,
-        "half": INDEX_KINDS,
-        "unpopular": BASELINES,
-        "f1": METRICS,
-    }
-    for name, registry in added.items():
-        registry.remove(name)
+    for registry in (FEATURES, LOSSES, SPLIT_KINDS, SOURCES, INDEX_KINDS, BASELINES, METRICS):
+        registry.remove(registry.names[-1])
 
 
 def settings(root: Path, **values: Any) -> dict[str, Any]:
