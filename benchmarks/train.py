@@ -35,7 +35,7 @@ from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.model.batch import Bag, bag_of, forget
 from twotower.model.losses import Known, in_batch_softmax
-from twotower.model.towers import TwoTower, table_name
+from twotower.model.towers import TwoTower
 from twotower.training.collectives import World
 from twotower.training.examples import Examples, TowerInputs
 from twotower.training.tables import TableOptimizer, TouchedRows
@@ -151,8 +151,8 @@ class Bare:
         assert isinstance(bag, Bag)
         items["item_id"] = forget(bag, torch.rand(len(rows)) < UNKNOWN_RATE)
         schema = self.model.schema
-        bags = [(table_name("query", f), bag_of(queries[f.spec.name])) for f in schema.query]
-        bags += [(table_name("item", f), bag_of(items[f.spec.name])) for f in schema.item]
+        bags = [(f.spec.table_name("query"), bag_of(queries[f.spec.name])) for f in schema.query]
+        bags += [(f.spec.table_name("item"), bag_of(items[f.spec.name])) for f in schema.item]
         touched = TouchedRows(self.weights, [(n, b) for n, b in bags if b is not None])
         q = self.model.towers.query(self.model.inputs("query", queries, touched.lookup))
         c = self.model.towers.item(self.model.inputs("item", items, touched.lookup))

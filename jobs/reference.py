@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from twotower.config import Config
+from twotower.registry import Accepted, annotation_of
 
 _WIDTH = 110
 _NAMES = {
@@ -57,7 +58,7 @@ def _walk(
         if name == "kind" and "[" in prefix:
             continue  # the tag, already in the key
         key = f"{prefix}{name}"
-        members = _models(info.annotation)
+        members = _models(annotation_of(info))
         if get_origin(info.annotation) is list and members:
             features.update((_tag(member), member) for member in members)
             yield key, info
@@ -80,7 +81,7 @@ def _entry(key: str, info: FieldInfo) -> list[str]:
         default = "required"
     else:
         value = info.get_default(call_default_factory=True, validated_data={})
-        default = "" if _models(info.annotation) else f"default {_plain(value)}"
+        default = "" if _models(annotation_of(info)) else f"default {_plain(value)}"
     facts = "; ".join(part for part in (_type_name(info), default) if part)
     text = textwrap.wrap(f"{info.description or ''} [{facts}]", _WIDTH - 6)
     return [f"  {key}", *(f"      {line}" for line in text)]
@@ -92,6 +93,9 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
         return [annotation]
     if get_origin(annotation) is Literal:
         return []
+    for fact in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
+        if isinstance(fact, Accepted):
+            return _models(fact.annotation())
     return [model for part in get_args(annotation) for model in _models(part)]
 
 
@@ -113,7 +117,7 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 def _type_name(value: Any) -> str:
-    annotation: Any = value.annotation if isinstance(value, FieldInfo) else value
+    annotation: Any = annotation_of(value) if isinstance(value, FieldInfo) else value
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(part) for part in parts)

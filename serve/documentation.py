@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from serve.admission import DEADLINE_HEADER, MAX_DEADLINE_MS
 from serve.schemas import ErrorAnswer, ReadyAnswer, error_body
 from twotower.config import LimitsConfig
-from twotower.retrieval.request import ALLOWED_FILTER, RetrieveRequest, allowed_k
+from twotower.retrieval.request import ALLOWED_FILTER, LIST_LIMITS, RetrieveRequest, allowed_k
 
 DESCRIPTION = """Which k items for this user, now?
 
@@ -265,15 +265,10 @@ def _request_schema(max_k: int, limits: LimitsConfig) -> dict[str, Any]:
     schema = RetrieveRequest.model_json_schema(ref_template=_REF)
     properties = schema["properties"]
     properties["k"] |= {"minimum": 1, "maximum": max_k}
-    for name, most in (
-        ("history", limits.max_history),
-        ("exclude_items", limits.max_ids),
-        ("allow_items", limits.max_ids),
-        ("fields", limits.max_fields),
-    ):
+    for name, limit in LIST_LIMITS.items():
         found = properties[name]
         array = next(kind for kind in [found, *found.get("anyOf", [])] if kind.get("type") == "array")
-        array["maxItems"] = most
+        array["maxItems"] = getattr(limits, limit)
     return dict(schema)
 
 

@@ -15,6 +15,7 @@ from twotower.config import LimitsConfig
 from twotower.retrieval.query import HistoryUse, Query, Strategy
 from twotower.retrieval.request import (
     ALLOWED_FILTER,
+    LIST_LIMITS,
     InvalidQueryError,
     RetrieveRequest,
     allowed_k,
@@ -253,13 +254,8 @@ def _body_object(body: bytes, example: str) -> dict[str, Any]:
 def _query(value: dict[str, Any], max_k: int, limits: LimitsConfig) -> Query:
     """Return the query of one request, after checking its size."""
     details = list[dict[str, str]]()
-    for name, most in (
-        ("history", limits.max_history),
-        ("exclude_items", limits.max_ids),
-        ("allow_items", limits.max_ids),
-        ("fields", limits.max_fields),
-    ):
-        entries = value.get(name)
+    for name, limit in LIST_LIMITS.items():
+        entries, most = value.get(name), getattr(limits, limit)
         if isinstance(entries, list) and len(entries) > most:
             message = f"has {len(entries)} entries"
             details.append({"where": name, "message": message, "allowed": f"at most {most} entries"})

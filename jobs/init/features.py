@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from jobs.init import clocks, names
 from jobs.init.look import Column, Table
-from twotower.data import cells
-from twotower.data.fitting import as_lists
+from twotower import cells
 from twotower.errors import DataError
+from twotower.features.columns import as_lists
 from twotower.schema import MAX_PROFILE_WIDTH
 from twotower.values import is_number, is_text
 

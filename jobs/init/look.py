@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data import cells
+from twotower import cells
 from twotower.data.chunks import BadRows
 from twotower.data.sources import tables
 from twotower.data.sources.tables import TableFile

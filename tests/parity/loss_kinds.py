@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.parity.loss_oracle import compare_with_dense
-from twotower.config.training import LossConfig
+from twotower.config.losses import LossConfig
 from twotower.model.losses import GlobalBatch, choose_loss
 
 NUM_ITEMS = 57

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tests.datasets import files_config, grid, write_csv
 from twotower import progress
+from twotower.cells import other_separator, split_lists, split_numbers
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_table
-from twotower.data.cells import other_separator, split_lists, split_numbers
-from twotower.data.fitting import as_lists
 from twotower.data.prepare import prepare
 from twotower.errors import DataError
+from twotower.features.columns import as_lists
 
 HEADER = ["who", "what", "when"]
 FORMS = {

@@ -10,9 +10,10 @@ import pytest
 
 from tests.datasets import files_config, grid, write_csv
 from twotower.data.dataset import Dataset
-from twotower.data.fitting import as_categories, as_lists
 from twotower.data.prepare import prepare
 from twotower.errors import DataError
+from twotower.features.columns import as_lists
+from twotower.values import as_categories
 
 ID = {"name": "item_id", "type": "id"}
 

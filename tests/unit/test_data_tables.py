@@ -15,9 +15,8 @@ import pytest
 import yaml
 
 from tests.datasets import files_config, grid, write_csv
-from twotower import progress
+from twotower import cells, progress
 from twotower.config import parse_config
-from twotower.data import cells
 from twotower.data.interning import IdColumn, IdForm, Interner
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, DataError

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from twotower.config.evaluation import BASELINES as REGISTERED
 from twotower.config.evaluation import EaseConfig, EvaluationConfig, IalsConfig, ItemKnnConfig
 from twotower.data.interactions import Interactions
 from twotower.data.knowledge import Rules, holdout
 from twotower.errors import ConfigError
-from twotower.evaluation.baselines import fit as module
+from twotower.evaluation.baselines import fitted as module
 from twotower.evaluation.baselines import popular_order, recent_order
 from twotower.evaluation.baselines.ease import EaseScores, fit_ease, size
-from twotower.evaluation.baselines.fit import BASELINES, FITTED, fit, wanted, write_known, write_orders
+from twotower.evaluation.baselines.fit import fit, wanted, write_known, write_orders
 from twotower.evaluation.baselines.ials import fit_ials
 from twotower.evaluation.baselines.matrix import fit_matrix, query_matrix
 from twotower.evaluation.baselines.memory import available_bytes
 from twotower.evaluation.baselines.neighbours import item_similarity, products
+from twotower.evaluation.baselines.protocol import fitted_names
 from twotower.evaluation.baselines.rankers import open_ranker
 from twotower.evaluation.matrix import open_matrix, write_matrix
 from twotower.evaluation.metrics import ndcg_at_k
 
+BASELINES, FITTED = REGISTERED.names, fitted_names()
 NUM_USERS, NUM_ITEMS, NUM_OUTSIDE = 31, 23, 2
 DAY = 86_400_000_000
 

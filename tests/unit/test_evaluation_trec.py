@@ -38,12 +38,12 @@ def theirs(case):
     return found
 
 
-@pytest.mark.parametrize("name", metrics.ACCURACY)
+@pytest.mark.parametrize("name", metrics.METRICS.names)
 @pytest.mark.parametrize("k", KS)
 def test_metric_is_that_of_trec_eval(case, theirs, name, k):
     lists, relevant = case
     hits = metrics.hit_matrix(oracles.pad(lists, WIDTH), *oracles.csr(relevant))
-    ours = metrics.per_query(*hits, KS)[:, metrics.ACCURACY.index(name), KS.index(k)]
+    ours = metrics.per_query(*hits, KS)[:, metrics.METRICS.names.index(name), KS.index(k)]
     expected = theirs[str(MEASURES[name] @ k)]
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     assert 0 < ours.mean() < 1

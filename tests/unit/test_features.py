@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from twotower.errors import DataError
+from twotower.features.text import text_buckets
 from twotower.model.batch import Bag, forget
-from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values, text_buckets
+from twotower.model.features import QueryFeatures, encode_columns, item_batch, profile_values
 from twotower.schema import (
     CategoricalFeature,
     FeatureSchema,

@@ -33,6 +33,7 @@ from twotower.cluster.session import session, wants_gpu
 from twotower.cluster.train import train
 from twotower.cluster.trial_records import Recorder, Records, run_of
 from twotower.config import Config, parse_config
+from twotower.config.splits import SPLIT_KINDS
 from twotower.data.dataset import Dataset
 from twotower.data.prepare import prepare
 from twotower.errors import ConfigError, StoppedError, TrainingError, TwotowerError
@@ -133,8 +134,7 @@ def _datasets(trials: Sequence[Trial], config: Config, dataset: Dataset) -> dict
 
 
 def _data_key(config: Config) -> str:
-    # Random and given splits are drawn with the seed.
-    seed = config.seed if config.split.kind in ("random", "given") else None
+    seed = config.seed if SPLIT_KINDS[config.split.kind].uses_seed else None
     sections = [s.model_dump(mode="json") for s in (config.data, config.split, config.features)]
     return fingerprint([sections, seed])
 

@@ -10,13 +10,13 @@ from twotower.config.data import (
     LightGCNSource,
     MovieLensSource,
     Source,
-    SplitConfig,
     TableConfig,
 )
 from twotower.config.loading import load_config, parse_config, put_value, stored_config, text_of
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.root import Config
 from twotower.config.service import ApplicationConfig, AttributeConfig, LimitsConfig
+from twotower.config.splits import SplitConfig
 
 __all__ = [
     "ApplicationConfig",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import datetime
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from twotower.config.section import PositiveInt, Section, Share
+from twotower.config.section import PositiveInt, Section
+from twotower.registry import ModelIn, Registry
 
 MovieLensName = Literal[
     "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small", "ml-latest"
@@ -28,8 +30,34 @@ Delimiter = Annotated[str, Field(min_length=1, max_length=1)]
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
 
 
-class MovieLensSource(Section):
+class SourceSection(Section):
+    """Settings of one kind of source; a kind is a subclass in ``SOURCES`` with a ``kind`` of its own."""
+
+    if TYPE_CHECKING:
+        # Each kind declares it first, as Literal["..."].
+        kind: str
+
+    implementation: ClassVar[str | Callable[[Any, str, str | None], Any]]
+    """What opens it, of (section, folder of downloads, mirror) a ``twotower.data.chunks.RawSource``; a text
+    "module:name" is imported when data are prepared."""
+
+    @property
+    def timeless(self) -> bool:
+        """Whether it is known to have no times before it is opened."""
+        return False
+
+    @property
+    def without_split(self) -> bool:
+        """Whether it is known to have no split before it is opened."""
+        return False
+
+
+class MovieLensSource(SourceSection):
     """A MovieLens data set, downloaded from GroupLens."""
+
+    implementation: ClassVar[str | Callable[[Any, str, str | None], Any]] = (
+        "twotower.data.sources:open_movielens"
+    )
 
     kind: Literal["movielens"]
     name: MovieLensName = "ml-latest-small"
@@ -101,8 +129,10 @@ class TableConfig(Section):
     """Of this table's CSV files; as in the source's when not given."""
 
 
-class FilesSource(Section):
+class FilesSource(SourceSection):
     """Your own CSV or Parquet files."""
+
+    implementation: ClassVar[str | Callable[[Any, str, str | None], Any]] = "twotower.data.sources:open_files"
 
     kind: Literal["files"]
     interactions: str
@@ -122,6 +152,16 @@ class FilesSource(Section):
     users: TableConfig | None = None
     """The user table."""
 
+    @property
+    def timeless(self) -> bool:
+        """Whether no column of times is named."""
+        return self.columns.time is None
+
+    @property
+    def without_split(self) -> bool:
+        """Whether no column of splits is named."""
+        return self.columns.split is None
+
     @field_validator("events", mode="before")
     @classmethod
     def _whole_numbers(cls, events: Any) -> Any:
@@ -133,16 +173,29 @@ class FilesSource(Section):
         return {str(name) if isinstance(name, int) else name: meaning for name, meaning in events.items()}
 
 
-class LightGCNSource(Section):
+class LightGCNSource(SourceSection):
     """The LightGCN text format: ``train.txt`` and ``test.txt``, a user and then his items on each line."""
+
+    implementation: ClassVar[str | Callable[[Any, str, str | None], Any]] = (
+        "twotower.data.sources:open_lightgcn"
+    )
 
     kind: Literal["lightgcn"]
     path: str
     """Folder, or zip file, that holds ``train.txt`` and ``test.txt``."""
 
+    @property
+    def timeless(self) -> bool:
+        """Return true: the format has no times."""
+        return True
 
-class GeneratedSource(Section):
+
+class GeneratedSource(SourceSection):
     """A catalogue and interactions drawn from planted tastes; the true scores are known."""
+
+    implementation: ClassVar[str | Callable[[Any, str, str | None], Any]] = (
+        "twotower.data.sources:open_generated"
+    )
 
     kind: Literal["generated"]
     num_users: PositiveInt = 2_000
@@ -159,9 +212,14 @@ class GeneratedSource(Section):
     """Seed of the generator."""
 
 
-Source = Annotated[
-    MovieLensSource | FilesSource | LightGCNSource | GeneratedSource, Field(discriminator="kind")
-]
+SOURCES: Registry[type[SourceSection]] = Registry("a kind of source")
+"""The kinds of ``data.source``."""
+SOURCES.add("movielens", MovieLensSource)
+SOURCES.add("files", FilesSource)
+SOURCES.add("lightgcn", LightGCNSource)
+SOURCES.add("generated", GeneratedSource)
+
+Source = Annotated[SourceSection, ModelIn(SOURCES, "kind")]
 
 
 class PositivesConfig(Section):
@@ -200,6 +258,7 @@ class MinInteractionsConfig(Section):
     """Fewest interactions of an item."""
 
 
+@SOURCES.model
 class DataConfig(Section):
     """Raw data and the rules for reading it."""
 
@@ -222,17 +281,3 @@ class DataConfig(Section):
     """Smallest users and items."""
     positives: PositivesConfig = PositivesConfig()
     """Which interactions are positive."""
-
-
-class SplitConfig(Section):
-    """How interactions are held out for test and validation."""
-
-    kind: Literal["temporal_user", "temporal_global", "leave_one_out", "random", "given"] = "temporal_user"
-    """Held out: each user's last; all after one moment; each user's last one; at random; as the data says."""
-    test_share: Share = 0.2
-    """Share of test; per user it is ceil(share x n)."""
-    validation_share: Share = 0.1
-    """Share of the rest that validates (the last part of train)."""
-    ties: Literal["together", "order"] = "together"
-    """Interactions of one user at one time, such as a basket: a moment that no split by time parts and in
-    which nothing comes first; or in the order of the rows in the source."""

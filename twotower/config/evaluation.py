@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from twotower.config.section import NonNegativeInt, PositiveInt, Section
+from twotower.registry import NameIn, Registry
 
-BaselineName = Literal[
-    "auto", "popularity", "recent_popularity", "item_knn_cosine", "item_knn_tfidf", "ease", "ials"
-]
+BASELINES: Registry[Any] = Registry("a baseline")
+"""The rankers of ``evaluation.baselines``, in the order of a report: what fits each, a ``Baseline`` of
+``twotower.evaluation.baselines.protocol`` or a text "module:name" that is imported when it is fitted; None
+for the two that rest on counts alone."""
+BASELINES.add("popularity", None)
+BASELINES.add("recent_popularity", None)
+BASELINES.add("item_knn_cosine", "twotower.evaluation.baselines.fitted:COSINE")
+BASELINES.add("item_knn_tfidf", "twotower.evaluation.baselines.fitted:TFIDF")
+BASELINES.add("ease", "twotower.evaluation.baselines.fitted:EASE")
+BASELINES.add("ials", "twotower.evaluation.baselines.fitted:IALS")
+BaselineName = Annotated[str, NameIn(BASELINES, also=("auto",))]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
@@ -51,6 +60,7 @@ class IalsConfig(Section):
     """Most positives with which ``l2`` is chosen on validation."""
 
 
+@BASELINES.model
 class EvaluationConfig(Section):
     """The final evaluation on the test split."""
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from twotower.registry import Accepted, annotation_of
+
 Kinds = tuple[Any, ...]
 """The types that a key takes, each perhaps with bounds (``Annotated``); ``Any`` takes every value."""
 
@@ -16,6 +18,9 @@ Kinds = tuple[Any, ...]
 def kinds_of(annotation: Any) -> Kinds:
     """Return the alternatives of an annotation, those of unions inside unions too."""
     origin = get_origin(annotation)
+    for fact in get_args(annotation)[1:] if origin is Annotated else ():
+        if isinstance(fact, Accepted):
+            return kinds_of(fact.annotation())
     if origin in (Union, types.UnionType):
         return tuple(kind for part in get_args(annotation) for kind in kinds_of(part))
     if origin is Annotated and get_origin(get_args(annotation)[0]) in (Union, types.UnionType):
@@ -25,10 +30,11 @@ def kinds_of(annotation: Any) -> Kinds:
 
 def field_kinds(info: FieldInfo) -> Kinds:
     """Return the alternatives of a field; bounds that pydantic took off its annotation are put back."""
-    kinds = kinds_of(info.annotation)
-    if not info.metadata or len(kinds) > 1:
+    kinds = kinds_of(annotation_of(info))
+    bounds = [fact for fact in info.metadata if not isinstance(fact, Accepted)]
+    if not bounds or len(kinds) > 1:
         return kinds
-    return (Annotated[kinds[0], *info.metadata],)
+    return (Annotated[kinds[0], *bounds],)
 
 
 def bare(kind: Any) -> Any:

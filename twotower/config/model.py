@@ -7,9 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from twotower.config.section import PositiveInt, Section
-from twotower.schema import HistoryFeature, IdFeature, ItemFeature, ProfileFeature, QueryFeature
+from twotower.features import FEATURES
+from twotower.schema import HistoryFeature, IdFeature, ItemFeature, QueryFeature, ids_among
 
 
+@FEATURES.model
 class FeaturesConfig(Section):
     """Features of the two towers."""
 
@@ -27,37 +29,18 @@ class FeaturesConfig(Section):
             repeated = sorted({n for n in names if names.count(n) > 1})
             if repeated:
                 raise ValueError(f"features.{side} declares {repeated} more than once")
-        items = {f.name: f for f in self.item}
-        item_ids = [f for f in self.item if isinstance(f, IdFeature)]
-        if len(item_ids) > 1 or sum(isinstance(f, IdFeature) for f in self.query) > 1:
+        if len(ids_among(self.item)) > 1 or len(ids_among(self.query)) > 1:
             raise ValueError("a side has at most one feature of type id")
-        encoded = [f for f in self.query if isinstance(f, HistoryFeature) and f.encoded]
+        encoded = [f for f in self.query if f.sequence_length]
         for one in encoded:
-            if one.max_length != encoded[0].max_length:
+            if one.sequence_length != encoded[0].sequence_length:
                 raise ValueError(
                     f"history features {encoded[0].name!r} and {one.name!r} are read as sequences of "
-                    f"max_length {encoded[0].max_length} and {one.max_length}; give all such the same one"
+                    f"max_length {encoded[0].sequence_length} and {one.sequence_length}; give all such the "
+                    "same one"
                 )
-        for f in self.query:
-            if isinstance(f, HistoryFeature) and f.share:
-                if not item_ids:
-                    raise ValueError(
-                        f"history feature {f.name!r} shares the item id table, but features.item has no "
-                        "feature of type id; add one or set share: false"
-                    )
-                if item_ids[0].dim != f.dim:
-                    raise ValueError(
-                        f"history feature {f.name!r} has dim {f.dim} and shares the item id table of dim "
-                        f"{item_ids[0].dim}; give both the same dim or set share: false"
-                    )
-            if isinstance(f, ProfileFeature):
-                target = items.get(f.of)
-                allowed = ("categorical", "multi_hot", "numeric", "vector")
-                if target is None or target.type not in allowed:
-                    raise ValueError(
-                        f"profile feature {f.name!r} is of {f.of!r}, which is no item feature of type "
-                        f"{', '.join(allowed)}"
-                    )
+        for feature in self.query:
+            feature.check_with(self.query, self.item)
         return self
 
 

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from twotower.config.data import DataConfig, FilesSource, LightGCNSource, SplitConfig
-from twotower.config.evaluation import EvaluationConfig
+from twotower.config.data import SOURCES, DataConfig
+from twotower.config.evaluation import BASELINES, EvaluationConfig
+from twotower.config.index_kinds import INDEX_KINDS
+from twotower.config.losses import LOSSES
 from twotower.config.model import FeaturesConfig, ModelConfig, TowerConfig
 from twotower.config.section import Section
 from twotower.config.service import (
@@ -19,12 +21,20 @@ from twotower.config.service import (
     ServeConfig,
     StorageConfig,
 )
+from twotower.config.splits import SPLIT_KINDS, SplitConfig
 from twotower.config.training import TrainConfig
 from twotower.config.tune import TuneConfig
+from twotower.features import FEATURES
 from twotower.redaction import redacted_values
 from twotower.schema import residual_feature
 
 
+@FEATURES.model
+@LOSSES.model
+@SPLIT_KINDS.model
+@SOURCES.model
+@INDEX_KINDS.model
+@BASELINES.model
 class Config(Section):
     """Everything a pipeline needs to know: sections, of which each value has a default; none can be changed.
 
@@ -80,10 +90,10 @@ class Config(Section):
                 f"train.negatives.mined.per_query ({self.train.negatives.mined.per_query}) needs the "
                 "interactions in memory, and train.ingest is stream; use ingest: memory, or per_query: 0"
             )
-        if self.train.loss.kind == "bsl" and not self.model.normalize:
+        if not self.train.loss.settings.bounded and not self.model.normalize:
             raise ValueError(
-                "train.loss.kind: bsl falls without end as scores grow, so it needs unit vectors; use "
-                "model.normalize: true, or another kind"
+                f"train.loss.kind: {self.train.loss.kind} falls without end as scores grow, so it needs unit "
+                "vectors; use model.normalize: true, or another kind"
             )
         if self.train.loss.kind == "bsl" and self.model.item_bias:
             raise ValueError(
@@ -91,17 +101,15 @@ class Config(Section):
                 "use item_bias: false, or another kind"
             )
         source = self.data.source
-        if self.split.kind == "given" and isinstance(source, FilesSource) and source.columns.split is None:
-            raise ValueError("split.kind: given needs data.source.columns.split, the column that says so")
+        kind = SPLIT_KINDS[self.split.kind]
+        if kind.needs_given and source.without_split:
+            raise ValueError(
+                f"split.kind: {self.split.kind} needs data.source.columns.split, the column that says so"
+            )
         self._check_residual("query", self.model.query_tower)
         self._check_residual("item", self.model.item_tower)
-        timeless = isinstance(self.data.source, LightGCNSource) or (
-            isinstance(self.data.source, FilesSource) and self.data.source.columns.time is None
-        )
-        if timeless and self.split.kind in ("temporal_user", "temporal_global", "leave_one_out"):
-            raise ValueError(
-                f"split.kind: {self.split.kind} needs times, and the source has none; use random or given"
-            )
+        if source.timeless and kind.needs_times:
+            raise ValueError(self.split.needs_times_message())
         return self
 
     def _check_residual(self, side: Literal["query", "item"], tower: TowerConfig) -> None:

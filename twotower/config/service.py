@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from twotower.config.index_kinds import INDEX_KINDS
 from twotower.config.section import NonNegativeInt, PositiveInt, Section
+from twotower.registry import NameIn
 
 
 def check_store_url(url: str) -> str:
@@ -53,10 +55,11 @@ class AttributeConfig(Section):
     """What separates the values of a text column that holds several."""
 
 
+@INDEX_KINDS.model
 class IndexConfig(Section):
     """The FAISS index of the catalogue, and what it promises."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf_flat", "ivf_sq8", "ivf_pq", "ivf_fastscan", "cagra"] = "auto"
+    kind: Annotated[str, NameIn(INDEX_KINDS, also=("auto",))] = "auto"
     """Kind of each shard; auto chooses by the catalogue, memory, updates and filters, and says why. cagra is
     built on GPUs."""
     factory: str | None = None

@@ -6,108 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from twotower.config.losses import LOSSES, LossConfig
 from twotower.config.section import NonNegativeInt, PositiveInt, Section
 
 _STEPS = 64
 _SMALLEST_BATCH, _LARGEST_BATCH = 32, 1_024
 """Of a batch size that follows from the data, which is at most 1 / ``_STEPS`` of it."""
-
-
-class BilateralConfig(Section):
-    """Settings of ``kind: bsl``: loss = -r log E[exp(positive / (r t))] + p log sum of exp(negative / t)."""
-
-    positive_temperature: Annotated[float, Field(gt=0)] = 100.0
-    """r: temperature of the positive side over ``temperature``. The expectation runs over the user's examples
-    in the batch: a high one weighs them alike, with a low one only the likeliest of them is learned."""
-    negative_power: Annotated[float, Field(gt=0)] = 1.1
-    """p: power of the negative side; published with 1.06 to 1.32."""
-
-
-class BinaryConfig(Section):
-    """Settings of ``kind: bce``."""
-
-    calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """t of gSASRec: 1 gives the probabilities of training on the whole catalogue, 0 does not calibrate."""
-    offset: float = 0.0
-    """Added to scores / temperature. Scores of unit vectors want about minus the logarithm of the number of
-    items, since hardly any item is a positive and a score of 0 would be one in two."""
-
-
-class TopKConfig(Section):
-    """Settings of ``kind: slatk``: an example weighs sigmoid((positive - k-th best score) / width)."""
-
-    k: PositiveInt = 20
-    """Rank among a query's candidates in the batch; k of C candidates is about rank k N / C of N items."""
-    width: Annotated[float, Field(gt=0)] = 1.0
-    """Width of the sigmoid, in scores; a very large one weighs every example alike."""
-
-
-class LossConfig(Section):
-    """The loss of queries that look for their items among the candidates of the global batch."""
-
-    kind: Literal["softmax", "bsl", "bce", "slatk"] = "softmax"
-    """Softmax with logQ correction, bilateral softmax, binary cross-entropy, or top-k softmax (SL@K)."""
-    bsl: BilateralConfig = BilateralConfig()
-    """The bilateral softmax."""
-    bce: BinaryConfig = BinaryConfig()
-    """The binary cross-entropy."""
-    slatk: TopKConfig = TopKConfig()
-    """The top-k softmax."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Temperature, or the one that a learned one begins at; divides the scores."""
-    learn_temperature: bool = False
-    """Learn the temperature; it falls as the training set is fitted, with validation where that overfits."""
-    min_temperature: Annotated[float, Field(gt=0)] = 0.01
-    """Floor of the learned temperature."""
-    temperature_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the temperature's logarithm; that of the towers where null."""
-    final_temperature: Annotated[float, Field(gt=0)] | None = None
-    """What a temperature that is not learned ends at, in equal steps of its logarithm; null leaves it."""
-    log_q: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Strength of the logQ correction: 1 is the full one, 0 is off."""
-    mask_accidental_hits: bool = True
-    """Leave out candidates that are the positive item itself, as ``mask_known_positives`` does too."""
-    mask_known_positives: bool = True
-    """Leave out negatives that the user has interacted with elsewhere in the fitted data."""
-    weights: Literal["none", "interaction"] = "interaction"
-    """What an example weighs in the loss: as much as every other, or its interaction's weight (that of its
-    event type times that of ``data.positives.weight``), where 0 is no example at all."""
-    recency_half_life_days: Annotated[float, Field(gt=0)] | None = None
-    """Age in days that halves what an example weighs beside that; null leaves its age out. Needs times."""
-    activity_power: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """An example of a user with n examples also weighs n to minus this: 0 is off, 0.5 is 1 / sqrt(n), and
-    with 1 every user weighs the same."""
-    symmetric: bool = False
-    """Add the loss of each item finding its query among the batch's queries; both count half. For softmax."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_temperature > self.temperature:
-            raise ValueError(
-                f"min_temperature ({self.min_temperature}) is above temperature ({self.temperature}); "
-                "lower it"
-            )
-        if self.learn_temperature and self.final_temperature is not None:
-            raise ValueError(
-                f"final_temperature ({self.final_temperature}) is a schedule, and the temperature is "
-                "learned; use learn_temperature: false, or final_temperature: null"
-            )
-        if not self.learn_temperature and self.temperature_learning_rate is not None:
-            raise ValueError(
-                f"temperature_learning_rate ({self.temperature_learning_rate}) has no effect with "
-                "learn_temperature: false; set it to null"
-            )
-        if self.symmetric and self.kind != "softmax":
-            raise ValueError(
-                f"symmetric: true is a softmax over the batch's queries, and kind is {self.kind}; use "
-                "symmetric: false, or kind: softmax"
-            )
-        if self.kind == "bsl" and self.learn_temperature:
-            raise ValueError(
-                "kind: bsl falls without end as the temperature falls, so it can not be learned; use "
-                "learn_temperature: false"
-            )
-        return self
 
 
 class MinedConfig(Section):
@@ -213,6 +117,7 @@ class ValidationConfig(Section):
     """Users measured, drawn once; fewer where there are fewer."""
 
 
+@LOSSES.model
 class TrainConfig(Section):
     """Training."""
 
@@ -296,14 +201,4 @@ class TrainConfig(Section):
         own = self.negatives
         others = batch - 1 + own.uniform + own.popular + own.memory
         per_query = own.explicit + own.mined.per_query
-        kind, k = self.loss.kind, self.loss.slatk.k
-        if kind in ("bsl", "bce") and not others + per_query:
-            raise ValueError(
-                f"loss.kind: {kind} needs negatives, and global_batch_size is 1 with none drawn; use a "
-                "larger batch, or negatives.uniform"
-            )
-        if kind == "slatk" and k > others + per_query:
-            raise ValueError(
-                f"loss.slatk.k ({k}) must be below the {others + per_query + 1} candidates of a query "
-                "(global_batch_size and negatives); use a smaller k or a larger batch"
-            )
+        self.loss.settings.check_negatives(self.loss.kind, others + per_query)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower.config import AttributeConfig
-from twotower.data.fitting import as_lists
 from twotower.data.times import to_micros
 from twotower.errors import ConfigError, DataError
+from twotower.features.columns import as_lists
 from twotower.values import as_categories, as_numbers, as_text, examples, is_list, is_text, plain
 
 TIME = pa.timestamp("us", "UTC")

@@ -21,18 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from twotower.artefacts import MANIFEST, link_or_copy, write_json, write_manifest
 from twotower.data.content import content_hash, counted, write_outside
 from twotower.data.dataset import KIND, Dataset
-from twotower.data.fitting import as_lists
 from twotower.data.interactions import Interactions
 from twotower.data.vocabulary import FORGOTTEN, Vocabulary, vocabulary_hash
 from twotower.errors import DataError
-from twotower.schema import CategoricalFeature, FeatureSchema, FittedFeature, MultiHotFeature
-from twotower.values import as_categories
+from twotower.features.columns import values_of_some
+from twotower.schema import FeatureSchema, FittedFeature
 
 IntArray = npt.NDArray[np.int64]
 
@@ -115,9 +113,9 @@ class Forgetting:
             )
         table = dataset.user_table()
         held = {
-            f.spec.name: values_of_some(f, table.column(f.spec.source_column), gone)
+            f.spec.name: values_of_some(f, table.column(f.spec.source_column), gone, FORGOTTEN)
             for f in dataset.schema.query
-            if isinstance(f.spec, (CategoricalFeature, MultiHotFeature))
+            if f.spec.rows_are("query") == "values"
         }
         outside = np.arange(dataset.num_catalogue_items, dataset.num_items)
         item_rows = np.setdiff1d(outside, interactions.item_row)
@@ -167,24 +165,6 @@ class Forgetting:
         }
         assert MANIFEST not in content["files"]
         write_manifest(directory, KIND, content)
-
-
-def values_of_some(
-    feature: FittedFeature, column: pa.ChunkedArray, some: npt.NDArray[np.bool_]
-) -> frozenset[str]:
-    """Return the values of a feature's vocabulary that some users have and no other.
-
-    Args:
-        feature: categorical or multi_hot.
-        column: its column of the user table, one row for each user.
-        some: [U] bool, which users.
-    """
-    spec, array = feature.spec, pa.concat_arrays(column.chunks)
-    theirs, others = array.filter(pa.array(some)), array.filter(pa.array(~some))
-    if isinstance(spec, MultiHotFeature):
-        theirs, others = (pc.list_flatten(as_lists(a, spec.separator)) for a in (theirs, others))
-    found = set(as_categories(theirs).to_pylist()) - set(as_categories(others).unique().to_pylist())
-    return frozenset(found & set(feature.values or []) - {None, FORGOTTEN})
 
 
 def _emptied(users: pa.Table, user_ids: Vocabulary, gone: npt.NDArray[np.bool_]) -> pa.Table:

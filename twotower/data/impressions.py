@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data import cells
+from twotower import cells
 from twotower.data.chunks import BoolArray
 from twotower.data.interning import IdColumn, IdForm, Interner
 from twotower.errors import DataError

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from twotower import progress
-from twotower.data.cells import refuse_long
+from twotower.cells import refuse_long
 from twotower.data.chunks import BoolArray
 from twotower.errors import DataError
 from twotower.ids import CONTROL, HAS_CONTROL, MAX_ID_LENGTH, TOO_LONG

@@ -21,10 +21,11 @@ from twotower.artefacts import (
     write_json,
     write_manifest,
 )
+from twotower.cells import joined
 from twotower.config import Config
+from twotower.config.splits import SPLIT_KINDS
 from twotower.data import filters
 from twotower.data.attributes import attribute_columns
-from twotower.data.cells import joined
 from twotower.data.chunks import BadRows, RawSource, SideTable
 from twotower.data.content import PREPARE_VERSION, content_hash, counted, write_items, write_outside
 from twotower.data.dataset import KIND, Dataset
@@ -88,8 +89,8 @@ def prepare(config: Config) -> Dataset:
 
 def _name(config: Config, source: RawSource) -> str:
     sections = _sections(config)
-    # Only a random split depends on the seed, so another seed trains on the same dataset.
-    seed = config.seed if config.split.kind in ("random", "given") else None
+    # Few splits depend on the seed; with the others another seed trains on the same dataset.
+    seed = config.seed if SPLIT_KINDS[config.split.kind].uses_seed else None
     key = [PREPARE_VERSION, SCHEMA_VERSION, sections, source.signature(), seed]
     return f"{config.data.source.kind}-{fingerprint(key)[:12]}"
 
@@ -190,7 +191,7 @@ def refuse_replaced(config: Config, item_side: SideTable | None, user_side: Side
     used: dict[str, dict[str, str]] = {"item": {}, "user": {}}
     for side, specs in (("item", config.features.item), ("user", config.features.query)):
         for spec in specs:
-            column = getattr(spec, "source_column", None)
+            column = spec.source_column
             if column is not None:
                 used[side].setdefault(
                     column, f"features.{'item' if side == 'item' else 'query'} {spec.name!r}"

@@ -25,7 +25,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower.data import cells
+from twotower import cells
 from twotower.data.interning import as_id
 from twotower.data.sources import csv_files, finding, tables
 from twotower.data.sources.csv_records import LONGEST_CELL, Scanner

@@ -18,16 +18,19 @@ it: the moment that such a count cuts is held out as a whole, unless it is the u
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from twotower.config import SplitConfig
+from twotower.config.splits import SPLIT_KINDS, SplitConfig
 from twotower.data.chunks import BoolArray, IntArray
 from twotower.data.interactions import user_blocks
 from twotower.data.reading import NO_SPLIT
 from twotower.errors import ConfigError, DataError
+from twotower.registry import imported
 from twotower.schema import KINDS, SPLITS
 
 TRAIN, VALIDATION, TEST = (np.int8(SPLITS[name]) for name in ("train", "validation", "test"))
@@ -55,19 +58,16 @@ def assign_splits(
             f"none of the {len(positive):,} interactions is positive; lower data.positives.min_value or give "
             "an event type a weight in data.source.events"
         )
-    if config.kind in ("temporal_user", "temporal_global", "leave_one_out") and not has_times:
+    kind = SPLIT_KINDS[config.kind]
+    if kind.needs_times and not has_times:
+        raise ConfigError(config.needs_times_message())
+    if kind.needs_given and (columns["split"] == NO_SPLIT).any():
         raise ConfigError(
-            f"split.kind: {config.kind} needs times, and the source has none; use random or given"
+            f"split.kind: {config.kind} needs a source with a split; set data.source.columns.split or "
+            "another kind"
         )
-    if config.kind == "given" and (columns["split"] == NO_SPLIT).any():
-        raise ConfigError(
-            "split.kind: given needs a source with a split; set data.source.columns.split or another kind"
-        )
-    if config.kind == "temporal_global":
-        split = _temporal_global(columns["time"], positive, config)
-    else:
-        split = columns["split"].copy() if config.kind == "given" else np.full(len(positive), TRAIN, np.int8)
-        _per_user(columns["user_row"], columns["time"], positive, split, config, has_times, seed)
+    assign: Assign = imported(kind.assign)
+    split = assign(Rows(columns, positive, has_times), config, seed)
     _refuse_empty(split[positive], config)
     return split
 
@@ -85,41 +85,133 @@ def count_ties(columns: dict[str, npt.NDArray[Any]]) -> dict[str, int]:
     return {"positives": int(tied.sum()), "users": len(np.unique(user[tied]))}
 
 
-def _per_user(
-    user: npt.NDArray[np.int32],
-    time: npt.NDArray[np.int64],
-    positive: BoolArray,
+@dataclass(frozen=True)
+class Rows:
+    """The interactions of a dataset, n of them, sorted by user, time and the order of the source."""
+
+    columns: dict[str, npt.NDArray[Any]]
+    """[n] each: ``user_row`` int32, ``time`` int64 in microseconds, ``kind`` int8 of ``schema.KINDS``, and
+    ``split`` int8, the given one or ``NO_SPLIT``."""
+    positive: BoolArray
+    """[n] bool, which of them are positive: the others follow these."""
+    has_times: bool
+    """Whether times mean anything."""
+
+
+class Assign(Protocol):
+    """A kind of split: what ``SplitKind.assign`` names."""
+
+    def __call__(self, rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+        """Return the split of each interaction, [n] int8 of ``schema.SPLITS``.
+
+        Args:
+            rows: all interactions.
+            config: shares and ties.
+            seed: of what is drawn; a kind that uses it says so (``SplitKind.uses_seed``).
+        """
+
+
+Count = Callable[[IntArray], IntArray]
+"""How many of a user's rows are held out, from how many there are, elementwise."""
+
+
+def temporal_user(rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+    """Hold out the last part of each user."""
+    split = np.full(len(rows.positive), TRAIN, np.int8)
+    test, validation = (_share_of(share) for share in (config.test_share, config.validation_share))
+    _hold_out(rows, rows.positive, split, test, validation, config, None, follow=True)
+    return split
+
+
+def leave_one_out(rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+    """Hold out the last one of each user, and for validation the one before it."""
+    split = np.full(len(rows.positive), TRAIN, np.int8)
+    _hold_out(rows, rows.positive, split, _one, _one, config, None, follow=True)
+    return split
+
+
+def at_random(rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+    """Hold out a random part of each user."""
+    split = np.full(len(rows.positive), TRAIN, np.int8)
+    test, validation = (_share_of(share) for share in (config.test_share, config.validation_share))
+    _hold_out(rows, rows.positive, split, test, validation, config, _generator(seed), follow=False)
+    return split
+
+
+def as_given(rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+    """Take the split of the source.
+
+    One that has no validation part gets one out of each user's train part: the last of it by time, or a
+    random one where there are no times.
+    """
+    split: SplitArray = rows.columns["split"].copy()
+    if (split[rows.positive] == VALIDATION).any():
+        return split
+    rng = None if rows.has_times else _generator(seed)
+    held_out = rows.positive & (split == TRAIN)
+    validation = _share_of(config.validation_share)
+    _hold_out(rows, held_out, split, np.zeros_like, validation, config, rng, follow=False)
+    return split
+
+
+def temporal_global(rows: Rows, config: SplitConfig, seed: int) -> SplitArray:
+    """Split at two moments: the latest share of positives is held out, with all from its start on."""
+    time = rows.columns["time"]
+    ordered = time[rows.positive]
+    ordered.sort()
+    n = len(ordered)
+    test_from = ordered[n - int(_share(config.test_share, np.array(n)))]
+    m = int(np.searchsorted(ordered, test_from, side="left"))
+    if not m:
+        return np.full(len(time), TEST, dtype=np.int8)
+    validation_from = ordered[m - int(_share(config.validation_share, np.array(m)))]
+    split = np.full(len(time), TRAIN, dtype=np.int8)
+    split[time >= validation_from] = VALIDATION
+    split[time >= test_from] = TEST
+    return split
+
+
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 1])
+
+
+def _hold_out(
+    rows: Rows,
+    held_out: BoolArray,
     split: SplitArray,
+    num_test: Count,
+    num_validation: Count,
     config: SplitConfig,
-    has_times: bool,
-    seed: int,
+    rng: np.random.Generator | None,
+    follow: bool,
 ) -> None:
     """Hold out a part of each user, in place, block of users by block of users.
 
-    A given split that has no validation part gets one out of each user's train part: the last of it by time,
-    or a random one where there are no times.
+    Args:
+        rows: all interactions.
+        held_out: [n] bool, which of them may be.
+        split: [n] int8, changed.
+        num_test: of a user's rows, how many are test.
+        num_validation: of those that are not, how many are validation.
+        config: what to do with ties.
+        rng: draws them; the last ones where there is none.
+        follow: whether the rows that are not positive follow their user's time.
     """
-    held_out = positive
-    if config.kind == "given":
-        if (split[positive] == VALIDATION).any():
-            return
-        held_out = positive & (split == TRAIN)
-    at_random = config.kind == "random" or (config.kind == "given" and not has_times)
-    rng = np.random.default_rng([seed, 1]) if at_random else None
-    together = config.ties == "together" and not at_random
-    for rows in user_blocks(user):
-        block_user, part = user[rows], split[rows]
+    user, time = rows.columns["user_row"], rows.columns["time"]
+    together = config.ties == "together" and rng is None
+    for block in user_blocks(user):
+        block_user, part = user[block], split[block]
         # Where rows of one time may be parted, each is a moment of its own.
-        moment = _moments(block_user, time[rows]) if together else np.arange(len(block_user))
-        chosen = np.flatnonzero(held_out[rows])
+        moment = _moments(block_user, time[block]) if together else np.arange(len(block_user))
+        chosen = np.flatnonzero(held_out[block])
         from_end, size = _places(block_user[chosen], rng)
         whole = _Whole(block_user[chosen], moment[chosen], from_end, size)
-        test = whole.last(_num_test(size, config))
-        held = whole.last(whole.count(test) + _num_validation(size - whole.count(test), config))
+        test = whole.last(num_test(size))
+        held = whole.last(whole.count(test) + num_validation(size - whole.count(test)))
         part[chosen[held]] = VALIDATION
         part[chosen[test]] = TEST
-        if config.kind in ("temporal_user", "leave_one_out"):
-            _follow(block_user, moment, positive[rows], part)
+        if follow:
+            _follow(block_user, moment, rows.positive[block], part)
 
 
 def _share(share: float, size: IntArray) -> IntArray:
@@ -128,20 +220,13 @@ def _share(share: float, size: IntArray) -> IntArray:
     return count
 
 
-def _num_test(size: IntArray, config: SplitConfig) -> IntArray:
-    """Return how many of a user's ``size`` positives are test, elementwise."""
-    if config.kind == "given":
-        return np.zeros_like(size)
-    if config.kind == "leave_one_out":
-        return (size >= 2).astype(np.int64)
-    return np.minimum(_share(config.test_share, size), size - 1)
+def _share_of(share: float) -> Count:
+    """Return a count that is a share of a user's rows and never all of them."""
+    return lambda size: np.minimum(_share(share, size), size - 1)
 
 
-def _num_validation(size: IntArray, config: SplitConfig) -> IntArray:
-    """Return how many of the ``size`` positives that are not test are validation, elementwise."""
-    if config.kind == "leave_one_out":
-        return (size >= 2).astype(np.int64)
-    return np.minimum(_share(config.validation_share, size), size - 1)
+def _one(size: IntArray) -> IntArray:
+    return (size >= 2).astype(np.int64)
 
 
 def _moments(user: npt.NDArray[Any], time: npt.NDArray[np.int64]) -> IntArray:
@@ -212,22 +297,6 @@ def _follow(user: npt.NDArray[Any], moment: IntArray, positive: BoolArray, split
         first[local[held_out][::-1]] = moment[held_out[::-1]]  # the last assignment, the earliest, stays
         result[moment >= first[local]] = part
     split[~positive] = result[~positive]
-
-
-def _temporal_global(time: npt.NDArray[np.int64], positive: BoolArray, config: SplitConfig) -> SplitArray:
-    """Split at two moments: the latest share of positives is held out, with all from its start on."""
-    ordered = time[positive]
-    ordered.sort()
-    n = len(ordered)
-    test_from = ordered[n - int(_share(config.test_share, np.array(n)))]
-    m = int(np.searchsorted(ordered, test_from, side="left"))
-    if not m:
-        return np.full(len(time), TEST, dtype=np.int8)
-    validation_from = ordered[m - int(_share(config.validation_share, np.array(m)))]
-    split = np.full(len(time), TRAIN, dtype=np.int8)
-    split[time >= validation_from] = VALIDATION
-    split[time >= test_from] = TEST
-    return split
 
 
 def _refuse_empty(split: SplitArray, config: SplitConfig) -> None:

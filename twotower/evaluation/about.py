@@ -6,20 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.config import Config, SplitConfig
+from twotower.config.splits import SPLIT_KINDS
 from twotower.data.dataset import Dataset
 from twotower.model.checkpoint import Checkpoint
 from twotower.schema import FeatureSchema
 
-_RULES = {
-    "temporal_user": "The last {test:.0%} of each user's interactions are test, the last {validation:.0%} "
-    "of the rest validate.",
-    "temporal_global": "What comes after one moment is test ({test:.0%}), and after an earlier one "
-    "validation ({validation:.0%} of the rest).",
-    "leave_one_out": "The last interaction of each user is test, the one before it validates.",
-    "random": "{test:.0%} of the interactions of each user, drawn at random, are test, {validation:.0%} of "
-    "the rest validate.",
-    "given": "The data says which interactions are train, validation and test.",
-}
 _REPEATS = {
     "exclude": "What a user has had already is left out of the lists and is not relevant.",
     "include": "What a user has had already is ranked like any other item, and relevant when taken again.",
@@ -28,7 +19,7 @@ _REPEATS = {
 
 def split_rule(split: SplitConfig, repeats: str) -> str:
     """Return how interactions were held out and what counts, in sentences."""
-    rule = _RULES[split.kind].format(test=split.test_share, validation=split.validation_share)
+    rule = SPLIT_KINDS[split.kind].rule.format(test=split.test_share, validation=split.validation_share)
     return f"{rule} {_REPEATS[repeats]}"
 
 

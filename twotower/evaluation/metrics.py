@@ -12,16 +12,73 @@ Legend: Q queries, K columns of a ranked list, k cut-off, N catalogue items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from twotower.registry import Registry
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-ACCURACY = ("recall", "ndcg", "mrr", "hit_rate", "map", "precision")
-"""Metrics of a list against a query's relevant items."""
+
+@dataclass(frozen=True)
+class Hits:
+    """Which ranked items of Q queries are relevant; what several metrics need is computed once."""
+
+    hits: NDArray[np.bool_]
+    """[Q, K] bool, K at least 1."""
+    total: Ints
+    """[Q] int64, relevant items of each query, at least 1: what has none is left out behind the metrics."""
+    cuts: Ints
+    """[cut-offs] int64; ranks behind the K-th have no hit."""
+
+    @cached_property
+    def at(self) -> Ints:
+        """[cut-offs], the column of each cut-off's last rank."""
+        return np.minimum(self.cuts, self.hits.shape[1]) - 1
+
+    @cached_property
+    def found(self) -> Ints:
+        """[Q, K], relevant items up to each rank."""
+        return np.cumsum(self.hits, axis=1)
+
+    @cached_property
+    def first(self) -> Ints:
+        """[Q, 1], rank of the first relevant item, K + 1 where there is none."""
+        none = self.hits.shape[1] + 1
+        return np.where(self.hits.any(axis=1), self.hits.argmax(axis=1) + 1, none)[:, None]
+
+
+Metric = Callable[[Hits], "Floats | NDArray[np.bool_]"]
+"""Makes [Q, cut-offs] of hits; the larger, the better a list."""
+METRICS: Registry[Metric] = Registry("a metric")
+"""Metrics of a list against a query's relevant items, in the order of a report."""
+
+
+def _ndcg(h: Hits) -> Floats:
+    width = h.hits.shape[1]
+    discounts = 1.0 / np.log2(np.arange(2, max(width, int(h.cuts.max())) + 2))
+    # Gains are summed in the same order as the ideal, so that a perfect list scores exactly 1.
+    gains = np.cumsum(h.hits * discounts[:width], axis=1)
+    ideal = np.cumsum(discounts)[np.minimum(h.total[:, None], h.cuts) - 1]
+    return np.asarray(gains[:, h.at] / ideal)
+
+
+def _average_precision(h: Hits) -> Floats:
+    ranks = np.arange(1, h.hits.shape[1] + 1)
+    return np.asarray(np.cumsum(h.hits * h.found / ranks, axis=1)[:, h.at] / h.total[:, None])
+
+
+METRICS.add("recall", lambda h: np.asarray(h.found[:, h.at] / h.total[:, None]))
+METRICS.add("ndcg", _ndcg)
+METRICS.add("mrr", lambda h: np.where(h.first <= h.at + 1, 1.0 / h.first, 0.0))
+METRICS.add("hit_rate", lambda h: np.asarray(h.found[:, h.at] > 0))
+METRICS.add("map", _average_precision)
+METRICS.add("precision", lambda h: np.asarray(h.found[:, h.at] / h.cuts))
 
 
 def hit_matrix(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints) -> tuple[NDArray[np.bool_], Ints]:
@@ -101,7 +158,7 @@ def precision_at_k(ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints, k:
 
 
 def per_query(hits: NDArray[np.bool_], num_relevant: Ints, ks: Sequence[int]) -> Floats:
-    """Return the metrics of ``ACCURACY`` by cut-off, [Q, metrics, cut-offs] float64.
+    """Return the metrics of ``METRICS`` by cut-off, [Q, metrics, cut-offs] float64.
 
     Args:
         hits: [Q, K] bool, of ``hit_matrix``.
@@ -110,30 +167,18 @@ def per_query(hits: NDArray[np.bool_], num_relevant: Ints, ks: Sequence[int]) ->
     """
     num_queries, width = hits.shape
     cuts = np.asarray(ks, dtype=np.int64)
-    values = np.zeros((num_queries, len(ACCURACY), len(cuts)))
+    values = np.zeros((num_queries, len(METRICS.names), len(cuts)))
     if width:
-        at = np.minimum(cuts, width) - 1
-        ranks = np.arange(1, width + 1)
-        discounts = 1.0 / np.log2(np.arange(2, max(width, int(cuts.max())) + 2))
-        total = np.maximum(num_relevant, 1)
-        found = np.cumsum(hits, axis=1)
-        # Gains are summed in the same order as the ideal, so that a perfect list scores exactly 1.
-        gains = np.cumsum(hits * discounts[:width], axis=1)
-        ideal = np.cumsum(discounts)[np.minimum(total[:, None], cuts) - 1]
-        first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, width + 1)[:, None]
-        values[:, 0] = found[:, at] / total[:, None]
-        values[:, 1] = gains[:, at] / ideal
-        values[:, 2] = np.where(first <= at + 1, 1.0 / first, 0.0)
-        values[:, 3] = found[:, at] > 0
-        values[:, 4] = np.cumsum(hits * found / ranks, axis=1)[:, at] / total[:, None]
-        values[:, 5] = found[:, at] / cuts
+        found = Hits(hits, np.maximum(num_relevant, 1), cuts)
+        for i, metric in enumerate(METRICS):
+            values[:, i] = metric(found)
     values[num_relevant == 0] = np.nan
     return values
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
     """Return the names of what ``per_query`` measures, such as ``recall@10``, cut-offs changing fastest."""
-    return [f"{name}@{k}" for name in ACCURACY for k in ks]
+    return [f"{name}@{k}" for name in METRICS.names for k in ks]
 
 
 class MetricSums:
@@ -147,7 +192,7 @@ class MetricSums:
         if not ks or min(ks) < 1:
             raise ValueError(f"ks is {list(ks)}; give at least one cut-off, each at least 1")
         self.ks = sorted(set(int(k) for k in ks))
-        self._sums = np.zeros((len(ACCURACY), len(self.ks)))
+        self._sums = np.zeros((len(METRICS.names), len(self.ks)))
         self._count = 0.0
 
     @property
@@ -209,4 +254,4 @@ def _one(metric: str, ranked: Ints, relevant_offsets: Ints, relevant_rows: Ints,
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
     values = per_query(*hit_matrix(ranked, relevant_offsets, relevant_rows), [k])
-    return np.ascontiguousarray(values[:, ACCURACY.index(metric), 0])
+    return np.ascontiguousarray(values[:, METRICS.names.index(metric), 0])

@@ -19,9 +19,7 @@ from twotower.evaluation.outcomes import column_name
 from twotower.evaluation.page.render import write_page
 from twotower.evaluation.report_text import markdown
 from twotower.listing import STORED
-from twotower.model.features import split_values
-from twotower.schema import CategoricalFeature, MultiHotFeature
-from twotower.values import as_categories
+from twotower.values import is_list
 
 
 @dataclass(frozen=True)
@@ -206,26 +204,21 @@ def item_groups(dataset: Dataset, rows: NDArray[np.int64]) -> tuple[list[str], s
     It is the first value of the first multi_hot item feature (or else the value of the first categorical
     one); an item without a value is ``other``.
     """
-    specs = [feature.spec for feature in dataset.schema.item]
-    kinds: tuple[type[MultiHotFeature] | type[CategoricalFeature], ...] = (
-        MultiHotFeature,
-        CategoricalFeature,
-    )
-    for kind in kinds:
+    there = dataset.item_table().column_names
+    specs = [f.spec for f in dataset.schema.item if f.spec.source_column in there]
+    for kind in ("values", "value"):
         for spec in specs:
-            if isinstance(spec, kind) and spec.source_column in dataset.item_table().column_names:
-                column = (
-                    dataset.item_table([spec.source_column]).column(0).take(pa.array(rows)).combine_chunks()
-                )
-                return _first_values(spec, column), spec.source_column
+            if spec.labels_are == kind and spec.source_column is not None:
+                column = dataset.item_table([spec.source_column]).column(0).take(pa.array(rows))
+                return _first_labels(spec.labels(column.combine_chunks())), spec.source_column
     return [plots.OTHER] * len(rows), ""
 
 
-def _first_values(spec: MultiHotFeature | CategoricalFeature, column: pa.Array) -> list[str]:
-    if isinstance(spec, CategoricalFeature):
-        return [plots.OTHER if value is None else value for value in as_categories(column).to_pylist()]
-    lists = split_values(spec, column).to_pylist()
-    return [values[0] if values else plots.OTHER for values in lists]
+def _first_labels(labels: pa.Array) -> list[str]:
+    values = labels.to_pylist()
+    if is_list(labels.type):
+        return [several[0] if several else plots.OTHER for several in values]
+    return [plots.OTHER if value is None else value for value in values]
 
 
 def place_items(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 from twotower.artefacts import MANIFEST, building, fingerprint, finished, read_manifest, write_manifest
 from twotower.errors import ArtefactError, ArtefactMismatchError, ConfigError
 from twotower.evaluation.intervals import differences, intervals
-from twotower.evaluation.metrics import ACCURACY
+from twotower.evaluation.metrics import METRICS
 from twotower.evaluation.outcomes import column_name, read_users
 from twotower.evaluation.report import KIND, ReportManifest, write_content
 from twotower.jsonfiles import read_json
@@ -113,7 +113,7 @@ def _joined(
     """The content of ``mine`` with the other model."""
     metrics = {name: theirs["metrics"]["model"].get(name) for name in mine["metrics"]["model"]}
     metrics = {name: value for name, value in metrics.items() if value is not None}
-    common = [name for name in metrics if name.partition("@")[0] in ACCURACY]
+    common = [name for name in metrics if name.partition("@")[0] in METRICS]
     if not common:
         raise ConfigError(
             f"report {report} and report {other} have no cut-off in common; evaluate both with the same "

@@ -11,21 +11,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import sparse
 
+from twotower.cells import flattened
 from twotower.config import AttributeConfig
 from twotower.data.attributes import attribute_columns, attribute_table
-from twotower.data.cells import flattened
 from twotower.data.dataset import Dataset
 from twotower.errors import ConfigError
-from twotower.model.features import encode_columns, split_values
-from twotower.schema import CategoricalFeature, FittedFeature, MultiHotFeature, NumericFeature
-from twotower.values import as_categories, as_numbers, is_list, plain
+from twotower.features import ColumnFeature
+from twotower.model.features import encode_columns
+from twotower.schema import FittedFeature
+from twotower.values import is_list, plain
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -38,8 +38,6 @@ OTHER, MISSING = "other", "missing"
 _ACTIVITY = ((0, 0, "none"), (1, 5, "1 to 5"), (6, 20, "6 to 20"), (21, 100, "21 to 100"))
 _MOST_ACTIVE = "over 100"
 _HEAD, _TAIL = 0.5, 0.8
-_KINDS = (CategoricalFeature, MultiHotFeature, NumericFeature)
-_Spec: TypeAlias = CategoricalFeature | MultiHotFeature | NumericFeature
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def user_slices(dataset: Dataset, users: Ints, activity: Ints, names: Sequence[s
         if name in ours:
             by = f"{name} of users" if name in theirs else name
             column = plain(dataset.user_table([ours[name].source_column]).column(0))
-            slices += _by_values(by, _column(ours[name], column.take(pa.array(users))))
+            slices += _by_values(by, ours[name].labels(column.take(pa.array(users))))
     return [piece for piece in slices if piece.members.any()]
 
 
@@ -111,7 +109,7 @@ def item_slices(dataset: Dataset, counts: Ints, names: Sequence[str], attributes
         by = f"{name} of items" if name in others else name
         if name in ours:
             column = plain(dataset.item_table([ours[name].source_column]).column(0))
-            slices += _by_values(by, _column(ours[name], column))
+            slices += _by_values(by, ours[name].labels(column))
         elif name in attributes:
             one = {name: attributes[name]}
             table = attribute_table(dataset.item_table([*attribute_columns(one).values()]), one)
@@ -128,12 +126,12 @@ def attribute_vectors(dataset: Dataset) -> sparse.csr_matrix | None:
     columns = {
         f.spec.name: f.spec.source_column
         for f in dataset.schema.item
-        if isinstance(f.spec, (CategoricalFeature, MultiHotFeature)) and f.spec.source_column in there
+        if f.spec.rows_are("item") == "values" and f.spec.source_column in there
     }
     features = [f for f in dataset.schema.item if f.spec.name in columns]
     if not features:
         return None
-    table = dataset.item_table(list(dict.fromkeys(columns.values())))
+    table = dataset.item_table(list(dict.fromkeys(name for name in columns.values() if name is not None)))
     pieces = []
     for ids in encode_columns(features, table).values():
         # Row 0 is every value that is not in the vocabulary, which need not be the same one.
@@ -146,19 +144,9 @@ def attribute_vectors(dataset: Dataset) -> sparse.csr_matrix | None:
     return sparse.csr_matrix(sparse.diags(1.0 / np.maximum(lengths, 1.0)) @ joined)
 
 
-def _declared(features: Sequence[FittedFeature]) -> dict[str, _Spec]:
-    return {f.spec.name: f.spec for f in features if isinstance(f.spec, _KINDS)}
-
-
-def _column(spec: _Spec, column: pa.Array) -> pa.Array:
-    if isinstance(spec, CategoricalFeature):
-        return as_categories(column)
-    if isinstance(spec, MultiHotFeature):
-        return split_values(spec, column)
-    found = as_numbers(column)
-    if found is None:
-        return pa.nulls(len(column), pa.float64())
-    return pa.array(found.values, mask=found.missing | found.unreadable)
+def _declared(features: Sequence[FittedFeature]) -> dict[str, ColumnFeature]:
+    specs = [f.spec for f in features if isinstance(f.spec, ColumnFeature)]
+    return {spec.name: spec for spec in specs if spec.labels_are is not None}
 
 
 def _by_popularity(counts: Ints) -> Iterator[tuple[str, Bools]]:

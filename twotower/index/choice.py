@@ -43,16 +43,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from twotower.config.index_kinds import INDEX_KINDS, num_lists
 from twotower.config.service import IndexConfig
 from twotower.errors import ConfigError
-from twotower.index.spec import CAGRA
 
 FLAT_ITEMS = 20_000
 """Most items that auto searches exactly: about 0.25 ms a query at 128 dimensions on one core."""
 FLAT_ITEMS_CHANGING = 40_000
 """The same where items are updated or filtered, which no exact search finds less for."""
 
-_POINTS_PER_LIST = 39
 _ROW_BYTES = 17
 """Bytes of an item beside its code in an open searcher: its row, whether it is alive, where its code is."""
 _GIB = 2**30
@@ -139,32 +138,14 @@ def num_shards(index: IndexConfig, num_items: int) -> int:
 
 def factory_of(kind: str, num_items: int, dim: int) -> str:
     """Return the factory string of a kind other than auto, for N items of D dimensions."""
-    lists, half = _lists(num_items), max(dim // 2, 1)
-    return {
-        "flat": "Flat",
-        "hnsw": "HNSW32,Flat",
-        "ivf_flat": f"IVF{lists},Flat",
-        "ivf_sq8": f"IVF{lists},SQ8",
-        "ivf_pq": f"IVF{lists},PQ{half}",
-        "ivf_fastscan": f"IVF{lists},PQ{half}x4fs,Refine(SQ8)",
-        "cagra": CAGRA,
-    }[kind]
+    return INDEX_KINDS[kind].factory(num_items, dim)
 
 
 def memory_bytes(kind: str, num_items: int, dim: int) -> int:
     """Return about how many bytes an open searcher takes for N items of D dimensions, in a kind of index."""
-    code = {
-        "flat": 4 * dim,
-        # 64 neighbours in the lowest layer, and few above it.
-        "hnsw": 4 * dim + 272,
-        "ivf_flat": 4 * dim + 8,
-        "ivf_sq8": dim + 8,
-        "ivf_pq": dim // 2 + 8,
-        "ivf_fastscan": dim // 4 + dim + 8,
-        "cagra": 4 * dim + 272,
-    }[kind]
-    centroids = 4 * dim * _lists(num_items) if kind.startswith("ivf") else 0
-    return num_items * (code + _ROW_BYTES) + centroids
+    index = INDEX_KINDS[kind]
+    centroids = 4 * dim * num_lists(num_items) if index.has_lists else 0
+    return num_items * (index.code_bytes(dim) + _ROW_BYTES) + centroids
 
 
 def finds_more(factory: str) -> str:
@@ -175,11 +156,6 @@ def finds_more(factory: str) -> str:
             "index.target_index_recall."
         )
     return "index.kind: flat is exact; or lower index.target_index_recall."
-
-
-def _lists(num_items: int) -> int:
-    wanted: int = 2 ** round(math.log2(4 * math.sqrt(max(num_items, 1))))
-    return max(1, min(int(wanted), num_items // _POINTS_PER_LIST))
 
 
 def _gib(num_bytes: float) -> str:

@@ -41,7 +41,6 @@ from twotower.generations.store import Store
 from twotower.index.parts import save_array
 from twotower.model.features import encode_columns
 from twotower.model.forget import forget_in_checkpoint
-from twotower.schema import CategoricalFeature, MultiHotFeature
 
 _PERSONAL = ("user_ids.arrow", "users/", "model/")
 """Beginnings of the names of files that are of users, or that name the vocabulary."""
@@ -61,7 +60,7 @@ def erasure_of(generation: Generation, ids: Sequence[str]) -> Erasure | None:
     gone[user_ids.forgotten] = True
     values = {}
     for feature in generation.schema.query:
-        if isinstance(feature.spec, (CategoricalFeature, MultiHotFeature)):
+        if feature.spec.rows_are("query") == "values":
             column = generation.user_columns[feature.spec.name]
             own = np.setdiff1d(column[gone], column[~gone])
             values[feature.spec.name] = frozenset((feature.values or [])[i - 1] for i in own if i > 0)

@@ -9,53 +9,39 @@ Shapes: B rows of a batch, L ids of a bag, H history length, N catalogue items, 
 
 from __future__ import annotations
 
-import itertools
-import re
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
-from twotower.data.cells import flattened
-from twotower.data.fitting import MAX_VECTOR_ELEMENT, as_lists, check_profiles, transformed
+from twotower.data.fitting import check_profiles
 from twotower.data.windows import Stretches
 from twotower.errors import DataError
 from twotower.model.batch import Bag, FeatureBatch, Sequences, forget
 from twotower.model.hashing import hashed_rows
 from twotower.model.sequences import make_sequences
-from twotower.model.towers import table_name
 from twotower.model.unknown_items import DescribedItems, hashed_item_rows
 from twotower.schema import (
     UNKNOWN_ROW,
-    CategoricalFeature,
     FeatureSchema,
     FittedFeature,
     HistoryFeature,
     IdFeature,
-    MultiHotFeature,
-    NumericFeature,
     ProfileFeature,
-    TextFeature,
-    VectorFeature,
 )
-from twotower.values import as_categories, as_numbers, as_text, examples, plain
+from twotower.values import plain
 
 Columns = dict[str, npt.NDArray[Any]]
-_WORD = re.compile(r"\w+")
-_MAX_SCALED = 1e15
-"""Numbers further away than this leave nothing of a tower's other inputs, or overflow its 32-bit floats."""
 
 
 def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Columns:
     """Return the static columns of an item or user table.
 
     Args:
-        features: of one side; id, history and profile features have no static column and are passed over.
+        features: of one side; those that are not read from a column are passed over.
         table: one row an item or user; a column that is missing counts as missing in every row.
 
     Returns:
@@ -68,127 +54,19 @@ def encode_columns(features: Sequence[FittedFeature], table: pa.Table) -> Column
     columns: Columns = {}
     for feature in features:
         spec = feature.spec
-        if isinstance(spec, (IdFeature, HistoryFeature, ProfileFeature)):
+        if spec.source_column is None:
             continue
         present = spec.source_column in table.column_names
         column = table[spec.source_column] if present else pa.nulls(len(table))
         column = plain(column)
         try:
-            columns[spec.name] = _encode(feature, column)
+            columns[spec.name] = spec.encode(feature, column)
         except (DataError, pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
             raise DataError(
                 f"column {spec.source_column!r} ({column.type}) can not be read as the {spec.type} feature "
                 f"{spec.name!r}: {error}"
             ) from None
     return columns
-
-
-def _encode(feature: FittedFeature, column: pa.Array) -> npt.NDArray[Any]:
-    spec = feature.spec
-    if isinstance(spec, CategoricalFeature):
-        return _value_ids(as_categories(column), feature.values or [])[:, None]
-    if isinstance(spec, MultiHotFeature):
-        return _multi_hot(spec, feature.values or [], column)
-    if isinstance(spec, TextFeature):
-        return _padded(
-            (text_buckets(t, spec) for t in as_text(column).to_pylist()), len(column), spec.max_length
-        )
-    if isinstance(spec, NumericFeature):
-        return _numeric(feature, column)
-    if isinstance(spec, VectorFeature):
-        return _vector(spec, column)
-    raise AssertionError(f"feature type {spec.type} has no static column")
-
-
-def _value_ids(column: pa.Array, values: list[str]) -> npt.NDArray[np.int32]:
-    """Return [n] int32: value i of the vocabulary is i + 1, another value is unknown, missing is -1."""
-    found = pc.index_in(column, value_set=pa.array(values, pa.string()))
-    ids = pc.fill_null(found, UNKNOWN_ROW - 1).to_numpy(zero_copy_only=False).astype(np.int32) + 1
-    ids[pc.is_null(column).to_numpy(zero_copy_only=False)] = -1
-    return ids
-
-
-def split_values(spec: MultiHotFeature, column: pa.Array) -> pa.ListArray:
-    """Return a multi_hot column as lists of names of values; blank pieces are left out."""
-    return as_lists(column, spec.separator)
-
-
-def _multi_hot(spec: MultiHotFeature, values: list[str], column: pa.Array) -> npt.NDArray[np.int32]:
-    flat, parents = flattened(split_values(spec, column))
-    ids = _value_ids(flat, values)
-    if len(ids):
-        # Each value counts once a row, in ascending order: a set has no order of its own.
-        _, first = np.unique(parents * (len(values) + 2) + ids, return_index=True)
-        ids, parents = ids[first], parents[first]
-    counts = np.bincount(parents, minlength=len(column))
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    width = int(min(max(counts.max(initial=1), 1), spec.max_length))
-    out = np.full((len(column), width), -1, np.int32)
-    kept = place < width
-    out[parents[kept], place[kept]] = ids[kept]
-    return out
-
-
-def _numeric(feature: FittedFeature, column: pa.Array) -> npt.NDArray[np.float32]:
-    values = numeric_values(feature.spec, column)
-    missing = ~np.isfinite(values)
-    with np.errstate(over="ignore"):
-        scaled = np.where(missing, 0.0, (np.where(missing, 0.0, values) - feature.mean) / feature.std)
-    if len(large := values[np.abs(scaled) > _MAX_SCALED]):
-        raise ValueError(f"{large[0]} is over {_MAX_SCALED:g} standard deviations away; repair the column")
-    return np.stack([scaled, missing], axis=1).astype(np.float32)
-
-
-def numeric_values(spec: Any, column: pa.Array) -> npt.NDArray[np.float64]:
-    """Return a numeric column after its transform as [n] float64, NaN where it is missing."""
-    found = as_numbers(column)
-    if found is None:
-        raise ValueError("it holds no numbers")
-    if found.unreadable.any():
-        raise ValueError(f"{examples(column, np.flatnonzero(found.unreadable)[:1])[0]!r} is no finite number")
-    return transformed(spec, found.values)
-
-
-def _vector(spec: VectorFeature, column: pa.Array) -> npt.NDArray[np.float32]:
-    out = np.zeros((len(column), spec.dim), np.float32)
-    if pa.types.is_null(column.type):
-        return out
-    valid = pc.is_valid(column).to_numpy(zero_copy_only=False)
-    flat, parents = flattened(column)
-    widths = np.unique(np.bincount(parents, minlength=len(column))[valid])
-    if len(widths) and (widths != spec.dim).any():
-        raise ValueError(f"vectors have width {widths.tolist()}, declared is dim {spec.dim}")
-    elements = flat.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    out[valid] = elements.reshape(-1, spec.dim)
-    if not np.isfinite(out).all():
-        raise ValueError("vectors hold NaN or infinity; repair the column")
-    if len(large := out[np.abs(out) > MAX_VECTOR_ELEMENT]):
-        raise ValueError(
-            f"vectors hold {large[0]:g}; {MAX_VECTOR_ELEMENT:g} is the largest; repair the column"
-        )
-    return out
-
-
-def text_buckets(text: str | None, spec: TextFeature) -> list[int]:
-    """Return the hashed words and character n-grams of a text, at most ``max_length`` of them."""
-    if not text:
-        return []
-    # No more of a long text is read than counts.
-    found = itertools.islice(_WORD.finditer(text.lower()), spec.max_length)
-    words = [match[0] for match in found]
-    marked = (f"<{word}>" for word in words)
-    grams = (m[i : i + spec.ngram] for m in marked for i in range(max(len(m) - spec.ngram + 1, 1)))
-    pieces = itertools.islice(itertools.chain((f"w:{w}" for w in words), grams), spec.max_length)
-    return [zlib.crc32(p.encode()) % spec.buckets for p in pieces]
-
-
-def _padded(rows: Iterable[list[int]], count: int, max_width: int) -> npt.NDArray[np.int32]:
-    out = np.full((count, max_width), -1, np.int32)
-    width = 1
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-        width = max(width, len(row))
-    return np.ascontiguousarray(out[:, :width])
 
 
 def item_batch(schema: FeatureSchema, item_rows: npt.ArrayLike, columns: Columns) -> FeatureBatch:
@@ -206,10 +84,9 @@ def item_batch(schema: FeatureSchema, item_rows: npt.ArrayLike, columns: Columns
 def _static_input(
     feature: FittedFeature, rows: npt.NDArray[np.int64], columns: Columns
 ) -> Bag | torch.Tensor:
-    spec = feature.spec
-    if isinstance(spec, IdFeature):
-        return _id_bag(spec, rows)
-    values = columns[spec.name]
+    if isinstance(feature.spec, IdFeature):
+        return _id_bag(feature.spec, rows)
+    values = columns[feature.spec.name]
     if values.dtype == np.float32:
         return torch.from_numpy(np.ascontiguousarray(values))
     ids = torch.from_numpy(values.astype(np.int64))
@@ -247,10 +124,7 @@ def averaged(schema: FeatureSchema, item_columns: Columns, count: int) -> dict[s
     """
     items = {f.spec.name: f for f in schema.item}
     values: dict[str, npt.NDArray[np.float32]] = {}
-    for feature in schema.query:
-        spec = feature.spec
-        if not isinstance(spec, ProfileFeature):
-            continue
+    for spec in schema.profiles:
         target = items[spec.of]
         column = item_columns[spec.of]
         width = target.profile_width
@@ -276,7 +150,7 @@ class QueryFeatures:
         """
         self.schema = schema
         self._profiles = profiles
-        self._item_id = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
+        self._item_id = schema.item_id
 
     def __call__(
         self,
@@ -311,7 +185,7 @@ class QueryFeatures:
                 length = spec.max_length
                 times = None if history_times is None else np.asarray(history_times, np.int64)[:, :length]
                 batch[spec.name] = self._history(
-                    feature, items[:, :length], weights[:, :length], times, stretches, described
+                    spec, items[:, :length], weights[:, :length], times, stretches, described
                 )
             elif isinstance(spec, ProfileFeature):
                 batch[spec.name] = self._profile(
@@ -323,19 +197,17 @@ class QueryFeatures:
 
     def _history(
         self,
-        feature: FittedFeature,
+        spec: HistoryFeature,
         items: npt.NDArray[np.int64],
         weights: npt.NDArray[np.float32],
         times: npt.NDArray[np.int64] | None,
         stretches: Stretches | None,
         described: DescribedItems | None,
     ) -> Bag | Sequences:
-        spec = feature.spec
-        assert isinstance(spec, HistoryFeature)
         table, num_items = self._item_id if spec.share else None, self.schema.num_items
         extra = None
         if described is not None:
-            extra = described.vectors.get(table_name("query", feature))
+            extra = described.vectors.get(spec.table_name("query"))
             if extra is None:
                 items = np.where(items < num_items, items, -1)
         if spec.encoded:

@@ -28,14 +28,13 @@ from twotower.model.checkpoint import (
     finish_checkpoint,
 )
 from twotower.model.checkpoint import KIND as KIND
-from twotower.model.towers import table_name
-from twotower.schema import UNKNOWN_ROW, FeatureSchema, HistoryFeature, IdFeature
+from twotower.schema import UNKNOWN_ROW, FeatureSchema
 
 
 def knows_users(checkpoint: Path) -> bool:
     """Return whether a model has embedding rows that are of one user each."""
     schema = features_of(checkpoint, checkpoint_manifest(checkpoint)["files"])
-    return any(isinstance(f.spec, IdFeature) and f.spec.buckets is None for f in schema.query)
+    return any(f.spec.rows_are("query") == "ids" for f in schema.query)
 
 
 def forget_in_checkpoint(path: Path, directory: Path, erasure: Erasure) -> str:
@@ -70,20 +69,17 @@ def _empty_rows(
     found = False
     own: dict[str, npt.NDArray[np.int64]] = {}
     for feature, new in zip(before.query, after.query, strict=True):
-        spec, name = feature.spec, table_name("query", feature)
-        if isinstance(spec, IdFeature):
-            # A hashed id is a sum of rows that other users read too.
-            if spec.buckets is None:
-                own[name] = erasure.rows
-        elif isinstance(spec, HistoryFeature):
-            if not spec.share:
-                own[name] = erasure.item_rows
-        else:
+        name, rows_are = feature.spec.table_name("query"), feature.spec.rows_are("query")
+        if rows_are == "ids":
+            own[name] = erasure.rows
+        elif rows_are == "items":
+            own[name] = erasure.item_rows
+        elif rows_are == "values":
             blank = [i for i, value in enumerate(new.values or []) if value != (feature.values or [])[i]]
             own[name] = np.array(blank, np.int64)
     for feature in before.item:
-        if isinstance(feature.spec, IdFeature) and feature.spec.buckets is None:
-            own[table_name("item", feature)] = erasure.item_rows
+        if feature.spec.rows_are("item") in ("ids", "items"):
+            own[feature.spec.table_name("item")] = erasure.item_rows
     for name, rows in own.items():
         if len(rows):
             table = weights[f"tables.{name}"]

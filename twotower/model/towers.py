@@ -16,30 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from twotower.config import ModelConfig, TowerConfig
+from twotower.features.base import Side
+from twotower.features.ids import ITEM_IDS as ITEM_IDS
 from twotower.model.batch import Bag, FeatureBatch, Sequences
 from twotower.model.dropout import RowDropout
 from twotower.model.encoders import make_encoder
 from twotower.model.norm import GlobalBatchNorm
 from twotower.model.unknown_items import UnknownItems
-from twotower.schema import (
-    CategoricalFeature,
-    FeatureSchema,
-    FittedFeature,
-    HistoryFeature,
-    IdFeature,
-    MultiHotFeature,
-    NumericFeature,
-    ProfileFeature,
-    TextFeature,
-    residual_feature,
-)
+from twotower.schema import FeatureSchema, histories_among, residual_feature
 
-Side = Literal["query", "item"]
 Lookup = Callable[[str, Bag], torch.Tensor]
 """Turns (table name, bag) into pooled embeddings [B, E]."""
-
-ITEM_IDS = "id_of_item"
-"""Name of the table of item ids."""
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -189,18 +176,18 @@ class TwoTower(nn.Module):
             lookup: how bags become embeddings; straight from the tables when not given.
         """
         lookup = lookup or self.lookup
-        features = self.schema.query if side == "query" else self.schema.item
         parts = []
-        for feature in features:
-            name, value = feature.spec.name, batch[feature.spec.name]
+        for feature in self.schema.features(side):
+            spec = feature.spec
+            name, value = spec.name, batch[spec.name]
             if isinstance(value, Sequences):
                 bag = value.items
-                items = bag.weights.new_zeros(0, self.tables[table_name(side, feature)].shape[1])
+                items = bag.weights.new_zeros(0, self.tables[spec.table_name(side)].shape[1])
                 if len(bag.ids):
-                    items = lookup(table_name(side, feature), bag)
+                    items = lookup(spec.table_name(side), bag)
                 parts.append(self.towers.query.encoders[f"of_{name}"](items, value))
             else:
-                parts.append(lookup(table_name(side, feature), value) if isinstance(value, Bag) else value)
+                parts.append(lookup(spec.table_name(side), value) if isinstance(value, Bag) else value)
         return torch.cat(parts, dim=1)
 
     def encode_queries(self, batch: FeatureBatch) -> torch.Tensor:
@@ -214,11 +201,9 @@ class TwoTower(nn.Module):
         Items that were not trained are encoded by their features, and the unknown id.
         """
         with torch.inference_mode():
-            ids = {f.spec.name for f in self.schema.item if isinstance(f.spec, IdFeature)}
-            known = {
-                name: self.unknown_items.known(value) if name in ids and isinstance(value, Bag) else value
-                for name, value in batch.items()
-            }
+            ids, known = self.schema.item_id, dict(batch)
+            if ids is not None and isinstance(bag := known[ids.name], Bag):
+                known[ids.name] = self.unknown_items.known(bag)
             return self.towers.item(self.inputs("item", known))
 
     def item_features(self, batch: FeatureBatch) -> torch.Tensor:
@@ -226,8 +211,7 @@ class TwoTower(nn.Module):
         with torch.inference_mode():
             x = self.inputs("item", batch)
             kept = [
-                torch.full((input_width(f, self.schema),), not isinstance(f.spec, IdFeature))
-                for f in self.schema.item
+                torch.full((f.spec.width({}),), f.spec is not self.schema.item_id) for f in self.schema.item
             ]
             return x[:, torch.cat(kept).to(x.device)]
 
@@ -262,76 +246,42 @@ def pool(table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch
     return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
 
 
-def table_name(side: Side, feature: FittedFeature) -> str:
-    """Return the name of the embedding table that a feature reads."""
-    spec = feature.spec
-    if isinstance(spec, HistoryFeature) and spec.share:
-        return ITEM_IDS
-    if isinstance(spec, IdFeature):
-        return "id_of_user" if side == "query" else ITEM_IDS
-    return f"{side}_{spec.name}"
-
-
 def table_sizes(schema: FeatureSchema) -> dict[str, tuple[int, int]]:
     """Return (rows, width) of every embedding table; row 0 of those of ids is the unknown id."""
     sizes: dict[str, tuple[int, int]] = {}
-    sides: tuple[tuple[Side, list[FittedFeature]], ...] = (("item", schema.item), ("query", schema.query))
-    for side, features in sides:
-        for feature in features:
-            spec = feature.spec
-            if isinstance(spec, IdFeature):
-                ids = schema.num_users if side == "query" else schema.num_items
-                rows = (spec.buckets or ids) + 1
-            elif isinstance(spec, HistoryFeature):
-                if spec.share:
-                    continue
-                rows = schema.num_items + 1
-            elif isinstance(spec, (CategoricalFeature, MultiHotFeature)):
-                rows = len(feature.values or []) + 1
-            elif isinstance(spec, TextFeature):
-                rows = spec.buckets
-            else:
-                continue
-            sizes[table_name(side, feature)] = (rows, spec.dim)
+    sides: tuple[Side, ...] = ("item", "query")
+    for side in sides:
+        for feature in schema.features(side):
+            rows = feature.spec.table_rows(side, feature, schema)
+            if rows is not None:
+                sizes[feature.spec.table_name(side)] = (rows, feature.spec.width({}))
     return sizes
-
-
-def input_width(feature: FittedFeature, schema: FeatureSchema) -> int:
-    """Return how many inputs of its tower a feature is."""
-    spec = feature.spec
-    if isinstance(spec, NumericFeature):
-        return 2
-    if isinstance(spec, ProfileFeature):
-        return {f.spec.name: f for f in schema.item}[spec.of].profile_width
-    return spec.dim
 
 
 def _unknown_items(schema: FeatureSchema) -> UnknownItems:
     """Return what is read of items that training did not know; nothing where they are ids alone."""
-    ids = [f.spec for f in schema.item if isinstance(f.spec, IdFeature)]
-    width = sum(input_width(f, schema) for f in schema.item if not isinstance(f.spec, IdFeature))
+    ids = schema.item_id
+    width = sum(f.spec.width({}) for f in schema.item if f.spec is not ids)
     if not width:
         return UnknownItems(0, {}, 0)
     sizes = table_sizes(schema)
-    read = (table_name("query", f) for f in schema.query if isinstance(f.spec, HistoryFeature))
-    own_rows = bool(ids) and ids[0].buckets is None
+    read = [spec.table_name("query") for spec in schema.histories]
+    own_rows = ids is not None and ids.buckets is None
     return UnknownItems(width, {name: sizes[name][1] for name in read}, sizes[ITEM_IDS][0] if own_rows else 0)
 
 
 def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelConfig) -> Tower:
-    features = schema.query if side == "query" else schema.item
-    added = residual_feature([f.spec for f in features])
+    specs = [f.spec for f in schema.features(side)]
+    items = {f.spec.name: f for f in schema.item}
+    added = residual_feature(specs)
     width = 0
     columns = None
-    for feature in features:
+    for spec in specs:
         start = width
-        width += input_width(feature, schema)
-        if added is not None and feature.spec == added and added.dim == model.embedding_dim:
+        width += spec.width(items)
+        if added is not None and spec == added and added.dim == model.embedding_dim:
             columns = slice(start, width)
-    specs = [f.spec for f in features]
-    encoders = {
-        s.name: make_encoder(s, model.init_std) for s in specs if isinstance(s, HistoryFeature) and s.encoded
-    }
+    encoders = {s.name: make_encoder(s, model.init_std) for s in histories_among(specs) if s.encoded}
     bias: Literal["none", "learned", "one"] = "none"
     if model.item_bias:
         bias = "learned" if side == "item" else "one"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from twotower.config import Config
-from twotower.config.evaluation import EvaluationConfig
+from twotower.config.evaluation import BASELINES, EvaluationConfig
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Holdout
 from twotower.errors import TwotowerError
 from twotower.evaluation.baselines.fit import (
-    BASELINES,
-    FITTED,
     Fitted,
     fit,
     wanted,
     write_known,
     write_orders,
 )
+from twotower.evaluation.baselines.protocol import fitted_names
 from twotower.faults import explain
 from twotower.pipeline.runner import Runner, Started
 from twotower.progress import bar
@@ -37,7 +36,7 @@ class Fits:
         self._fits: dict[str, Started[Fitted | TwotowerError]] = {
             # A fit that was killed would be killed again.
             name: runner.attempt(_fit, name, str(folder), path, config.evaluation, threads, config.seed)
-            for name in FITTED
+            for name in fitted_names()
             if name in names
         }
 
@@ -62,7 +61,7 @@ class Fits:
                 self._found[name] = _result(self._fits[name])
                 del self._fits[name]
                 progress.update()
-        return {name: self._found[name] for name in BASELINES if name in self._found}
+        return {name: self._found[name] for name in BASELINES.names if name in self._found}
 
 
 def _result(started: Started[Fitted | TwotowerError]) -> Fitted:

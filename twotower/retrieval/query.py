@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from twotower.errors import NotAllowedError
+from twotower.retrieval.wire import (
+    ALLOWED_FEATURES,
+    ALLOWED_ID,
+    ALLOWED_TIME,
+    History,
+    Http,
+    Id,
+    Ids,
+    Time,
+)
 
 Strategy = Literal["personal", "history", "features", "popular", "similar"]
+
+
+ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
+"""What a filter may hold, for people."""
 
 
 class UnknownItemError(NotAllowedError):
@@ -57,26 +73,93 @@ class Query:
         [2, 2]
     """
 
-    k: int
+    k: Annotated[int, Http(int, "Number of items wanted.")]
     """Number of items wanted, 1 or more."""
-    user_id: str | None = None
+    user_id: Annotated[
+        str | None,
+        Http(
+            Id | None,
+            "The user; an unknown one is served from history or features, and with neither from popularity.",
+            f"{ALLOWED_ID}; or null",
+        ),
+    ] = None
     """External id; None or an unknown one is served from history or features, else from popularity."""
-    history: Sequence[HistoryItem] | None = None
+    history: Annotated[
+        Sequence[HistoryItem] | None,
+        Http(
+            History | None,
+            "The user's items, oldest first; replaces the stored history.",
+            "a list, oldest first, of item ids or "
+            '{"item_id": ..., "time": ..., "weight": ..., "features": ...}; or null',
+            most="max_history",
+        ),
+    ] = None
     """The user's items, oldest first; None takes the stored history."""
-    features: dict[str, Any] = field(default_factory=dict)
+    features: Annotated[
+        dict[str, Any],
+        Http(
+            dict[str, Any],
+            "Values of user feature columns; each replaces the stored value.",
+            ALLOWED_FEATURES,
+        ),
+    ] = field(default_factory=dict)
     """Values by column of the user table; each replaces the stored value, None stands for missing."""
-    at: int | None = None
+    at: Annotated[
+        int | None,
+        Http(
+            Time | None,
+            "What of the user's history counts: what happened strictly before this moment; now when not "
+            "given. A\nmoment so far back that the generation does not keep all that counts is refused: send "
+            "``history`` then.\nThe user's columns, what has been seen, and what is popular, are as of the "
+            "generation all the same.",
+            f"{ALLOWED_TIME}; or null, which is now",
+        ),
+    ] = None
     """Microseconds UTC; of the history only what happened strictly before it counts. None is now. It is an
     error where the generation does not keep enough of the user's history to know what that was."""
-    exclude_seen: bool = True
+    exclude_seen: Annotated[
+        bool,
+        Http(
+            bool,
+            "Leave out what the user has already had, and the items of ``history``.",
+            "true or false",
+        ),
+    ] = True
     """Leave out what the user has already had, and the items of ``history``."""
-    exclude_items: Sequence[str] = ()
+    exclude_items: Annotated[
+        Sequence[str], Http(Ids, "Further items to leave out.", "a list of item ids", most="max_ids")
+    ] = ()
     """Further external ids to leave out; unknown ones are passed over."""
-    allow_items: Sequence[str] | None = None
+    allow_items: Annotated[
+        Sequence[str] | None,
+        Http(
+            Ids | None,
+            "Items that alone may be answered; all when not given.",
+            "a list of item ids; or null, which allows every item",
+            most="max_ids",
+        ),
+    ] = None
     """External ids that alone may be answered; unknown ones are passed over. None allows every item."""
-    filter: Mapping[str, Any] | None = None
+    filter: Annotated[
+        Mapping[str, Any] | None,
+        Http(
+            dict[str, Any] | None,
+            "Predicates by attribute, all of which an item must satisfy: any_of, all_of and none_of take "
+            "lists of\nvalues, gte, gt, lte and lt a bound. GET /v1/generation lists the attributes and "
+            "their operators.",
+            f"{ALLOWED_FILTER}; or null",
+        ),
+    ] = None
     """Predicates over attributes, as ``Attributes.allowed`` takes them; an item must satisfy all of them."""
-    fields: Sequence[str] = ()
+    fields: Annotated[
+        Sequence[str],
+        Http(
+            Annotated[list[str], Field(fail_fast=True)],
+            "Columns of the item table to return with each item.",
+            "a list of names of item columns",
+            most="max_fields",
+        ),
+    ] = ()
     """Item columns to return with each item."""
 
 

@@ -5,45 +5,21 @@ Ids may be strings or integers. Nothing is coerced: 42.0 and true are no ids, "5
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from twotower.errors import NotAllowedError, as_json
-from twotower.ids import CONTROL, MAX_ID_LENGTH, id_problem
+from twotower.retrieval.query import ALLOWED_FILTER as ALLOWED_FILTER
 from twotower.retrieval.query import HistoryItem, Query
-from twotower.schema import MAX_WEIGHT
+from twotower.retrieval.wire import ALLOWED_ENTRY, ALLOWED_ID, STRICT, HistoryEntry, Http, Id
 
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_SHOWN = 80
 _MAX_DETAILS = 20
-
-_ID = f"text of 1 to {MAX_ID_LENGTH} characters without control characters, or an integer"
-_TIME = "ISO 8601 text such as 2026-01-31T10:00:00Z (without a zone: UTC)"
-ALLOWED_FILTER = 'an object such as {"genres": {"any_of": ["Comedy"]}, "year": {"gte": 1990}}'
-ALLOWED = {
-    "user_id": f"{_ID}; or null",
-    "history": (
-        'a list, oldest first, of item ids or {"item_id": ..., "time": ..., "weight": ..., "features": ...}; '
-        "or null"
-    ),
-    "item_id": _ID,
-    "time": f"{_TIME}; or null",
-    "weight": f"a number from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}; 1.0 when not given",
-    "features": "an object of feature values by column name, of the user or of an item of the history",
-    "at": f"{_TIME}; or null, which is now",
-    "exclude_seen": "true or false",
-    "exclude_items": "a list of item ids",
-    "allow_items": "a list of item ids; or null, which allows every item",
-    "filter": f"{ALLOWED_FILTER}; or null",
-    "fields": "a list of names of item columns",
-    "query_id": _ID,
-}
-"""What each key of a request may hold, for people; k depends on who answers."""
 
 
 class InvalidQueryError(NotAllowedError):
@@ -58,129 +34,47 @@ class InvalidQueryError(NotAllowedError):
         self.details = details
 
 
-def _id(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("is no id")
-    text = str(value)
-    if problem := id_problem(text):
-        raise ValueError(problem)
-    return text
+@functools.cache
+def http_fields(query: type[Query]) -> dict[str, Http]:
+    """Return how each field of a query is written in a request."""
+    hints = get_type_hints(query, include_extras=True)
+    return {
+        field.name: next(fact for fact in hints[field.name].__metadata__ if isinstance(fact, Http))
+        for field in dataclasses.fields(query)
+    }
 
 
-def _time(value: Any) -> int:
-    if not isinstance(value, str):
-        raise ValueError("is no time")
-    try:
-        time = datetime.fromisoformat(value)
-        time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-        return (time - _EPOCH) // timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        raise ValueError("is no ISO 8601 time") from None
+class _Request(BaseModel):
+    model_config = STRICT
+
+    query_type: ClassVar[type[Query]] = Query
+    """What it is made into."""
 
 
-def _features(value: Any) -> Any:
-    if value is None:
-        # What a file has that describes other items only.
-        return {}
-    if isinstance(value, dict):
-        flat = [v for each in value.values() for v in (each if isinstance(each, list) else [each])]
-        if any(isinstance(v, (dict, list)) for v in flat):
-            raise ValueError("is nested more than a list deep")
-    return value
+def request_model(query: type[Query]) -> Any:
+    """Return the pydantic model of the requests that are made into queries of a class.
+
+    Args:
+        query: a dataclass, each field of which is annotated with ``Http``.
+    """
+    fields: dict[str, Any] = {}
+    known = {field.name: field for field in dataclasses.fields(query)}
+    for name, http in http_fields(query).items():
+        default, factory = known[name].default, known[name].default_factory
+        if factory is not dataclasses.MISSING:
+            default = factory()
+        given = ... if default is dataclasses.MISSING else list(default) if default == () else default
+        fields[name] = (http.kind, Field(given, description=http.description))
+    model: Any = create_model("Request", __base__=_Request, **fields)
+    model.query_type = query
+    return model
 
 
-def _entry(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > _MAX_DETAILS:
-        raise ValueError(f"has {len(value)} keys")
-    return value if isinstance(value, dict) else {"item_id": value}
+_Described: Any = request_model(Query)
 
 
-# Larger integers are fractions to the parser of JSON.
-_ID_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH, "pattern": f"^[^{CONTROL[1:-1]}]*$"},
-        {"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 64) - 1},
-    ]
-}
-_TIME_SCHEMA = {"type": "string", "format": "date-time"}
-Id = Annotated[str, BeforeValidator(_id), WithJsonSchema(_ID_SCHEMA)]
-# A list stops at its first wrong entry: it may be long, and all of it wrong in the same way.
-Ids = Annotated[list[Id], Field(fail_fast=True)]
-Time = Annotated[int, BeforeValidator(_time), WithJsonSchema(_TIME_SCHEMA)]
-
-
-class HistoryEntry(BaseModel):
-    """One item of a history."""
-
-    model_config = _STRICT
-
-    item_id: Id
-    """The item."""
-    time: Time | None = None
-    """When it happened; without a time it counts at every ``at``."""
-    weight: Annotated[float, Field(allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
-    """Weight of the interaction."""
-    features: Annotated[dict[str, Any], BeforeValidator(_features)] = {}
-    """Values by column of the item table: what the item is read by where the model does not know it."""
-
-
-_ENTRY_SCHEMA = {
-    "anyOf": [
-        *_ID_SCHEMA["anyOf"],
-        {
-            "type": "object",
-            "properties": {
-                "item_id": _ID_SCHEMA,
-                "time": _TIME_SCHEMA,
-                "weight": {
-                    "type": "number",
-                    "default": 1.0,
-                    "minimum": -MAX_WEIGHT,
-                    "maximum": MAX_WEIGHT,
-                },
-                "features": {"anyOf": [{"type": "object"}, {"type": "null"}]},
-            },
-            "required": ["item_id"],
-            "additionalProperties": False,
-        },
-    ]
-}
-
-
-class RetrieveRequest(BaseModel):
+class RetrieveRequest(_Described):  # type: ignore[misc]
     """Body of POST /v1/retrieve. Every key but k has a default."""
-
-    model_config = _STRICT
-
-    k: int
-    """Number of items wanted."""
-    user_id: Id | None = None
-    """The user; an unknown one is served from history or features, and with neither from popularity."""
-    history: (
-        Annotated[
-            list[Annotated[HistoryEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]],
-            Field(fail_fast=True),
-        ]
-        | None
-    ) = None
-    """The user's items, oldest first; replaces the stored history."""
-    features: dict[str, Any] = {}
-    """Values of user feature columns; each replaces the stored value."""
-    at: Time | None = None
-    """What of the user's history counts: what happened strictly before this moment; now when not given. A
-    moment so far back that the generation does not keep all that counts is refused: send ``history`` then.
-    The user's columns, what has been seen, and what is popular, are as of the generation all the same."""
-    exclude_seen: bool = True
-    """Leave out what the user has already had, and the items of ``history``."""
-    exclude_items: Ids = []
-    """Further items to leave out."""
-    allow_items: Ids | None = None
-    """Items that alone may be answered; all when not given."""
-    filter: dict[str, Any] | None = None
-    """Predicates by attribute, all of which an item must satisfy: any_of, all_of and none_of take lists of
-    values, gte, gt, lte and lt a bound. GET /v1/generation lists the attributes and their operators."""
-    fields: Annotated[list[str], Field(fail_fast=True)] = []
-    """Columns of the item table to return with each item."""
 
 
 class QueryRow(RetrieveRequest):
@@ -212,7 +106,7 @@ def parse(values: Mapping[str, Any], max_k: int, model: type[Request]) -> Reques
             [{"where": _path((name,)), **unknown_key(name, known)} for name in unknown[:_MAX_DETAILS]]
         )
     try:
-        request = model.model_validate(values)
+        request: Request = model.model_validate(values)
     except ValidationError as error:
         # A misspelled key comes first: it is also why another is missing.
         problems = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
@@ -223,19 +117,22 @@ def parse(values: Mapping[str, Any], max_k: int, model: type[Request]) -> Reques
 
 def query_of(request: RetrieveRequest) -> Query:
     """Return the query of a request."""
-    history = request.history
-    return Query(
-        k=request.k,
-        user_id=request.user_id,
-        history=None if history is None else _items(history),
-        features=request.features,
-        at=request.at,
-        exclude_seen=request.exclude_seen,
-        exclude_items=request.exclude_items,
-        allow_items=request.allow_items,
-        filter=request.filter,
-        fields=request.fields,
-    )
+    made: type[Query] = request.query_type
+    values = {name: getattr(request, name) for name in _NAMES[made]}
+    if values["history"] is not None:
+        values["history"] = _items(values["history"])
+    return made(**values)
+
+
+class _Names(dict[type[Query], tuple[str, ...]]):
+    """Names of the fields of queries, looked up once for each class."""
+
+    def __missing__(self, query: type[Query]) -> tuple[str, ...]:
+        self[query] = tuple(field.name for field in dataclasses.fields(query))
+        return self[query]
+
+
+_NAMES = _Names()
 
 
 def _items(history: list[HistoryEntry]) -> list[HistoryItem]:
@@ -259,25 +156,35 @@ def allowed_k(max_k: int) -> str:
     return f"an integer from 1 to {max_k}"
 
 
+ALLOWED = {
+    **ALLOWED_ENTRY,
+    **{name: http.allowed for name, http in http_fields(Query).items() if name != "k"},
+    "query_id": ALLOWED_ID,
+}
+"""What each key of a request may hold, for people; k depends on who answers."""
+LIST_LIMITS = {name: http.most for name, http in http_fields(Query).items() if http.most is not None}
+"""The limit of ``serve.limits`` on the entries of each key that takes a list."""
+
+
 def _detail(error: Any, max_k: int, request: type[RetrieveRequest]) -> dict[str, str]:
     location = tuple(error["loc"])
     where = _path(location)
     if error["type"] == "extra_forbidden":
         model = HistoryEntry if location[0] == "history" else request
         return {"where": where, **unknown_key(str(location[-1]), tuple(model.model_fields))}
-    name = next((str(part) for part in reversed(location) if isinstance(part, str) and part in _KEYS), "")
+    fields = http_fields(request.query_type)
+    known = {*request.model_fields, *ALLOWED}
+    name = next((str(part) for part in reversed(location) if isinstance(part, str) and part in known), "")
     if name in ("exclude_items", "allow_items") and len(location) > 1:
         name = "item_id"
-    allowed = allowed_k(max_k) if name == "k" else ALLOWED[name]
+    words = ALLOWED[name] if name in ALLOWED else fields[name].allowed if name in fields else ""
+    allowed = allowed_k(max_k) if name == "k" else words
     if error["type"] == "missing":
         return {"where": where, "message": "is missing", "allowed": allowed}
     if error["type"] == "value_error":
         problem = str(error["ctx"]["error"])
         return {"where": where, "message": f"{shown(error['input'])} {problem}", "allowed": allowed}
     return {"where": where, "message": f"{shown(error['input'])} is not allowed", "allowed": allowed}
-
-
-_KEYS = {*QueryRow.model_fields, *HistoryEntry.model_fields}
 
 
 def unknown_key(name: str, known: tuple[str, ...]) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from twotower.config import Config
 from twotower.model.batch import Bag, FeatureBatch, Sequences, forget, leave_out, part_of, pinned, to_device
 from twotower.model.dropout import column_keys, row_keys, uniform
-from twotower.schema import UNKNOWN_ROW, FeatureSchema, FittedFeature, HistoryFeature, IdFeature
+from twotower.schema import UNKNOWN_ROW, FeatureSchema, FittedFeature, HistoryFeature, ids_among
 from twotower.training.batches import IntArray, Share
 from twotower.training.collectives import World
 from twotower.training.negatives import CandidateMemory, CandidateSampler
@@ -235,9 +235,8 @@ def _forgetful(
         unchosen: [rows] bool, items without an example; none where not given.
         unchosen_row: of the table, that these read whatever the draw.
     """
-    for feature in features:
-        spec = feature.spec
-        if isinstance(spec, IdFeature) and spec.unknown_rate > 0:
+    for spec in ids_among([f.spec for f in features]):
+        if spec.unknown_rate > 0:
             value = batch[spec.name]
             assert isinstance(value, Bag)
             value = forget(value, uniform(keys, 1, _UNKNOWN_STREAM)[:, 0] < spec.unknown_rate)
@@ -247,7 +246,7 @@ def _forgetful(
 
 def _with_items_left_out(schema: FeatureSchema, batch: FeatureBatch, keys: torch.Tensor) -> FeatureBatch:
     """Leave a share of the items out of the histories, each feature's by draws of its own."""
-    table = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
+    table = schema.item_id
     hashes = table.hashes if table is not None and table.buckets is not None else 1
     for number, feature in enumerate(schema.query):
         spec = feature.spec

@@ -23,7 +23,7 @@ from twotower.model.batch import Bag, FeatureBatch, bag_of
 from twotower.model.encoders import Block
 from twotower.model.losses import GlobalBatch, Known, choose_loss, in_batch_softmax
 from twotower.model.towers import Side as SideName
-from twotower.model.towers import TwoTower, table_name
+from twotower.model.towers import TwoTower
 from twotower.training.assembly import Batch, Side
 from twotower.training.batches import Share
 from twotower.training.collectives import (
@@ -192,7 +192,7 @@ class Step:
     def _bags(self, side: SideName, rows: Side) -> list[tuple[str, Bag]]:
         schema = self._model.schema
         features = schema.query if side == "query" else schema.item
-        named = [(table_name(side, f), bag_of(rows.features[f.spec.name])) for f in features]
+        named = [(f.spec.table_name(side), bag_of(rows.features[f.spec.name])) for f in features]
         return [(name, bag) for name, bag in named if bag is not None]
 
     def embed(self, side: SideName, rows: Side, touched: TouchedRows) -> torch.Tensor:

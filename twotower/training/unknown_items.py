@@ -12,7 +12,7 @@ import torch
 from twotower.model.batch import Bag, FeatureBatch, to_device
 from twotower.model.towers import ITEM_IDS, TwoTower
 from twotower.model.unknown_items import RidgeSums
-from twotower.schema import UNKNOWN_ROW, FeatureSchema, IdFeature
+from twotower.schema import UNKNOWN_ROW, FeatureSchema
 from twotower.training.collectives import World, gather, sum_over_ranks
 from twotower.training.examples import TowerInputs
 
@@ -39,7 +39,7 @@ class UnknownItemsFit:
         self._fitted = trained[:: max(-(-len(trained) // _FITTED), 1)]
         self._weights = np.sqrt(item_counts[self._fitted])
         self._untrained = np.flatnonzero(item_counts == 0)
-        self._ids = next((f.spec for f in schema.item if isinstance(f.spec, IdFeature)), None)
+        self._ids = schema.item_id
         self._marks = schema.new_items_by_features
 
     def __call__(self, model: TwoTower, inputs: TowerInputs, world: World) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from twotower.config.training import LossConfig
+from twotower.config.losses import LossConfig
 from twotower.data.dataset import Dataset
 
 _DAY_US = 86_400_000_000

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from twotower import progress
+from twotower import cells, progress
 from twotower.config import FilesSource, TableConfig
-from twotower.data import cells
 from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, IntArray, SideTable, TimeUnit
 from twotower.data.dataset import ITEM_ROW
 from twotower.data.interning import IdColumn, IdForm, MixedIdsError

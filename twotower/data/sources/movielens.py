@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
+from twotower import cells
 from twotower.config import MovieLensSource
-from twotower.data import cells
 from twotower.data.chunks import CHUNK_ROWS, BadRows, Chunk, IntArray, SideTable, TimeUnit
 from twotower.data.sources import tables
 from twotower.data.sources.csv_files import Dialect, Text, csv_batches, dialect_of

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from twotower import progress
-from twotower.data import cells
+from twotower import cells, progress
 from twotower.data.chunks import CHUNK_ROWS, BadRows, BoolArray, IntArray
 from twotower.data.sources import csv_files, finding
 from twotower.errors import DataError

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from twotower.data.knowledge import Holdout
 from twotower.evaluation.baselines.ease import EaseScores
 from twotower.evaluation.baselines.popularity import PopularityRanker
+from twotower.evaluation.baselines.protocol import baseline
 from twotower.evaluation.comparison import Ranker
 from twotower.evaluation.matrix import Csr, open_matrix
 from twotower.evaluation.ranking import BLOCK_SCORES, rank_block, rank_order, rank_scores
@@ -36,9 +37,7 @@ def open_ranker(name: str, folder: Path) -> Ranker:
     if name == "recent_popularity":
         return PopularityRanker(np.load(folder / RECENT, mmap_mode="r"))
     known = open_matrix(folder / KNOWN)
-    if name in ("ease", "ials"):
-        return regularised_ranker(name, folder / name, known, order)
-    return MatrixRanker(NeighbourScores(open_matrix(folder / name / SIMILARITY), order), known, order)
+    return baseline(name).ranker(folder / name, known, order)
 
 
 def regularised_ranker(name: str, folder: Path, known: Csr, order: Ints) -> Ranker:

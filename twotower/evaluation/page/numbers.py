@@ -33,8 +33,6 @@ _METRICS = {
     "diversity": "Diversity",
     "same_top10": "Same top 10, users",
 }
-ACCURACY = ("recall", "ndcg", "mrr", "hit_rate", "map", "precision")
-"""Metrics of which more is better; the others describe lists."""
 NONE = "\N{EN DASH}"
 APART = "\N{NO-BREAK SPACE}"
 """Between a number and its unit."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from twotower.evaluation.metrics import METRICS
 from twotower.evaluation.page.chart import COLOURS, Cell, Chart, Key, Table
 from twotower.evaluation.page.lines import Series, line_chart
 from twotower.evaluation.page.numbers import (
-    ACCURACY,
     NONE,
     RANKERS,
     clean,
@@ -149,7 +149,7 @@ def metric_tables(content: Mapping[str, Any], metrics: Metrics) -> list[Table]:
         first = True
         rest = [] if accurate else [name for name in known if parts_of(name)[1] is None]
         for k in [*cut_offs(metrics), None]:
-            names = [n for n in known if parts_of(n)[1] == k and (parts_of(n)[0] in ACCURACY) is accurate]
+            names = [n for n in known if parts_of(n)[1] == k and (parts_of(n)[0] in METRICS) is accurate]
             names = [n for n in names if n not in rest] + (rest if first else [])
             if names:
                 at = f" at {k}" if k is not None else ""
@@ -165,7 +165,7 @@ def _metric_table(title: str, names: Sequence[str], metrics: Metrics, intervals:
             default=None,
         )
         for name in names
-        if parts_of(name)[0] in ACCURACY
+        if parts_of(name)[0] in METRICS
     }
     rows = []
     for ranker, values in metrics.items():

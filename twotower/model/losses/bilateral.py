@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from twotower.config.losses import LossConfig
 from twotower.model.loss_masks import Known
 from twotower.model.losses.blocks import (
     LOG2_E,
@@ -48,6 +49,11 @@ class BilateralSoftmax:
     """r, over the temperature."""
     negative_power: float
     """p."""
+
+    @classmethod
+    def of_settings(cls, settings: LossConfig) -> BilateralSoftmax:
+        """Return the loss of a configuration."""
+        return cls(settings.bsl.positive_temperature, settings.bsl.negative_power)
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.config.losses import LossConfig
 from twotower.model.loss_masks import Known
 from twotower.model.losses.blocks import (
     LOG2_E,
@@ -51,6 +52,11 @@ class BinaryCrossEntropy:
     """Added to the logits."""
     log_q_strength: float
     """s, in [0, 1]: what ``log_q_C`` was multiplied by."""
+
+    @classmethod
+    def of_settings(cls, settings: LossConfig) -> BinaryCrossEntropy:
+        """Return the loss of a configuration."""
+        return cls(settings.bce.calibration, settings.bce.offset, settings.log_q)
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from twotower.config.losses import LossConfig
 from twotower.model.loss_masks import Known
 from twotower.model.losses.blocks import (
     LOG2_E,
@@ -23,7 +24,12 @@ from twotower.model.losses.blocks import (
     make_batch,
     own_bias,
 )
-from twotower.model.losses.protocol import GlobalBatch
+from twotower.model.losses.protocol import GlobalBatch, Loss
+
+
+def of_settings(settings: LossConfig) -> Loss:
+    """Return the loss of a configuration; the softmax has no settings of its own."""
+    return in_batch_softmax
 
 
 def in_batch_softmax(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.config.losses import LossConfig
 from twotower.model.loss_masks import Known
 from twotower.model.losses.blocks import LOG2_E, Matrix, make_batch, own_bias
 from twotower.model.losses.protocol import GlobalBatch
@@ -34,6 +35,11 @@ class TopKSoftmax:
     k: int
     width: float
     """w, in scores."""
+
+    @classmethod
+    def of_settings(cls, settings: LossConfig) -> TopKSoftmax:
+        """Return the loss of a configuration."""
+        return cls(settings.slatk.k, settings.slatk.width)
 
     def __call__(
         self,

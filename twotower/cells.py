@@ -14,14 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from twotower.data.chunks import BoolArray, IntArray
 from twotower.errors import DataError
 from twotower.values import is_text
 
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 MAX_BYTES = 2**31 - 1
 """Of the text of one column, which is addressed with 32 bits."""
 _BRACKETED = r"(?s)^\s*(\[.*\]|\(.*\)|\{.*\})\s*$"
