@@ -1,6 +1,6 @@
 """The configuration as help text and as a page: every key with its type, default and docstring.
 
-    python -m jobs.reference > docs/configuration.md
+python -m jobs.reference > docs/configuration.md
 """
 
 from __future__ import annotations
