@@ -1,6 +1,6 @@
 """The configuration as help text and as a page: every key with its type, default and docstring.
 
-python -m jobs.reference > docs/configuration.md
+``python -m jobs.reference > docs/configuration.md`` writes the page.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ def config_page() -> str:
 
 _PAGE_HEAD = """# Configuration
 
-Every key of the YAML file, and of `--set KEY=VALUE`, with its type, default and meaning. `KEY[kind].NAME` is a key that only one kind has, and `NAME` in a key
-stands for a name that you choose. [Own data](own-data.md) has examples, and says how values are written.
+Every key of the YAML file, and of `--set KEY=VALUE`, with its type, default and meaning. `KEY[kind].NAME` is
+a key that only one kind has, and `NAME` in a key stands for a name that you choose. [Own data](own-data.md)
+has examples, and says how values are written.
 
-`python -m jobs.reference > docs/configuration.md` makes this page from the models in `twotower/config/`; `--help` of every job shows the same.
+`python -m jobs.reference > docs/configuration.md` makes this page from the models in `twotower/config/`.
+`--help` of every job shows the same.
 """
 _TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
 

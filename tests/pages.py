@@ -2,7 +2,7 @@
 
 A block of a shell is run by bash in a folder, with ``set -eu``. What it calls as ``python -m jobs.NAME``,
 ``python -m benchmarks.load`` or ``twotower`` runs in this process: a program of that name in the folder sends
-its arguments here and prints what comes back, so that a page's pipes, variables and redirections are bash's own
+its arguments here and prints what comes back. So a page's pipes, variables and redirections are bash's own,
 and no block waits for imports.
 """
 

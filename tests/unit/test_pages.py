@@ -1,4 +1,4 @@
-"""The pages hang together: links, marks, the tree, the reference of the configuration, the README's length."""
+"""The pages hang together: links, marks, the tree, the reference of the configuration, the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages show is run: commands in a folder with a small model, configurations, and requests over HTTP."""
+"""What the pages show is run: commands in a folder with a small model, configurations, HTTP requests."""
 
 from __future__ import annotations
 
