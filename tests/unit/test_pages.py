@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.reference import config_keys, config_page
 from tests.pages import MARKED, PAGES, ROOT, blocks, blocks_of
@@ -58,6 +59,14 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         found = [(page.parent / link.partition("#")[0]).resolve() for link in links(page)]
         open_pages += [p for p in found if p.suffix == ".md" and p.exists()]
     assert set(PAGES) <= reached
+
+
+def test_the_site_has_every_page() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    of_root = {"index.md", "contributing.md", "changelog.md"}
+    parts = [part if isinstance(part, dict) else {"": [part]} for part in site["nav"]]
+    named = {name for part in parts for names in part.values() for name in names}
+    assert named == of_root | {path.name for path in ROOT.glob("docs/*.md")}
 
 
 def test_what_somebody_may_copy_has_a_mark_and_a_reason() -> None:
