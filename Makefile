@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TORCH   = $(shell grep '^torch==' requirements/$(FLAVOUR).txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart serve test test-fast lint
+.PHONY: help setup quickstart serve test test-fast lint docs
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,12 @@ lint: $(STAMP)  ## Check style, types and the floors of the house
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: requirements/docs.txt  ## Build the pages as a site in site/
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check --no-input install -qq -r requirements/docs.txt
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict
+	@echo "site/index.html is the first page"
 
 # A killed installation may leave half a package that pip takes for a whole one, so it starts afresh: the
 # mark stays until the end. Another flavour's environment is replaced too, since both bring a `faiss`.

@@ -1,8 +1,12 @@
-"""The configuration as help text: every key with its type, default and docstring, read from the models."""
+"""The configuration as help text and as a page: every key with its type, default and docstring.
+
+``python -m jobs.reference > docs/configuration.md`` writes the page.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -42,6 +46,60 @@ def config_reference() -> str:
             for line in _entry(f"  {name}", info)
         ]
     return "\n".join(lines)
+
+
+def config_page() -> str:
+    """Return the same as a page of the documentation, in Markdown, a table for each section."""
+    features: dict[str, type[BaseModel]] = {}
+    sections: dict[str, list[str]] = {}
+    for key, info in _walk(Config, "", features):
+        # A section of its own for each kind of a source, such as data.source[files].
+        section = key.partition("]")[0] + "]" if "[" in key else key.partition(".")[0]
+        sections.setdefault(section if "." in key else "", []).append(_row(key, info))
+    lines = [_PAGE_HEAD]
+    for section, rows in sections.items():
+        title = f"`{section}`" if section else "Top level"
+        about = _first_line(_model_of(section)) if section in Config.model_fields else ""
+        lines += [f"## {title}", "", *([about, ""] if about else []), *_TABLE, *rows, ""]
+    lines += ["## Features", "", "Entries of `features.query` and `features.item`, by `type`.", ""]
+    for tag, model in features.items():
+        rows = [_row(name, info) for name, info in model.model_fields.items() if name != "type"]
+        lines += [f"### `type: {tag}`", "", _first_line(model), "", *_TABLE, *rows, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_PAGE_HEAD = """# Configuration
+
+Every key of the YAML file, and of `--set KEY=VALUE`, with its type, default and meaning. `KEY[kind].NAME` is
+a key that only one kind has, and `NAME` in a key stands for a name that you choose. [Own data](own-data.md)
+has examples, and says how values are written.
+
+`python -m jobs.reference > docs/configuration.md` makes this page from the models in `twotower/config/`.
+`--help` of every job shows the same.
+"""
+_TABLE = ("| key | type | default | meaning |", "|---|---|---|---|")
+
+
+def _model_of(section: str) -> type[BaseModel]:
+    """Return the model of a section of the configuration, or of what stands in its place."""
+    models = _models(Config.model_fields[section].annotation)
+    return models[0] if len(models) == 1 else BaseModel
+
+
+def _row(key: str, info: FieldInfo) -> str:
+    """Return a key as a row of a table in Markdown."""
+    cells = [f"`{key}`", _type_name(info), _default(info), " ".join((info.description or "").split())]
+    # Double backquotes are those of docstrings; what looks like a tag would be one.
+    texts = [cell.replace("``", "`").replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+    return f"| {' | '.join(texts)} |"
+
+
+def _default(info: FieldInfo) -> str:
+    """Return a key's default in words; empty for a section."""
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    return "" if _models(info.annotation) else f"`{_plain(value)}`" if _plain(value) else "empty"
 
 
 def config_keys() -> list[str]:
@@ -140,3 +198,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(config_page())

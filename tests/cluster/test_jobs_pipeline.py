@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs import build_index, evaluate, generations, pipeline, prepare, recommend, train
+from jobs import build_index, evaluate, generations, prepare, recommend, train
+from jobs.command import RESULT_PREFIX
+from tests.pages import prepare_folder, run_shell, the_block
 from twotower.cluster.processes import descendants
 from twotower.data.dataset import Dataset
 
@@ -33,7 +35,12 @@ def file(tmp_path_factory, small_values) -> Path:
 
 @pytest.fixture(scope="module")
 def published(ray_local, file) -> dict:
-    return _run(pipeline, file)
+    """What the README's command for own data makes of a small configuration."""
+    folder = file.parent / "readme"
+    prepare_folder(folder)
+    (folder / "mine.yaml").symlink_to(file)
+    printed = run_shell(the_block("README.md", "pipeline").text, folder)
+    return json.loads(printed.splitlines()[-1].removeprefix(RESULT_PREFIX))
 
 
 def _run(job, file: Path, *argv: str, before: tuple[str, ...] = ()) -> dict:

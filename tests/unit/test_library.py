@@ -21,6 +21,7 @@ import torch
 
 import twotower as tt
 from tests.conftest import ROOT
+from tests.pages import the_block
 from twotower.artefacts import read_manifest
 from twotower.errors import ArtefactMismatchError, ConfigError, RefusedError, TrainingError
 from twotower.generations.store import Store
@@ -294,7 +295,7 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     import pandas as pd
 
     page = (ROOT / "docs" / "library.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lines = the_block("docs/library.md", "library").text
     log = pd.DataFrame(purchases()).rename(columns={"user": "customer", "item": "sku"})
     log["day"] = pd.to_datetime(log.pop("minute"), unit="D")
     log["customer"] = "c" + log["customer"].str[1:]
