@@ -196,7 +196,7 @@ class GatewayService(Service[Front]):
         vector = await self._vector(front, row, deadline)
         encoded = time.perf_counter()
         query = GroupQuery(k, np.array([row], np.int64), predicates)
-        message = pack_search(front.generation_id, vector[None, :], [query])
+        message = pack_search(front.generation_id, front.as_queries(vector[None, :]), [query])
         found, missing = await self._ask(message, front, 1, deadline)
         searched = time.perf_counter()
 

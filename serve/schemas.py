@@ -75,8 +75,8 @@ class ScoredItem(BaseModel):
     item_id: str
     """The item."""
     score: float
-    """Inner product, a cosine unless ``model.normalize`` is off; with strategy popular, the share of users
-    who have had the item."""
+    """Inner product: a cosine, unless ``model.normalize`` is off, and what ``model.item_bias`` adds; with
+    strategy popular, the share of users who have had the item."""
 
 
 class RetrieveAnswer(BaseModel):

@@ -275,9 +275,10 @@ def ray_local() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         # Every Ray wants the same port for its agent and tries for more than three seconds where it is taken.
-        # This one takes any other, for the sake of those that tests start beside it.
-        any_port = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
-        patch.setattr(parameter, "RayParams", any_port)
+        # This one takes any other, for the sake of those that tests start beside it. No test waits for the
+        # autoscaler's process.
+        alone = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0, no_monitor=True)
+        patch.setattr(parameter, "RayParams", alone)
         ray.init(
             address="local",
             num_cpus=4,

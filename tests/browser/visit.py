@@ -50,7 +50,10 @@ class Visit:
 
     def ask(self, user_id: str) -> None:
         """Type a user and ask for recommendations."""
-        self.page.get_by_label("User id").fill(user_id)
+        typed = self.page.get_by_label("User id")
+        typed.fill(user_id)
+        # Suggestions that come late would lie on the button.
+        typed.press("Tab")
         self.page.get_by_role("button", name="Recommend").click()
         self.settled()
 

@@ -99,6 +99,7 @@ CASES: list[tuple[str, Any, Settings]] = [
     ("model.embedding_dim", 13, {}),
     ("model.init_std", 0.1, {}),
     ("model.normalize", False, {}),
+    ("model.item_bias", True, {}),
     ("model.table_dtype", "bfloat16", {}),
     *(
         (f"model.{side}_tower.{key}", value, {})

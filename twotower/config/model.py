@@ -77,5 +77,16 @@ class ModelConfig(Section):
     """Standard deviation of fresh embedding tables."""
     normalize: bool = True
     """Scale embeddings to length 1, so that scores are cosines; without it scores are inner products."""
+    item_bias: bool = False
+    """Make the last coordinate of an item's embedding a number that is added to all its scores, as the biases
+    of matrix factorisation are; that of every query is 1. ``normalize`` scales the others."""
     table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that embedding tables are held in; updates are computed in float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.item_bias and self.embedding_dim == 1:
+            raise ValueError(
+                "model.item_bias takes the last coordinate, and embedding_dim (1) leaves no other; raise it"
+            )
+        return self

@@ -95,6 +95,11 @@ class Config(Section):
                 f"train.loss.kind: {self.train.loss.kind} falls without end as scores grow, so it needs unit "
                 "vectors; use model.normalize: true, or another kind"
             )
+        if self.model.item_bias and not self.train.loss.settings.bounded:
+            raise ValueError(
+                f"train.loss.kind: {self.train.loss.kind} falls without end as scores grow, and "
+                "model.item_bias has no limit; use item_bias: false, or another kind"
+            )
         source = self.data.source
         kind = SPLIT_KINDS[self.split.kind]
         if kind.needs_given and source.without_split:

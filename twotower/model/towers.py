@@ -9,6 +9,7 @@ Shapes: B rows of a batch, L ids of a bag, D embedding_dim, E width of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ class Tower(nn.Module):
         config: TowerConfig,
         residual_columns: slice | None,
         normalize: bool,
+        bias: Literal["none", "learned", "one"] = "none",
         encoders: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Build the layers.
@@ -57,6 +59,7 @@ class Tower(nn.Module):
             residual_columns: where the embedding that ``residual: id`` adds is in the input, D wide; None
                 where there is none.
             normalize: scale the output to length 1.
+            bias: what the last coordinate is: one as the others, one that is never scaled, or 1.
             encoders: of the features that are sequences, by name; ``TwoTower.inputs`` calls them.
         """
         super().__init__()
@@ -74,6 +77,7 @@ class Tower(nn.Module):
             width = size
         self.output = nn.Linear(width, out_dim)
         self.normalize = normalize
+        self.bias = bias
         self.residual_columns = residual_columns if config.residual in ("auto", "id") else None
         if config.residual == "linear":
             self.skip = nn.Linear(in_dim, out_dim, bias=False)
@@ -85,7 +89,7 @@ class Tower(nn.Module):
     def forward(
         self, x: torch.Tensor, row_keys: torch.Tensor | None = None, valid: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return [B, D] float32, L2-normalised where ``normalize`` is set.
+        """Return [B, D] float32, L2-normalised where ``normalize`` is set, but for a ``bias``.
 
         Args:
             x: [B, in_dim] float32.
@@ -111,7 +115,11 @@ class Tower(nn.Module):
             out = out + self.skip_scale * x[:, self.residual_columns]
         elif hasattr(self, "skip"):
             out = out + self.skip(x)
-        return F.normalize(out, dim=-1) if self.normalize else out
+        if self.bias == "none":
+            return F.normalize(out, dim=-1) if self.normalize else out
+        nearness = F.normalize(out[:, :-1], dim=-1) if self.normalize else out[:, :-1]
+        last = out[:, -1:] if self.bias == "learned" else torch.ones_like(out[:, -1:])
+        return torch.cat([nearness, last], dim=-1)
 
 
 class Towers(nn.Module):
@@ -274,4 +282,7 @@ def _tower(schema: FeatureSchema, side: Side, tower: TowerConfig, model: ModelCo
         if added is not None and spec == added and added.dim == model.embedding_dim:
             columns = slice(start, width)
     encoders = {s.name: make_encoder(s, model.init_std) for s in histories_among(specs) if s.encoded}
-    return Tower(width, model.embedding_dim, tower, columns, model.normalize, encoders)
+    bias: Literal["none", "learned", "one"] = "none"
+    if model.item_bias:
+        bias = "learned" if side == "item" else "one"
+    return Tower(width, model.embedding_dim, tower, columns, model.normalize, bias, encoders)

@@ -287,6 +287,13 @@ class Front:
                     ", ".join(self.item_fields) or "none: items have ids only",
                 )
 
+    def as_queries(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return vectors of items, [m, D], as queries for what is near: without what ``item_bias`` adds."""
+        if self._checkpoint.config.model.item_bias:
+            vectors = vectors.copy()
+            vectors[:, -1] = 0
+        return vectors
+
     def _vectors(self, inputs: Sequence[Input]) -> npt.NDArray[np.float32]:
         """Return the query embeddings [B, D]."""
         if not inputs:

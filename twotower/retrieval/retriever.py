@@ -1,7 +1,8 @@
 """Answers "which k items for this user, now?" from one generation.
 
 A retriever is the front of a generation together with a searcher over all its shards. It never changes, so
-that threads can share it. Scores are inner products: cosines, unless the model has ``normalize: false``.
+that threads can share it. Scores are inner products: cosines, unless the model has ``normalize: false``
+or ``item_bias``.
 
 Shapes: B queries, R of them that are searched, D embedding_dim, K results.
 """
@@ -190,7 +191,7 @@ class Retriever(Front):
         start = time.perf_counter()
         self.check(k, fields)
         row = self.row_of(item_id)
-        vector = self._searcher.vectors([row])
+        vector = self.as_queries(self._searcher.vectors([row]))
         encoded = time.perf_counter()
         only = allowed_items(self._generation, filter)
         hits = self._searcher.search(vector, k, [np.array([row])], allowed=only)[0]
