@@ -95,10 +95,10 @@ class Config(Section):
                 f"train.loss.kind: {self.train.loss.kind} falls without end as scores grow, so it needs unit "
                 "vectors; use model.normalize: true, or another kind"
             )
-        if self.train.loss.kind == "bsl" and self.model.item_bias:
+        if self.model.item_bias and not self.train.loss.settings.bounded:
             raise ValueError(
-                "train.loss.kind: bsl falls without end as scores grow, and model.item_bias has no limit; "
-                "use item_bias: false, or another kind"
+                f"train.loss.kind: {self.train.loss.kind} falls without end as scores grow, and "
+                "model.item_bias has no limit; use item_bias: false, or another kind"
             )
         source = self.data.source
         kind = SPLIT_KINDS[self.split.kind]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -34,7 +33,6 @@ class InvalidQueryError(NotAllowedError):
         self.details = details
 
 
-@functools.cache
 def http_fields(query: type[Query]) -> dict[str, Http]:
     """Return how each field of a query is written in a request."""
     hints = get_type_hints(query, include_extras=True)
@@ -49,6 +47,8 @@ class _Request(BaseModel):
 
     query_type: ClassVar[type[Query]] = Query
     """What it is made into."""
+    http: ClassVar[dict[str, Http]] = {}
+    """How each field of that is written."""
 
 
 def request_model(query: type[Query]) -> Any:
@@ -66,7 +66,7 @@ def request_model(query: type[Query]) -> Any:
         given = ... if default is dataclasses.MISSING else list(default) if default == () else default
         fields[name] = (http.kind, Field(given, description=http.description))
     model: Any = create_model("Request", __base__=_Request, **fields)
-    model.query_type = query
+    model.query_type, model.http = query, http_fields(query)
     return model
 
 
@@ -172,7 +172,7 @@ def _detail(error: Any, max_k: int, request: type[RetrieveRequest]) -> dict[str,
     if error["type"] == "extra_forbidden":
         model = HistoryEntry if location[0] == "history" else request
         return {"where": where, **unknown_key(str(location[-1]), tuple(model.model_fields))}
-    fields = http_fields(request.query_type)
+    fields = request.http
     known = {*request.model_fields, *ALLOWED}
     name = next((str(part) for part in reversed(location) if isinstance(part, str) and part in known), "")
     if name in ("exclude_items", "allow_items") and len(location) > 1:
