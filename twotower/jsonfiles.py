@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from twotower.errors import ArtefactError
+from twotower.registry import of_registries
 
 _MAX_DEPTH = 40
 
@@ -73,6 +74,7 @@ def check_shape(value: Any, shape: Any, place: str, remedy: str) -> Any:
         raise ArtefactError(f"{place} is damaged ({reason[:300]}). {remedy}") from None
 
 
+@of_registries
 @functools.lru_cache(maxsize=64)
 def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)

@@ -18,6 +18,15 @@ from pydantic_core import CoreSchema
 
 T = TypeVar("T")
 M = TypeVar("M", bound=type[BaseModel])
+C = TypeVar("C")
+
+_validators: list[Any] = []
+
+
+def of_registries(validators: C) -> C:
+    """Note a functools cache of what validates by registries: it is emptied when one of them changes."""
+    _validators.append(validators)
+    return validators
 
 
 class Registry(Generic[T]):
@@ -92,6 +101,8 @@ class Registry(Generic[T]):
     def _rebuild(self) -> None:
         for model in self._models:
             model.model_rebuild(force=True)
+        for validators in _validators:
+            validators.cache_clear()
 
 
 class Accepted:

@@ -23,7 +23,7 @@ from serve.fused import FusedService
 from serve.schemas import parse_retrieve
 from tests.conftest import ROOT
 from twotower.config import LimitsConfig
-from twotower.config.data import SOURCES, SourceSection
+from twotower.config.data import SOURCES, Source, SourceSection
 from twotower.config.evaluation import BASELINES
 from twotower.config.index_kinds import INDEX_KINDS, IndexKind
 from twotower.config.losses import LOSSES, LossSection
@@ -35,6 +35,7 @@ from twotower.evaluation.metrics import METRICS
 from twotower.features import FEATURES, ColumnFeature, feature_type
 from twotower.features.base import Fit, is_number
 from twotower.features.numbers import as_number_column, finite_numbers
+from twotower.jsonfiles import check_shape
 from twotower.retrieval.query import Query
 from twotower.retrieval.request import InvalidQueryError, parse, query_of, request_model
 from twotower.retrieval.wire import Http
@@ -193,6 +194,8 @@ def f1(hits: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def toys() -> Iterator[None]:
+    # Whoever has read manifests before reads those of what comes later too.
+    check_shape({"kind": "generated"}, Source, "a manifest", "")
     feature_type(QuantileFeature)
     LOSSES.add("hinge", HingeSection)
     SPLIT_KINDS.add("every_fifth", SplitKind(every_fifth, "The fifth of five interactions is test."))
