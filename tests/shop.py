@@ -132,7 +132,8 @@ def make_config(root: Path) -> Config:
                     "added": {"type": "time"},
                 },
             },
-            "serve": {"max_k": 200},
+            # A busy machine may take longer than the second that is the default.
+            "serve": {"max_k": 200, "limits": {"deadline_ms": 30_000}},
         }
     )
 
