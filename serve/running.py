@@ -177,9 +177,9 @@ def _serve(
         return
     check_port(host, port)
     ports = {name: side_port(name) for name in SIDE_PORTS}
-    opened += [(host, port), *(("", side_port) for side_port in ports.values())]
+    opened += [(host, port), *(("", number) for number in ports.values())]
     node_ids = [node["NodeID"] for node in ray.nodes()]
-    variables = {name: str(side_port) for name, side_port in ports.items()}
+    variables = {name: str(number) for name, number in ports.items()}
     if not os.environ.get(haproxy.VARIABLE) and _is_on_head():
         config.storage.path.mkdir(parents=True, exist_ok=True)
         variables[haproxy.VARIABLE] = str(haproxy.write_program(config.storage.path / ".haproxy"))

@@ -19,9 +19,11 @@ from twotower.config import Config, parse_config
 from twotower.data.prepare import prepare
 from twotower.errors import RefusedError
 from twotower.generations.bucket import Bucket
+from twotower.generations.bucket_pointers import BucketPointers
 from twotower.generations.generation import Generation
 from twotower.generations.objects import Objects
 from twotower.generations.opening import store_at
+from twotower.generations.publications import Publication
 from twotower.generations.store import Store
 from twotower.lifecycle.forget import forget_users
 from twotower.lifecycle.update import update_items
@@ -146,6 +148,30 @@ def test_an_update_of_another_machine_comes_too_late(shop: Config, store: Store)
         }
         assert set(keys(store, "objects/")) == needed
     assert store.current() in store.generations()
+
+
+def test_a_pointer_that_is_set_too_late_brings_nobody_back(
+    shop: Config, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine has asked twice whether it may publish, and has a copy, when a user is forgotten."""
+    other = store_at(store.where, shop.home.parent / "elsewhere")
+    other.fetch("build")
+    plain = BucketPointers.swap
+
+    def late(pointers: BucketPointers, entry: Publication, replaced: Any) -> Any:
+        if entry.pointer == "late":
+            forget_users(shop, store, [GONE])
+        return plain(pointers, entry, replaced)
+
+    monkeypatch.setattr(BucketPointers, "swap", late)
+    with pytest.raises(RefusedError):
+        other.publish("build", "late")
+    assert objects_with(store, GONE) == set()
+    assert "build" not in store.generations()
+    # Whoever publishes it again is refused too, though the pointer names it already.
+    with pytest.raises(RefusedError):
+        other.publish("build", "late")
+    assert objects_with(store, GONE) == set()
 
 
 JOB = """

@@ -173,14 +173,15 @@ class Bucket:
             the id that the pointer named before.
 
         Raises:
-            RefusedError: the pointer names another one, or ``check`` refuses; it has not been set.
+            RefusedError: the pointer names another one, or ``check`` refuses; it has not been set, or names
+                what is gone, so that nobody reads it.
             UnavailableError: the bucket does not answer; the message says so if the pointer may be set.
         """
         for pushed in (False, True):
             now = self._pointers.get(entry.pointer)
             current = None if now is None else now.entry.id
             if current == entry.id:
-                self._complete(entry)
+                self._complete(entry, check)
                 return current
             if current != entry.previous:
                 raise too_late(entry, current)
@@ -200,7 +201,7 @@ class Bucket:
         except UnavailableError as error:
             # The pointer says it too, and the next publisher writes what it says into the log.
             say(f"{entry.pointer} names generation {entry.id}, which is not logged yet: {error}")
-        self._complete(entry)
+        self._complete(entry, check)
         return entry.previous
 
     def publications(self) -> list[Publication]:
@@ -239,13 +240,18 @@ class Bucket:
         gone = [name for name in self.manifests() if name in wanted]
         return self._clear(gone, lambda _: [i for i in self._local() if i in gone], ANY_AGE_S, False)
 
-    def _complete(self, entry: Publication) -> None:
-        """Push what a pointer names by now again, where a prune removed it while nothing named it."""
+    def _complete(self, entry: Publication, check: Callable[[], None]) -> None:
+        """Push what a pointer names by now again, where a prune removed it while nothing named it.
+
+        Raises:
+            RefusedError: it was removed since it may no longer be published; the pointer names it though.
+        """
         with _explained(
             f"{entry.pointer} names generation {entry.id} now, but it is not known whether {self.where} has "
             f"all of it; run python -m jobs.generations publish {entry.id} --pointer {entry.pointer}"
         ):
             if not self._generations.exists(entry.id):
+                check()
                 # Where another machine has pushed one of that id meanwhile, the pointer names that.
                 with contextlib.suppress(RefusedError):
                     self.push(entry.id)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from twotower.generations.survey import Survey, read_pointer, survey
 class Folder:
     """A local folder as a place; it need not exist before something is published."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: os.PathLike[str] | str) -> None:
         """Take the folder."""
         self.root = Path(path)
 

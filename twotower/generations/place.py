@@ -95,15 +95,17 @@ class Place(Protocol):
 
         Args:
             entry: what is published.
-            check: raises a ``RefusedError`` where it may not be published; called when everything else is
-                ready.
+            check: raises a ``RefusedError`` where it may not be published. A place calls it under the lock
+                that ``supersede`` and ``remove`` take, or again once every reader sees the generation: else
+                what is superseded in between would be published.
 
         Returns:
             the id that the pointer named before.
 
         Raises:
             OvertakenError: it names another one; it has not been set.
-            RefusedError: ``check`` refuses; it has not been set.
+            RefusedError: ``check`` refuses.
+            ArtefactError: the generation is not there any more.
         """
 
     def publications(self) -> list[Publication]:

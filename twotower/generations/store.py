@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -38,14 +39,14 @@ _UNSET: Final = _Unset.UNSET
 class Store:
     """Generations and pointers in a place, and the rules of publishing."""
 
-    def __init__(self, place: Place | Path | str) -> None:
+    def __init__(self, place: Place | os.PathLike[str] | str) -> None:
         """Take the place; nothing is read yet.
 
         Args:
             place: where generations and pointers are; a path is that of a local folder, which need not exist
                 before something is published.
         """
-        self._place: Place = Folder(place) if isinstance(place, Path | str) else place
+        self._place: Place = Folder(place) if isinstance(place, str | os.PathLike) else place
 
     @property
     def where(self) -> str:
