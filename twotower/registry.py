@@ -82,7 +82,12 @@ class Registry(Generic[T]):
         if name in self._entries:
             raise ValueError(f"{name!r} is already {self._what}; choose another name")
         self._entries[name] = entry
-        self._rebuild()
+        try:
+            self._rebuild()
+        except Exception:
+            # What the configuration can not be built with would refuse every later entry too.
+            self.remove(name)
+            raise
         return entry
 
     def remove(self, name: str) -> None:

@@ -208,6 +208,17 @@ def toys() -> Iterator[None]:
         registry.remove(registry.names[-1])
 
 
+def test_an_entry_that_the_configuration_can_not_be_built_with_is_not_kept() -> None:
+    class Shapeless(SourceSection):
+        pass
+
+    before = SOURCES.names
+    with pytest.raises(Exception, match="kind"):
+        SOURCES.add("shapeless", Shapeless)
+    assert SOURCES.names == before
+    assert tt.configure({"data.source.kind": "generated"}).data.source.kind == "generated"
+
+
 def settings(root: Path, **values: Any) -> dict[str, Any]:
     history = {"name": "history", "type": "history", "dim": 8}
     query = [

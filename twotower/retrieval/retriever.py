@@ -46,8 +46,8 @@ class Retriever(Front):
     """The query tower, the user table, the item table and the shards of one generation: answers in process.
 
     ``retrieve`` takes a ``Query`` and returns its items, best first, each a dictionary of ``item_id``,
-    ``score`` (an inner product: a cosine in [-1, 1], unless the model has ``normalize: false``) and the
-    fields that were asked for. It raises ``RequestError`` for what can not be asked.
+    ``score`` (an inner product: a cosine in [-1, 1], unless the model has ``normalize: false`` or
+    ``item_bias``) and the fields that were asked for. It raises ``RequestError`` for what can not be asked.
 
     Example:
         >>> retriever = tt.Retriever.open(generation)
