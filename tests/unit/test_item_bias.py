@@ -23,6 +23,7 @@ from twotower.data.prepare import prepare
 from twotower.errors import ConfigError
 from twotower.generations.generation import Generation
 from twotower.model.towers import Tower
+from twotower.pipeline.ranking import place_popular
 from twotower.retrieval.query import Query
 from twotower.retrieval.retriever import Retriever
 from twotower.training.collectives import World
@@ -106,6 +107,17 @@ def test_similar_items_are_near_whatever_their_bias(built: tuple[Path, np.ndarra
         return await whole(path, 2).similar(ids.id(item), 10, [], None)
 
     assert [found["item_id"] for found in json.loads(asyncio.run(through_groups()))["items"]] == expected
+
+
+def test_the_map_of_a_report_shows_what_is_near(tmp_path: Path, rng: np.random.Generator) -> None:
+    vectors = rng.normal(size=(40, 6)).astype(np.float32)
+    rows = np.arange(0, 40, 2)
+    maps = []
+    for scale in (0, 100):
+        vectors[:, -1] = scale * rng.normal(size=40)
+        np.save(tmp_path / f"{scale}.npy", vectors)
+        maps.append(place_popular(str(tmp_path / f"{scale}.npy"), rows, 5, seed=3))
+    np.testing.assert_array_equal(*maps)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class FeaturesConfig(Section):
                     f"max_length {encoded[0].sequence_length} and {one.sequence_length}; give all such the "
                     "same one"
                 )
-        for feature in self.query:
+        for feature in (*self.query, *self.item):
             feature.check_with(self.query, self.item)
         return self
 

@@ -84,8 +84,8 @@ def stored_columns(side: Side, specs: Sequence[Feature], table: pa.Table) -> pa.
     for name, used_by in by_column.items():
         if name not in table.column_names:
             raise _absent(side, used_by[0], table)
-        rank = max(spec.store_rank for spec in used_by)
-        deciding = [spec for spec in used_by if spec.store_rank == rank]
+        first = max(used_by, key=lambda spec: spec.store_rank)
+        deciding = [spec for spec in used_by if type(spec) is type(first)]
         column = deciding[0].store(side, name, plain(table.column(name)), deciding)
         table = table.set_column(table.column_names.index(name), name, column)
     return table

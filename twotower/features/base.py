@@ -112,7 +112,7 @@ class Feature(BaseModel):
         return None
 
     def check_with(self, query: Sequence[Feature], item: Sequence[Feature]) -> None:
-        """Check a feature of the query side beside all others.
+        """Check a feature beside all others.
 
         Raises:
             ValueError: they do not fit together; the message says what to change.

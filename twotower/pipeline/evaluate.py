@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from twotower.artefacts import building, fingerprint, finished, read_manifest, write_json, write_manifest
 from twotower.config import Config, GeneratedSource
+from twotower.config.evaluation import BASELINES
 from twotower.data.dataset import Dataset
 from twotower.data.knowledge import Holdout
 from twotower.errors import ArtefactMismatchError, ConfigError
@@ -35,7 +36,7 @@ from twotower.evaluation.holdout import (
 from twotower.evaluation.intervals import differences, intervals
 from twotower.evaluation.lists import TOP_LIST_LENGTH, ItemFacts
 from twotower.evaluation.matrix import open_matrix
-from twotower.evaluation.metrics import metric_names
+from twotower.evaluation.metrics import METRICS, metric_names
 from twotower.evaluation.outcomes import USERS, Outcomes
 from twotower.evaluation.page.render import NAME as PAGE
 from twotower.evaluation.portrait import exposure, recall_by_k
@@ -105,7 +106,10 @@ def evaluate(
         "seed": config.seed,
     }
     section = config.evaluation.model_dump(mode="json")
-    directory = config.reports / fingerprint({**inputs, "evaluation": section, "version": _VERSION})
+    # A program may have registered more of them since.
+    measured = {"metrics": METRICS.names, "baselines": BASELINES.names}
+    asked = {**inputs, **measured, "evaluation": section, "version": _VERSION}
+    directory = config.reports / fingerprint(asked)
     if known := finished(directory, KIND, ReportManifest):
         say(f"report {directory.name} is there already: {directory / PAGE}")
         show(known["by_ranker"], known.get("said", []))
@@ -214,7 +218,8 @@ def _measure(
     # The map is drawn while users are ranked.
     points = None
     if len(shown) >= _FEWEST_ON_MAP:
-        points = runner.start(place_popular, vectors, shown, config.seed)
+        width = checkpoint.embedding_dim - checkpoint.config.model.item_bias
+        points = runner.start(place_popular, vectors, shown, width, config.seed)
     examples = ShownExamples(config, dataset, held, checkpoint.path, scratch, runner)
     outcomes = _rank(config, dataset, checkpoint.path, setup, held, fitted, runner)
     merged = outcomes.merged()

@@ -40,10 +40,17 @@ def join_vectors(parts: list[Part], num_items: int, path: str) -> None:
     out.flush()
 
 
-def place_popular(vectors: str, rows: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """Return the places of the items at ``rows`` [n] on the map of a report, see ``place_items``."""
+def place_popular(vectors: str, rows: NDArray[np.int64], width: int, seed: int) -> NDArray[np.float64]:
+    """Return the places of the items at ``rows`` [n] on the map of a report, see ``place_items``.
+
+    Args:
+        vectors: file of [N, D] float32.
+        rows: [n] int64.
+        width: leading coordinates that count; the last one is no part of nearness where it is a bias.
+        seed: of the map.
+    """
     torch.set_num_threads(1)
-    return place_items(np.load(vectors, mmap_mode="r")[rows], seed)
+    return place_items(np.load(vectors, mmap_mode="r")[rows][:, :width], seed)
 
 
 class RankUsers:
