@@ -45,12 +45,12 @@ class Use:
 
 
 def width(num_values: int) -> int:
-    """Return the recommended width of an embedding of so many different values."""
+    """Return the recommended width of an embedding of this number of different values."""
     return next((dim for most, dim in ((20, 8), (1_000, 16), (20_000, 32)) if num_values <= most), 64)
 
 
 def id_width(num_items: int) -> int:
-    """Return the recommended width of the ids of so many items, and of the embeddings."""
+    """Return the recommended width of the ids of this number of items, and of the embeddings."""
     return next((dim for most, dim in ((1_000, 32), (50_000, 64)) if num_items <= most), 128)
 
 

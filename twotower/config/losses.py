@@ -97,7 +97,7 @@ class TopKConfig(LossSection):
     """Width of the sigmoid, in scores; a very large one weighs every example alike."""
 
     def check_negatives(self, kind: str, count: int) -> None:
-        """Refuse a rank that no query has so many candidates for.
+        """Refuse a rank above the number of candidates that a query has.
 
         Raises:
             ValueError: there are too few.

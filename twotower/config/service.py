@@ -57,7 +57,7 @@ class AttributeConfig(Section):
 
 @INDEX_KINDS.model
 class IndexConfig(Section):
-    """The FAISS index of the catalogue, and what it promises."""
+    """The FAISS index of the catalogue, and the recall that it must reach."""
 
     kind: Annotated[str, NameIn(INDEX_KINDS, also=("auto",))] = "auto"
     """Kind of each shard; auto chooses by the catalogue, memory, updates and filters, and says why. cagra is
@@ -170,8 +170,8 @@ class ApplicationConfig(Section):
     workers: PositiveInt = 2
     """Requests that threads of a replica work on at the same time; others wait."""
     inline_ms: Annotated[float, Field(ge=0)] = 2.0
-    """Queries that usually take at most so many milliseconds are answered in the event loop, one after the
-    other, without a change of threads; 0 has threads answer all."""
+    """Queries that usually take at most this number of milliseconds are answered in the event loop, one after
+    the other, without a change of threads; 0 has threads answer all."""
     max_k: PositiveInt = 1_000
     """Largest k of a request."""
     poll_s: Annotated[float, Field(ge=0)] = 1.0
@@ -189,7 +189,8 @@ class ApplicationConfig(Section):
     """Milliseconds for which a query waits for others, to be answered together; when not given 1 with a GPU,
     0 without."""
     probe_every: NonNegativeInt = 1_000
-    """Of so many answers one is compared with exact search, for the metric of index recall; 0: none."""
+    """One in this number of answers is compared with exact search, for the metric of index recall; 0:
+    none."""
     access_log: bool = False
     """Write a log line for each request."""
 

@@ -22,9 +22,9 @@ class MinedConfig(Section):
     start_epoch: Annotated[int, Field(ge=2)] = 2
     """First epoch (from 1) that trains on mined items."""
     every_epochs: PositiveInt = 1
-    """Mine again before every so many epochs."""
+    """Number of epochs from one mining to the next."""
     every_steps: PositiveInt | None = None
-    """Mine again after so many steps inside an epoch too."""
+    """Number of steps inside an epoch after which mining is repeated; null: only before epochs."""
     skip: NonNegativeInt = 10
     """Best ranks left out, which hold most false negatives; known positives take no rank."""
     window: PositiveInt = 100

@@ -83,7 +83,7 @@ def now() -> str:
 
 
 def reasons_against(index: Mapping[str, Any]) -> list[str]:
-    """Return what speaks against publishing a generation, each a sentence; nothing when it keeps its promise.
+    """Return what speaks against publishing a generation, each a sentence.
 
     Args:
         index: ``index`` of its manifest.

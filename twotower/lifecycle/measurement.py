@@ -1,4 +1,4 @@
-"""What a built index promises: how much of the exact top k it finds, and how fast. Runs without Ray.
+"""What a built index reaches: how much of the exact top k it finds, and how fast. Runs without Ray.
 
 Real queries, of users through the query tower, are parted in two: one half tunes the search, the other half
 is reported on, so that the figures hold for queries that nobody tuned for.
@@ -82,7 +82,7 @@ def measure(
     target = index.target_index_recall
     searchers = [searcher]
     if choice.factory == CAGRA and gpus():
-        # A CPU walks the same graph in another way: what is promised holds on both.
+        # A CPU walks the same graph in another way: what is measured must hold on both.
         searchers.append(Searcher(shards, threads=threads, on=()))
     if tunable:
         found = [least_effort(s, queries[tuning], exact[tuning], k, target) for s in searchers]
@@ -123,7 +123,7 @@ def measure(
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
-    """Return the result of ``measure`` as lines: the promise, the measured curve, what would find more."""
+    """Return the result of ``measure`` as lines: recall, the measured curve, what would find more."""
     recall, target, limit = facts["index_recall"], facts["target_index_recall"], facts["max_search_ms"]
     lines = [
         f"index recall@{facts['recall_k']} {recall:.4f} on {facts['num_queries']} queries (target {target}), "
